@@ -1,0 +1,59 @@
+# RECO Serve. Needs: Python >= 3.11 with venv, and make. `make serve` and `make test` install the rest into .venv.
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+UV_VERSION := 0.13.9
+BIN := .venv/bin
+UV := $(BIN)/uv
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade
+
+.PHONY: serve test setup lint format lock bench clean help
+.DEFAULT_GOAL := help
+
+help: ## show the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+serve: .venv/.runtime ## install what serving needs and serve the bundled starter on HOST:PORT
+	@$(BIN)/reco serve --host $(HOST) --port $(PORT)
+
+test: .venv/.dev ## install what the tests need and run them
+	$(BIN)/python -m pytest
+
+setup: .venv/.dev ## install everything, development tools too
+
+lint: .venv/.dev ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.dev ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: $(UV) ## resolve pyproject.toml anew into the two lock files
+	$(COMPILE) --extra build pyproject.toml -o requirements.lock
+	$(COMPILE) --extra build --extra dev -c requirements.lock pyproject.toml -o requirements-dev.lock
+
+bench: .venv/.dev ## served throughput against the raw forward pass; writes loadtests/results/
+	$(BIN)/python -m loadtests.bench
+
+clean: ## remove the environment, the caches and the local store
+	rm -rf .venv var .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(UV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "python3 has no venv module: apt-get install python3-venv"; exit 1; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+# One stamp per lock file: a second run installs nothing. What dev needs contains what serving needs.
+.venv/.runtime: requirements.lock pyproject.toml | $(UV)
+	@if [ -f .venv/.dev ]; then $(MAKE) --no-print-directory .venv/.dev; else \
+	  $(UV) pip install --python $(BIN)/python --require-hashes -r requirements.lock && \
+	  $(UV) pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation -e .; fi
+	@touch $@
+
+.venv/.dev: requirements-dev.lock pyproject.toml | $(UV)
+	@$(UV) pip install --python $(BIN)/python --require-hashes -r requirements-dev.lock
+	@$(UV) pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,70 @@
+"""Every way a memory can refuse, drawn as one tree.
+
+    StoreError
+    ├── NameRefused            a memory or version name that is not a plain name
+    ├── UnknownMemory          no memory of this name in the store
+    ├── UnknownVersion         the memory exists, the version does not (or none is current)
+    ├── VersionExists          a version is written once and never overwritten
+    ├── DamagedVersion         a file is missing, cut, altered, or disagrees with the manifest
+    ├── IncompatibleSnapshot   sound, but made by another encoder or a newer format
+    ├── PairsRefused           rows that no memory may hold: misaligned, not unit, not finite, ids twice
+    ├── QueryRefused           a search that this memory cannot answer: width, k, excluded ids of another type
+    ├── RecipeRefused          faiss cannot make such an index of these rows
+    ├── RecallTooLow           the index misses too many of the exact answers
+    ├── StoreBusy              another builder or activation holds this memory
+    └── StoreUnwritable        no permission, or no room left, where the store lies
+
+Messages are one line with the value, the limit and the remedy; paths are relative to the store, never absolute.
+"""
+
+
+class StoreError(Exception):
+    """Any refusal of this package; catching it leaves the memory that serves untouched."""
+
+
+class NameRefused(StoreError):
+    """A memory or a version is asked for by something that is not a plain name, such as a path."""
+
+
+class UnknownMemory(StoreError):
+    """The store holds no finished version under this name."""
+
+
+class UnknownVersion(StoreError):
+    """The version asked for does not exist, or nothing has been activated yet."""
+
+
+class VersionExists(StoreError):
+    """A build would overwrite a finished version."""
+
+
+class DamagedVersion(StoreError):
+    """A file of the version is missing, cut, altered, or holds other counts than the manifest."""
+
+
+class IncompatibleSnapshot(StoreError):
+    """The version was built by another encoder than the one asking, or in a newer format."""
+
+
+class PairsRefused(StoreError):
+    """The rows offered are misaligned, empty, not finite, not of unit length, or carry an id twice."""
+
+
+class QueryRefused(StoreError):
+    """The search asked for does not fit this memory: wrong width, k below one, not finite, ids of another type."""
+
+
+class RecipeRefused(StoreError):
+    """The index recipe is not one that faiss can build from these rows."""
+
+
+class RecallTooLow(StoreError):
+    """The index finds fewer of the stored exact answers than its floor promises."""
+
+
+class StoreBusy(StoreError):
+    """Another process is building this version or moving this memory's CURRENT at this moment."""
+
+
+class StoreUnwritable(StoreError):
+    """The store's folder cannot be written: no permission, or no room left."""

@@ -1,0 +1,132 @@
+"""A directory of named memories, their finished versions, and which one of each is current."""
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from index_store.durable import replace_text, writing
+from index_store.errors import DamagedVersion, NameRefused, UnknownMemory, UnknownVersion
+from index_store.manifest import FILE_NAME, Manifest, read_manifest
+from index_store.snapshot import Snapshot
+
+CURRENT = "CURRENT"  # first line the version that serves, second line the one before it
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+
+
+class Store:
+    """root/name/version/… and root/name/CURRENT. Holds nothing but the path: every answer is read from the disk.
+
+    A version directory without a manifest does not exist; neither does a memory without a version.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def names(self) -> list[str]:
+        """Every memory with at least one finished version, sorted."""
+        return [name for name in self._plain_names(self.root) if self._finished(name)]
+
+    def versions(self, name: str) -> list[str]:
+        """Finished versions of a memory in the order of their names, which next_version makes the order of time."""
+        found = self._finished(plain(name))
+        if not found:
+            raise UnknownMemory(
+                f"no memory {name!r} here, there is {', '.join(self.names()) or 'none at all'}: build it, or correct the name"
+            )
+        return found
+
+    def current(self, name: str) -> str:
+        """The version that serves, also after a restart."""
+        return self._pointer(name)[0]
+
+    def previous(self, name: str) -> str | None:
+        """The version that served before the current one: what a rollback goes to."""
+        pointer = self._pointer(name)
+        return pointer[1] if len(pointer) > 1 else None
+
+    def path(self, name: str, version: str) -> Path:
+        """The directory of a finished version."""
+        if plain(version) not in self.versions(name):
+            raise UnknownVersion(f"{name} has no version {version!r}, only {', '.join(self.versions(name))}: choose one of these")
+        return self.root / name / version
+
+    def manifest(self, name: str, version: str | None = None) -> Manifest:
+        """The manifest alone, files unchecked: for lists and tables."""
+        return read_manifest(self.path(name, self.current(name) if version is None else version))
+
+    def open(self, name: str, version: str | None = None, *, encoder: str) -> Snapshot:
+        """A verified snapshot of a version, the current one where none is named."""
+        return Snapshot.open(self.path(name, self.current(name) if version is None else version), encoder=encoder)
+
+    def activate(self, name: str, version: str) -> None:
+        """Make a version the current one, in one step; the one it replaces becomes the previous."""
+        self.path(name, version)  # refused here if unknown
+        with writing(f"{name}/{CURRENT}"), self._held(name):
+            before = self._pointer(name) if (self.root / name / CURRENT).exists() else []
+            if before[:1] != [version]:
+                replace_text(self.root / name / CURRENT, "\n".join([version, *before[:1]]) + "\n")
+
+    def next_version(self, name: str, today: datetime | None = None) -> str:
+        """A free version name of today (UTC), such as 2026-11-22a, then b …, z, za: later names sort after earlier ones."""
+        day = (today or datetime.now(UTC)).strftime("%Y-%m-%d")
+        taken = set(self._finished(plain(name)))
+        number = next(n for n in range(len(taken) + 1) if _label(day, n) not in taken)
+        return _label(day, number)
+
+    def _pointer(self, name: str) -> list[str]:
+        """The lines of CURRENT, one or two."""
+        self.versions(name)
+        try:
+            lines = (self.root / name / CURRENT).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError as error:
+            raise UnknownVersion(f"{name} has no current version: activate one of {', '.join(self.versions(name))}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise DamagedVersion(f"{name}/{CURRENT} cannot be read ({type(error).__name__}): activate a version again") from error
+        if not 1 <= len(lines) <= 2 or not all(NAME.fullmatch(line) for line in lines):
+            raise DamagedVersion(f"{name}/{CURRENT} does not hold one or two version names: activate a version again")
+        return lines
+
+    def _finished(self, name: str) -> list[str]:
+        return [version for version in self._plain_names(self.root / name) if (self.root / name / version / FILE_NAME).is_file()]
+
+    @staticmethod
+    def _plain_names(folder: Path) -> list[str]:
+        try:
+            return sorted(entry.name for entry in folder.iterdir() if NAME.fullmatch(entry.name))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    @contextmanager
+    def _held(self, name: str) -> Iterator[None]:
+        """One writer of CURRENT at a time, across processes; the kernel lets go when its holder dies."""
+        folder = os.open(self.root / name, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+
+def plain(name: str) -> str:
+    """The name itself where it is a plain one; NameRefused for anything that could be a path."""
+    if not NAME.fullmatch(name):
+        shown = name if len(name) <= 80 else name[:80] + "…"
+        raise NameRefused(f"{shown!r} is not a name: 1 to 64 of the characters A-Z a-z 0-9 . _ -, beginning with a letter or digit")
+    return name
+
+
+def plain_version(version: str) -> str:
+    """The same for a version, which also must not be called like the pointer file beside it."""
+    if plain(version).upper() == CURRENT:
+        raise NameRefused(f"{version!r} is the name of the pointer file, no version can have it: choose another")
+    return version
+
+
+def _label(day: str, number: int) -> str:
+    """0 → a, 25 → z, 26 → za: longer labels begin with z, so that they sort last."""
+    tens, ones = divmod(number, 26)
+    return day + "z" * tens + chr(ord("a") + ones)

@@ -1,0 +1,91 @@
+"""Percentiles, tables and the record of where a number was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["environment", "quantiles", "table", "write"]
+
+PACKAGES = ("torch", "open_clip_torch", "faiss-gpu", "faiss-cpu", "numpy", "httpx")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Milliseconds at p50, p95, p99 and the worst: the nearest rank, a latency that really occurred.
+
+    >>> quantiles([0.001, 0.002, 0.003, 0.1])
+    {'p50': 2.0, 'p95': 100.0, 'p99': 100.0, 'max': 100.0}
+    """
+    ordered = sorted(seconds)
+    ranks = {
+        name: ordered[math.ceil(q * len(ordered)) - 1] for name, q in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1.0)) if ordered
+    }
+    return {name: round(value * 1000, 3) for name, value in ranks.items()}
+
+
+def table(rows: Sequence[Sequence[object]]) -> str:
+    """Rows as aligned columns; the first row is the head, the first column is left-aligned."""
+    texts = [[f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(texts[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in texts
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def environment() -> dict[str, Any]:
+    """Commit, machine, versions and command: what a reader needs to believe or repeat a number."""
+    return {
+        "command": " ".join(["python", "-m", f"loadtests.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "changed_since_commit": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "memory_gib": _memory_gib()},
+        "versions": {"python": platform.python_version(), "system": platform.system(), **_versions()},
+    }
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """One JSON file, its folder made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    print(f"written to {path}")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _cpu() -> str:
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    kib = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
+    return round(kib[0] / 2**20, 1) if kib else None
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # faiss comes as one of two packages
+            continue
+    return found

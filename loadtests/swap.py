@@ -1,0 +1,235 @@
+"""Swap a memory to and fro while requests flow: none may fail, none may mix two versions.
+
+    python -m loadtests.swap --memory NAME --versions A B [--swaps 20] [--image PHOTOS...]
+
+Before the load starts, every request is answered once under each version. Under load, each vector of a reply must be the
+one that belongs to the version which the reply names. Exit code 1 on a failed reply, a mixed one or a swap that failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from loadtests.calls import Call, Reply, Unexpected, image_call, open_client, run_to_end, send, text_call
+from loadtests.photos import crops, read_photos
+from loadtests.report import environment, quantiles, table, write
+
+TEXTS = ("a photo of a cat", "a cup of coffee on a wooden table", "a rocket before its launch")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """A call and its right answer under each version. rows: "name@version" -> (n, D) float32."""
+
+    call: Call
+    rows: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One reply under load. start, end: perf_counter seconds; memory: what it names; fault: empty, or what was wrong."""
+
+    start: float
+    end: float
+    memory: str
+    fault: str
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """One activation, from its request to the end of its job."""
+
+    version: str
+    start: float
+    end: float
+
+
+class Admin:
+    """The admin routes of one memory: activate a version and wait for its job."""
+
+    def __init__(self, client: httpx.AsyncClient, memory: str, key: str | None) -> None:
+        self._client = client
+        self._memory = memory
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    async def activate(self, version: str, timeout_s: float = 120.0) -> Swap:
+        """Returns once the version serves; a refused or failed activation ends the program."""
+        start = time.perf_counter()
+        asked = await self._client.post(f"/memories/{self._memory}/activate", json={"version": version}, headers=self._headers)
+        if asked.status_code != 202:
+            raise Unexpected(f"activate {self._memory}@{version}: {asked.status_code} {asked.text}")
+        while time.perf_counter() - start < timeout_s:
+            job = (await self._client.get(f"/jobs/{asked.json()['id']}", headers=self._headers)).raise_for_status().json()
+            if job["state"] == "done":
+                return Swap(version, start, time.perf_counter())
+            if job["state"] == "failed":
+                raise Unexpected(f"activate {self._memory}@{version}: {job}")
+            await asyncio.sleep(0.02)
+        raise Unexpected(f"activate {self._memory}@{version}: not done after {timeout_s:.0f} s")
+
+
+def prepare(photos: Sequence[bytes], memory: str) -> list[Call]:
+    """Single photos, pairs of photos (a reply of two rows can mix), and texts."""
+    pairs = [image_call([a, b], memory=memory) for a, b in zip(photos[::2], photos[1::2], strict=False)]
+    texts = [text_call(TEXTS[:1], memory=memory), text_call(TEXTS, memory=memory)]
+    return [*(image_call([photo], memory=memory) for photo in photos), *pairs, *texts]
+
+
+def vectors(reply: Reply) -> np.ndarray:
+    """(n, D) float32, the rows of an embed reply."""
+    return np.asarray([row["embedding"] for row in reply.json()["data"]], np.float32)
+
+
+async def learn(client: httpx.AsyncClient, calls: Sequence[Call], named: str) -> list[np.ndarray]:
+    """What each call answers while `named` alone serves."""
+    rows = []
+    for call in calls:
+        reply = await send(client, call)
+        if reply.status != 200 or reply.json()["memory"] != named:
+            raise Unexpected(f"{call.route} under {named}: {reply.status} {reply.content[:300]!r}")
+        rows.append(vectors(reply))
+    return rows
+
+
+def telling(calls: Sequence[Call], learned: Mapping[str, Sequence[np.ndarray]], apart: float) -> list[Known]:
+    """The calls whose every row differs by more than `apart` between the two versions; the others could not show a mix."""
+    a, b = learned.values()
+    differ = [float(np.abs(x - y).max(axis=1).min()) for x, y in zip(a, b, strict=True)]
+    known = [Known(call, {of: rows[i] for of, rows in learned.items()}) for i, call in enumerate(calls) if differ[i] > apart]
+    if not known:
+        raise Unexpected(
+            f"no answer differs by more than {apart:g} between the versions: take versions of other pairs, or a smaller --apart"
+        )
+    return known
+
+
+def fault(reply: Reply, known: Known, apart: float) -> str:
+    """Empty if the reply is whole: status 200, body and header name one version, and every row is that version's.
+
+    A row drifts a little with the batch it ran in; within half of `apart` it cannot be the other version's.
+    """
+    if reply.status != 200:
+        return f"status {reply.status}: {reply.content[:200].decode(errors='replace')}"
+    named, header = reply.json()["memory"], reply.headers.get("x-memory-version")
+    if header != named or named not in known.rows:
+        return f"mixed: the body names {named}, the header {header}, the versions are {' and '.join(known.rows)}"
+    off = np.abs(vectors(reply) - known.rows[named]).max(axis=1)  # (n,)
+    return f"mixed: the reply names {named}, row {off.argmax()} of {len(off)} is off by {off.max():.1e}" if off.max() > apart / 2 else ""
+
+
+async def hammer(client: httpx.AsyncClient, known: Sequence[Known], apart: float, workers: int, stop: asyncio.Event) -> list[Answer]:
+    """Closed loop: each worker sends its next call when the last one is answered, until `stop`."""
+    answers: list[Answer] = []
+
+    async def work(turn: int) -> None:
+        while not stop.is_set():
+            this = known[turn % len(known)]
+            start = time.perf_counter()
+            reply = await send(client, this.call)
+            named = reply.headers.get("x-memory-version", "none")
+            answers.append(Answer(start, time.perf_counter(), named, fault(reply, this, apart)))
+            turn += 1
+
+    async with asyncio.TaskGroup() as tasks:
+        for worker in range(workers):
+            tasks.create_task(work(worker))
+    return answers
+
+
+async def swap_to_and_fro(admin: Admin, versions: Sequence[str], swaps: int, pause: float) -> list[Swap]:
+    """Activate the versions in turn, with steady time before, between and after."""
+    done = []
+    for number in range(swaps):
+        await asyncio.sleep(pause)
+        done.append(await admin.activate(versions[number % 2]))
+    await asyncio.sleep(pause)
+    return done
+
+
+async def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The whole test; returns the report."""
+    photos = read_photos(arguments.image, limit=16) if arguments.image else [photo for _, photo in crops(16)]
+    calls = prepare(photos, arguments.memory)
+    async with open_client(arguments.url) as client:
+        admin = Admin(client, arguments.memory, arguments.admin_key or os.environ.get("RECO_ADMIN_KEY"))
+        learned: dict[str, list[np.ndarray]] = {}
+        for version in arguments.versions:
+            await admin.activate(version)
+            learned[f"{arguments.memory}@{version}"] = await learn(client, calls, f"{arguments.memory}@{version}")
+        known = telling(calls, learned, arguments.apart)
+        stop = asyncio.Event()
+        load = asyncio.create_task(hammer(client, known, arguments.apart, arguments.workers, stop))
+        try:
+            swaps = await swap_to_and_fro(admin, arguments.versions, arguments.swaps, arguments.pause)
+        finally:
+            stop.set()
+            answers = await load
+    settings = {name: getattr(arguments, name) for name in ("url", "memory", "versions", "workers", "pause", "apart")}
+    return {"settings": settings, "calls": len(calls), "telling": len(known), **judge(answers, swaps)}
+
+
+def judge(answers: Sequence[Answer], swaps: Sequence[Swap]) -> dict[str, Any]:
+    """Faults, and latency of the replies that a swap touched against all the others."""
+    during = [any(a.start < s.end and s.start < a.end for s in swaps) for a in answers]
+    spans = {"in swap windows": True, "steady": False}
+    faults = [a.fault for a in answers if a.fault]
+    return {
+        "swaps": len(swaps),
+        "replies": len(answers),
+        "failed": sum(not text.startswith("mixed") for text in faults),
+        "mixed": sum(text.startswith("mixed") for text in faults),
+        "first_faults": faults[:5],
+        "replies_by_version": dict(sorted(Counter(a.memory for a in answers).items())),
+        "swap_ms": quantiles([s.end - s.start for s in swaps]),
+        "replies_in": {name: during.count(flag) for name, flag in spans.items()},
+        "latency_ms": {
+            name: quantiles([a.end - a.start for a, d in zip(answers, during, strict=True) if d is flag]) for name, flag in spans.items()
+        },
+    }
+
+
+def show(report: dict[str, Any]) -> str:
+    """The table a person reads, and the first faults."""
+    rows: list[list[object]] = [["", "replies", "p50 ms", "p95 ms", "p99 ms", "max ms"]]
+    for name, latency in report["latency_ms"].items():
+        rows.append([name, report["replies_in"][name], *(latency.get(q, "-") for q in ("p50", "p95", "p99", "max"))])
+    head = f"{report['swaps']} swaps, {report['replies']} replies: {report['failed']} failed, {report['mixed']} mixed"
+    return "\n".join([table(rows), head, *report["first_faults"]])
+
+
+def main() -> int:
+    """Parse, run, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m loadtests.swap", description="Swaps under closed-loop load: no reply may fail or mix.")
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--memory", required=True, help="the memory to swap")
+    parser.add_argument("--versions", nargs=2, required=True, metavar=("A", "B"))
+    parser.add_argument("--swaps", type=int, default=20)
+    parser.add_argument("--pause", type=float, default=1.0, help="seconds between two swaps")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--apart", type=float, default=1e-3, help="least difference between the versions' answers")
+    parser.add_argument("--admin-key", help="default: RECO_ADMIN_KEY; none is needed from loopback")
+    parser.add_argument("--image", type=Path, nargs="+", help="photos to send (default: crops of scikit-image's)")
+    parser.add_argument("--out", type=Path, default=Path("loadtests/results/swap.json"))
+    arguments = parser.parse_args()
+    report = run_to_end(run(arguments))
+    print(show(report))
+    write(arguments.out, {**environment(), **report})
+    if len(report["replies_by_version"]) < 2 or not report["replies_in"]["in swap windows"]:
+        print("no reply in a swap window, or of one version only: nothing is shown; use more --workers or --swaps")
+        return 1
+    return 1 if report["failed"] or report["mixed"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,82 @@
+"""The arithmetic of the bench against hand-made numbers, its client against a server that counts."""
+
+import asyncio
+from itertools import count
+
+import pytest
+
+from loadtests.bench import account, middle, served_rate, slope, summarise
+from loadtests.calls import Unexpected, image_call
+from loadtests.tests.conftest import Scripted
+
+
+def test_slope_sees_through_bursts() -> None:
+    bursts = [batch * 2.0 for batch in range(8) for _ in range(32)]  # 32 replies every 2 s
+    assert slope(bursts) == pytest.approx(16, rel=0.02)
+    assert len(bursts) / (bursts[-1] - bursts[0]) == pytest.approx(18.3, rel=0.01)  # what counting would have said
+
+
+def test_account_takes_what_happened_between_two_scrapes() -> None:
+    before = {"cpu": 10.0, "batch sum": 100, "batch count": 10, "encode sum": 5.0, "encode count": 10}
+    after = {"cpu": 14.0, "batch sum": 180, "batch count": 15, "encode sum": 9.0, "encode count": 15, "fuse sum": 0.05, "fuse count": 5}
+    assert account(before, after) == {
+        "mean_batch": 16.0,
+        "stages_ms": {"encode": 800.0, "fuse": 10.0},
+        "server_cpu_ms_per_image": 50.0,
+    }
+
+
+def test_ratios_are_paired_within_a_repeat() -> None:
+    repeats = [
+        {phase: {"images_per_s": speed * share} for phase, share in (("raw", 1), ("plain", 0.9), ("enhanced", 0.8))}
+        | {"ratios": {"plain": 0.9, "enhanced": 0.8}}
+        for speed in (10, 20, 14)
+    ]
+    assert summarise(repeats)["ratio_to_raw"]["plain"] == {"median": 0.9, "min": 0.9, "max": 0.9}
+    assert summarise(repeats)["images_per_s"]["raw"] == {"median": 14, "min": 10, "max": 20}
+
+
+def test_middle() -> None:
+    assert middle([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+
+
+class Counting:
+    """Answers images and exposes how many in the service's own series: batches of 4, 25 ms of CPU each image."""
+
+    def __init__(self, status: int = 200) -> None:
+        self._status = status
+        self._images = count(1)
+        self.images = 0
+
+    def __call__(self, method: str, path: str, body: bytes) -> tuple[int, object, dict[str, str]]:
+        if path != "/metrics":
+            self.images = next(self._images)
+            return self._status, {}, {}
+        lines = [
+            "# TYPE process_cpu_seconds_total counter",
+            f"process_cpu_seconds_total {self.images * 0.025}",
+            "# TYPE reco_batch_size histogram",
+            f'reco_batch_size_sum{{modality="image"}} {self.images}',
+            f'reco_batch_size_count{{modality="image"}} {self.images / 4}',
+            f'reco_batch_size_sum{{modality="text"}} {self.images * 7}',
+            "# TYPE reco_stage_duration_seconds histogram",
+            f'reco_stage_duration_seconds_sum{{stage="encode",modality="image"}} {self.images * 0.5}',
+            f'reco_stage_duration_seconds_count{{stage="encode",modality="image"}} {self.images / 4}',
+        ]
+        return 200, "\n".join([*lines, ""]), {"Content-Type": "text/plain; version=0.0.4"}
+
+
+def test_served_rate_counts_replies_and_reads_the_service_account(scripted: Scripted) -> None:
+    scripted.handle = handle = Counting()
+    found = asyncio.run(served_rate(scripted.url, [image_call([b"x"])], concurrency=2, seconds=0.4, warmup=0.05))
+    assert handle.images > 10
+    assert found["images_per_s"] > 0
+    assert found["mean_batch"] == 4
+    assert found["stages_ms"] == {"encode": 2000.0}
+    assert found["server_cpu_ms_per_image"] == 25
+
+
+def test_a_refused_request_ends_the_bench(scripted: Scripted) -> None:
+    scripted.handle = Counting(status=429)
+    with pytest.raises(Unexpected, match="429"):
+        asyncio.run(served_rate(scripted.url, [image_call([b"x"])], concurrency=1, seconds=0.1, warmup=0))

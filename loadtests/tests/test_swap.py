@@ -1,0 +1,128 @@
+"""A scripted service that mixes, fails or behaves: the verdict must follow."""
+
+import argparse
+import asyncio
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loadtests import swap
+from loadtests.calls import Call, Reply, Unexpected
+from loadtests.swap import Known, fault, telling
+from loadtests.tests.conftest import Scripted
+
+ROWS = {"m@a": np.array([[1.0, 0.0]], np.float32), "m@b": np.array([[0.6, 0.8]], np.float32)}
+KNOWN = Known(Call("embed/image", "/embed/image", b"", "image/jpeg"), ROWS)
+
+
+def reply(named: str, rows: list[list[float]], header: str | None = None, status: int = 200) -> Reply:
+    body = {"memory": named, "data": [{"embedding": row} for row in rows]}
+    return Reply(status, json.dumps(body).encode(), {"x-memory-version": header or named})
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (reply("m@a", [[1.0, 0.0]]), ""),
+        (reply("m@b", [[0.6004, 0.7997]]), ""),
+        (reply("m@a", [[0.6, 0.8]]), "mixed: the reply names m@a, row 0"),
+        (reply("m@a", [[0.8, 0.4]]), "mixed: the reply names m@a, row 0"),
+        (reply("m@a", [[1.0, 0.0]], header="m@b"), "mixed: the body names m@a, the header m@b"),
+        (reply("m@c", [[1.0, 0.0]]), "mixed: the body names m@c"),
+        (Reply(503, b"draining"), "status 503: draining"),
+        (Reply(0, b"ReadError: "), "status 0: ReadError: "),
+    ],
+)
+def test_a_reply_is_whole_or_its_fault_is_named(answer: Reply, expected: str) -> None:
+    assert fault(answer, KNOWN, 0.01).startswith(expected)
+    assert bool(fault(answer, KNOWN, 0.01)) == bool(expected)
+
+
+def test_calls_that_could_not_show_a_mix_are_left_out() -> None:
+    same = np.ones((1, 2), np.float32)
+    learned = {"m@a": [ROWS["m@a"], same], "m@b": [ROWS["m@b"], same]}
+    assert [known.call for known in telling([KNOWN.call, KNOWN.call], learned, 0.1)] == [KNOWN.call]
+    with pytest.raises(Unexpected, match="no answer differs"):
+        telling([KNOWN.call], {"m@a": [same], "m@b": [same]}, 0.1)
+
+
+class TwoVersions:
+    """A service of two versions; `mixing` lets it name the new one while it still answers by the old."""
+
+    def __init__(self, *, mixing: bool = False, failing: bool = False) -> None:
+        self._lock = threading.Lock()
+        self._serving = self._named = "a"
+        self._mixing, self._failing = mixing, failing
+        self._activations = 0
+
+    def __call__(self, method: str, path: str, body: bytes) -> tuple[int, object, dict[str, str]]:
+        with self._lock:
+            if path.endswith("/activate"):
+                self._named = json.loads(body)["version"]
+                self._activations += 1
+                if not (self._mixing and self._activations > 2):
+                    self._serving = self._named
+                return 202, {"id": "1", "state": "running"}, {}
+            if path.startswith("/jobs/"):
+                return 200, {"id": "1", "state": "done", "phase": "done"}, {}
+            if self._failing and self._activations > 2:
+                return 503, {"error": {"message": "busy"}}, {}
+            rows = body.count(b"image/jpeg") or (len(json.loads(body)["texts"]) if "text" in path else 1)
+            data = [{"embedding": ROWS[f"m@{self._serving}"][0].tolist()}] * rows
+            return 200, {"memory": f"m@{self._named}", "data": data}, {"X-Memory-Version": f"m@{self._named}"}
+
+
+def run(server: Scripted) -> dict[str, Any]:
+    chosen = {"url": server.url, "memory": "m", "versions": ["a", "b"], "workers": 4, "swaps": 4, "pause": 0.05, "apart": 1e-3}
+    return asyncio.run(swap.run(argparse.Namespace(**chosen, image=None, admin_key=None)))
+
+
+def test_a_clean_swap_passes(scripted: Scripted) -> None:
+    scripted.handle = TwoVersions()
+    report = run(scripted)
+    assert (report["swaps"], report["failed"], report["mixed"]) == (4, 0, 0)
+    assert set(report["replies_by_version"]) == {"m@a", "m@b"}
+    assert report["replies_in"]["steady"] > 0
+    assert "0 failed, 0 mixed" in swap.show(report)
+
+
+def test_a_service_that_names_one_version_and_answers_by_another_is_caught(scripted: Scripted) -> None:
+    scripted.handle = TwoVersions(mixing=True)
+    report = run(scripted)
+    assert report["mixed"] > 0
+    assert report["first_faults"][0].startswith("mixed: the reply names")
+
+
+def test_failed_replies_are_caught(scripted: Scripted) -> None:
+    scripted.handle = TwoVersions(failing=True)
+    assert run(scripted)["failed"] > 0
+
+
+def test_a_refused_activation_ends_the_run_in_one_line(scripted: Scripted) -> None:
+    scripted.handle = lambda method, path, body: (401, {"error": {"message": "wrong key"}}, {})
+    with pytest.raises(Unexpected, match="activate m@a: 401"):
+        run(scripted)
+
+
+@pytest.mark.parametrize(("mixing", "code"), [(False, 0), (True, 1)])
+def test_the_exit_code_is_the_verdict(scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixing: bool, code: int) -> None:
+    scripted.handle = TwoVersions(mixing=mixing)
+    out = tmp_path / "swap.json"
+    options = ["--memory", "m", "--versions", "a", "b", "--swaps", "20", "--pause", "0.02", "--url", scripted.url, "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["swap.py", *options])
+    assert swap.main() == code
+    report = json.loads(out.read_text())
+    assert {"commit", "hardware", "versions", "command"} <= set(report)
+    assert bool(report["mixed"]) is mixing
+
+
+def test_no_service_is_one_line(scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted.server_close()
+    options = ["--memory", "m", "--versions", "a", "b", "--url", scripted.url, "--out", str(tmp_path / "swap.json")]
+    monkeypatch.setattr("sys.argv", ["swap.py", *options])
+    with pytest.raises(SystemExit, match="ConnectError"):
+        swap.main()

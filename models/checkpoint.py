@@ -1,0 +1,110 @@
+"""Fusions on disk: one safetensors file with a JSON header. Nothing pickled.
+
+The header says for which encoder the fusion was trained, how many neighbours it likes, and whether both sides share one
+layer (the paper's layout), which is then stored once.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from index_store.manifest import same_encoder
+from index_store.pairs import SIDES, Side
+from models.errors import ConfigError, IncompatibleFusion
+from models.fusion import Fusion, FusionConfig, build_fusions
+
+FORMAT = "1"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FusionFile:
+    """The fusions of both sides, and what is known of them.
+
+    k: the neighbours to ask for by default.  fusion_id: 12 hex digits of the weights.  card: free JSON, how they came to be.
+    """
+
+    fusions: Mapping[Side, Fusion]
+    k: int
+    fusion_id: str
+    card: Mapping[str, Any]
+
+
+def save_fusions(path: Path, fusions: Mapping[Side, Fusion], *, encoder: str, k: int, card: Mapping[str, Any]) -> str:
+    """Write the file whole or not at all; return its fusion_id."""
+    layers = _layers(fusions)
+    header = {
+        "format": FORMAT,
+        "encoder": encoder,
+        "k": str(k),
+        "configs": json.dumps({name: asdict(layer.config) for name, layer in layers.items()}),
+        "card": json.dumps(card),
+    }
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(save(_tensors(layers), metadata=header))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return _fusion_id(layers)
+
+
+def load_fusions(path: Path, *, encoder: str) -> FusionFile:
+    """The fusions of a file, refused unless trained on this very encoder."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if header.get("format") != FORMAT:
+            raise IncompatibleFusion(f"{path.name} is format {header.get('format')!r}, this version reads {FORMAT}: train it again")
+        if not same_encoder(header["encoder"], encoder):
+            raise IncompatibleFusion(
+                f"{path.name} was trained on {header['encoder']}, this is {encoder}: train a fusion for it, or serve its encoder"
+            )
+        layers = {name: _layer(config, name, tensors) for name, config in json.loads(header["configs"]).items()}
+        fusions: dict[Side, Fusion] = {side: layers.get("shared") or layers[side] for side in SIDES}
+        return FusionFile(fusions, int(header["k"]), _fusion_id(layers), json.loads(header["card"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
+        raise IncompatibleFusion(f"{path.name} is not a fusion file ({type(error).__name__}): give the file that training wrote") from error
+
+
+def untrained_fusions(dim: int, *, alpha: float = 1.0, k: int = 10) -> FusionFile:
+    """The training-free rule, for an encoder that has no fusion of its own yet. The same id every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fusions = build_fusions("default", dim, alpha=alpha)
+    return FusionFile(fusions, k, _fusion_id(_layers(fusions)), {"trained": False, "alpha": alpha})
+
+
+def _layers(fusions: Mapping[Side, Fusion]) -> dict[str, Fusion]:
+    """The distinct layers by the name they are stored under."""
+    return {"shared": fusions["image"]} if fusions["image"] is fusions["text"] else {str(side): fusions[side] for side in SIDES}
+
+
+def _layer(config: Mapping[str, Any], name: str, tensors: Mapping[str, torch.Tensor]) -> Fusion:
+    """One layer out of the file; a missing, surplus or misshapen weight is refused by load_state_dict."""
+    layer = Fusion(FusionConfig(**config))
+    prefix = f"{name}."
+    layer.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)})
+    return layer.eval()
+
+
+def _tensors(layers: Mapping[str, Fusion]) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": value.detach().cpu().contiguous() for name, layer in layers.items() for key, value in layer.state_dict().items()
+    }
+
+
+def _fusion_id(layers: Mapping[str, Fusion]) -> str:
+    digest = hashlib.sha256(json.dumps({name: asdict(layer.config) for name, layer in layers.items()}, sort_keys=True).encode())
+    for name, tensor in sorted(_tensors(layers).items()):
+        digest.update(name.encode())
+        digest.update(tensor.float().numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,194 @@
+"""The fusion network: one light transformer layer that refines an embedding with what the memory returned.
+
+    query (B, D) ──┐                                      ┌─ no neighbour: the query itself
+    values (B, K, D) ─ tokens ─ start ─ + attend ─ + mlp ─┴─ unit ─> (B, D)
+
+Only token 0, the query's, is read out, so only its row of the layer is computed: queries, output projection and MLP for
+one token, keys and values for all. The numbers are those of the full layer at about a quarter of the work.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from index_store.pairs import Side
+from models.errors import ConfigError
+
+Start = Literal["identity", "mean"]
+PRESETS = ("default", "paper", "paper-split")
+
+
+@dataclass(frozen=True, slots=True)
+class FusionConfig:
+    """The shape of one fusion layer.
+
+    start: what the untrained layer gives: "identity" the query, "mean" the training-free rule unit(query + alpha * mean(values)).
+    """
+
+    dim: int
+    heads: int
+    mlp_ratio: float
+    rank_vectors: bool  # one learned vector per token position: the layer then sees the rank of each neighbour
+    max_k: int
+    dropout: float = 0.0
+    start: Start = "mean"
+    alpha: float = 1.0  # the useful strength differs by task: at most 1 for sentences, 2 to 8 for class captions
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise ConfigError(f"a fusion of width {self.dim} cannot have {self.heads} heads: choose a divisor of {self.dim}")
+        if self.max_k < 1 or self.alpha <= 0:
+            raise ConfigError(f"a fusion needs max_k >= 1 and alpha > 0, not {self.max_k} and {self.alpha}")
+
+
+def preset(name: str, dim: int, *, alpha: float = 1.0) -> FusionConfig:
+    """The configuration of a named preset; `alpha` matters to "default" alone.
+
+    "paper" and "paper-split" are the two layouts that meet the paper's 3.16 M parameters at D = 512.
+    """
+    heads = next(heads for heads in range(max(1, dim // 64), 0, -1) if dim % heads == 0)  # 64 wide, as in CLIP
+    if name == "default":
+        return FusionConfig(dim, heads, mlp_ratio=1, rank_vectors=False, max_k=100, start="mean", alpha=alpha)
+    if name == "paper":
+        return FusionConfig(dim, heads, mlp_ratio=4, rank_vectors=True, max_k=10, start="identity")
+    if name == "paper-split":
+        return FusionConfig(dim, heads, mlp_ratio=1, rank_vectors=False, max_k=100, start="identity")
+    raise ConfigError(f"unknown fusion preset {name!r}: choose one of {', '.join(PRESETS)}")
+
+
+class Fused(NamedTuple):
+    """What a fusion gives. vectors: (B, D) float32 unit.  weights: (B, K) float32, the attention paid to each neighbour."""
+
+    vectors: Tensor
+    weights: Tensor
+
+
+class Attention(nn.Module):
+    """Multi-head attention asked by one token. It ends in zeros: untrained, it adds nothing."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.query = nn.Linear(config.dim, config.dim)
+        self.key_value = nn.Linear(config.dim, 2 * config.dim)
+        self.out = _zeroed(nn.Linear(config.dim, config.dim))
+
+    def forward(self, tokens: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """What token 0 gathers.
+
+        tokens: (B, T, D).  present: (B, T) bool.  Returns (B, D) and the weights (B, T), averaged over the heads.
+        """
+        query = self.query(tokens[:, 0]).unflatten(-1, (self.heads, -1))  # (B, h, d)
+        key, value = self.key_value(tokens).unflatten(-1, (2, self.heads, -1)).unbind(2)  # (B, T, h, d) each
+        logits = torch.einsum("bhd,bthd->bht", query, key) / math.sqrt(query.shape[-1])
+        weights = masked_softmax(logits, present[:, None])  # (B, h, T)
+        gathered = torch.einsum("bht,bthd->bhd", weights, value).flatten(1)  # (B, D)
+        return self.out(gathered), weights.mean(1)
+
+
+class Mlp(nn.Module):
+    """Two linear layers around a GELU, ending in zeros."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        width = round(config.dim * config.mlp_ratio)
+        self.widen = nn.Linear(config.dim, width)
+        self.narrow = _zeroed(nn.Linear(width, config.dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, D)."""
+        narrowed: Tensor = self.narrow(F.gelu(self.widen(x)))
+        return narrowed
+
+
+class Pool(nn.Module):
+    """The training-free rule with four learned numbers: alpha * weighted mean of the values.
+
+    The weights are a softmax of temperature * score, uniform at first. Alpha is one number at first; learned, it may follow
+    how near the best neighbour is and how much the values agree (the length of their mean), which tells class captions
+    from sentences without naming the task.
+    """
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.zeros(()))
+        self.strength = _zeroed(nn.Linear(2, 1))
+        nn.init.constant_(self.strength.bias, math.log(config.alpha))
+
+    def forward(self, values: Tensor, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """values: (B, K, D).  scores, mask: (B, K).  Returns what to add to the query (B, D) and the weights (B, K)."""
+        weights = masked_softmax(self.temperature * scores, mask)
+        mean = torch.einsum("bk,bkd->bd", weights, values)
+        nearest = F.pad(torch.where(mask, scores, -1.0), (1, 0), value=-1.0).amax(1)  # (B,), -1 where there is none
+        agreement = torch.sqrt(mean.square().sum(1) + 1e-12)  # (B,), with a gradient at 0
+        alpha = self.strength(torch.stack([nearest, agreement], 1)).exp()  # (B, 1)
+        return alpha * mean, weights
+
+
+class Fusion(nn.Module):
+    """One pre-norm transformer layer over the query and its K neighbours, read at the query."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rank = nn.Parameter(torch.zeros(config.max_k + 1, config.dim)) if config.rank_vectors else None
+        self.pool = Pool(config) if config.start == "mean" else None
+        self.norm_tokens = nn.LayerNorm(config.dim)
+        self.attention = Attention(config)
+        self.norm_mlp = nn.LayerNorm(config.dim)
+        self.mlp = Mlp(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, query: Tensor, values: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
+        """The refined query. Shapes as in `fuse`; returns (B, D) unit."""
+        return self.fuse(query, values, scores, mask).vectors
+
+    def fuse(self, query: Tensor, values: Tensor, scores: Tensor, mask: Tensor) -> Fused:
+        """The refined query, and how much each neighbour was attended to.
+
+        query: (B, D) unit.  values: (B, K, D).  scores: (B, K).  mask: (B, K) bool, True = present.
+        A row without any neighbour is its query, bit for bit.
+        """
+        if values.shape[1] > self.config.max_k:
+            raise ConfigError(f"{values.shape[1]} neighbours, but this fusion takes at most {self.config.max_k}: ask for a smaller k")
+        tokens = torch.cat([query[:, None], values], 1)  # (B, 1+K, D)
+        if self.rank is not None:
+            tokens = tokens + self.rank[: tokens.shape[1]]
+        x, weights = tokens[:, 0], None
+        if self.pool is not None:
+            pooled, weights = self.pool(values, scores, mask)
+            x = x + pooled
+        present = F.pad(mask, (1, 0), value=True)  # (B, 1+K): the query always sees itself
+        attended, attention = self.attention(self.norm_tokens(tokens), present)
+        x = x + self.dropout(attended)
+        x = x + self.dropout(self.mlp(self.norm_mlp(x)))
+        vectors = torch.where(mask.any(1, keepdim=True), F.normalize(x, dim=-1), query)
+        return Fused(vectors, attention[:, 1:] if weights is None else weights)
+
+
+def build_fusions(name: str, dim: int, *, alpha: float = 1.0) -> Mapping[Side, Fusion]:
+    """One untrained fusion per side, as the preset lays them out: "paper" shares one layer, the others have two."""
+    config = preset(name, dim, alpha=alpha)
+    image = Fusion(config)
+    return {"image": image, "text": image if name == "paper" else Fusion(config)}
+
+
+def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """A softmax over the last axis among the present; zeros where nothing is present (and gradients without NaN).
+
+    The one place where a mask of the present is inverted.
+    """
+    lowest = torch.finfo(logits.dtype).min
+    return logits.masked_fill(~mask, lowest).softmax(-1) * mask
+
+
+def _zeroed(linear: nn.Linear) -> nn.Linear:
+    """The same layer, starting at zero."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,171 @@
+"""RECO in one page: encode -> retrieve -> fuse. Training, evaluation and serving all come through here."""
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from index_store.errors import IncompatibleSnapshot
+from index_store.manifest import same_encoder
+from index_store.neighbors import Neighbors
+from index_store.pairs import Id, Side
+from index_store.snapshot import Snapshot
+from models.clip import Encoded, Encoder
+from models.errors import ConfigError
+from models.fusion import Fused, Fusion
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds spent in each stage by the whole batch."""
+
+    encode: float = 0.0
+    retrieve: float = 0.0
+    fuse: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embeddings:
+    """What a batch became.
+
+    vectors, plain: (B, D) float32 unit, the refined and CLIP's own.  enhanced: (B,) bool, True where a neighbour was found.
+    neighbors, weights (B, K) and memory ("name@version"): what refined them; None where no memory was asked.
+    """
+
+    vectors: np.ndarray
+    plain: np.ndarray
+    enhanced: np.ndarray
+    neighbors: Neighbors | None
+    weights: np.ndarray | None
+    memory: str | None
+    timings: Timings
+
+    def row(self, i: int) -> "Embeddings":
+        """The i-th item alone, as a batch of one; the timings stay those of the whole batch."""
+        one = slice(i, i + 1)
+        return replace(
+            self,
+            vectors=self.vectors[one],
+            plain=self.plain[one],
+            enhanced=self.enhanced[one],
+            neighbors=None if self.neighbors is None else self.neighbors.row(i),
+            weights=None if self.weights is None else self.weights[one],
+        )
+
+
+class Reco:
+    """A frozen encoder and its fusions. It holds no memory: the caller pins a snapshot and hands it over with each batch."""
+
+    def __init__(self, encoder: Encoder, fusions: Mapping[Side, Fusion], fusion_id: str, k: int) -> None:
+        self.encoder = encoder
+        self.fusions = {side: fusion.to(encoder.device).eval() for side, fusion in fusions.items()}
+        self.fusion_id = fusion_id
+        self.k = k
+        self.max_k = min(fusion.config.max_k for fusion in fusions.values())
+        for fusion in fusions.values():
+            if fusion.config.dim != encoder.dim:
+                raise ConfigError(f"a fusion of width {fusion.config.dim} cannot refine vectors of width {encoder.dim}: use its encoder")
+
+    def embed(
+        self,
+        batch: np.ndarray,
+        side: Side,
+        snapshot: Snapshot | None,
+        k: int | np.ndarray | None = None,
+        *,
+        max_similarity: float | np.ndarray | None = None,
+        exclude: Sequence[Collection[Id]] | None = None,
+    ) -> Embeddings:
+        """Encode a batch and refine it: `enhance(encode(batch))`, timed. batch as in `Encoder.encode`."""
+        start = time.perf_counter()
+        encoded = self.encode(batch, side)
+        seconds = time.perf_counter() - start
+        found = self.enhance(encoded, side, snapshot, k, max_similarity=max_similarity, exclude=exclude)
+        return replace(found, timings=replace(found.timings, encode=seconds))
+
+    def encode(self, batch: np.ndarray, side: Side) -> Encoded:
+        """The plain vectors of a batch. batch as in `Encoder.encode`."""
+        return self.encoder.encode(batch, side)
+
+    def enhance(
+        self,
+        encoded: Encoded,
+        side: Side,
+        snapshot: Snapshot | None,
+        k: int | np.ndarray | None = None,
+        *,
+        max_similarity: float | np.ndarray | None = None,
+        exclude: Sequence[Collection[Id]] | None = None,
+    ) -> Embeddings:
+        """Refine vectors with what one snapshot holds near them; without a snapshot they stay plain.
+
+        k: neighbours, one number or one per row (B,); None = the fusion's.
+        A snapshot made by another encoder raises IncompatibleSnapshot before anything is computed.
+        """
+        plain = encoded.vectors
+        if snapshot is None:
+            return Embeddings(plain, plain, np.zeros(len(plain), bool), None, None, None, Timings())
+        self._refuse_stranger(snapshot)
+        start = time.perf_counter()
+        neighbors = self._retrieve(encoded, side, snapshot, self.k if k is None else k, max_similarity, exclude)
+        middle = time.perf_counter()
+        fused = self._fuse(plain, neighbors, side)
+        timings = Timings(retrieve=middle - start, fuse=time.perf_counter() - middle)
+        weights = fused.weights.cpu().numpy()
+        enhanced = np.asarray(neighbors.mask.any(axis=1))
+        return Embeddings(fused.vectors.cpu().numpy(), plain, enhanced, neighbors, weights, snapshot.ref, timings)
+
+    def embed_labels(self, labels: Sequence[str], templates: Sequence[str], snapshot: Snapshot | None, k: int | None = None) -> np.ndarray:
+        """(C, D) float32 unit: for each label the mean of its refined prompts, every "{}" of a template filled with the label."""
+        prompts = [template.replace("{}", label) for label in labels for template in templates]
+        blocks = [self.encoder.tokenize(prompts[at : at + 256]) for at in range(0, len(prompts), 256)]
+        vectors = np.concatenate([self.embed(block, "text", snapshot, k).vectors for block in blocks])  # (C*T, D)
+        means = vectors.reshape(len(labels), len(templates), -1).mean(1)  # (C, D)
+        unit: np.ndarray = F.normalize(torch.from_numpy(means), dim=-1).numpy()
+        return unit
+
+    def _refuse_stranger(self, snapshot: Snapshot) -> None:
+        if not same_encoder(snapshot.manifest.encoder, self.encoder.fingerprint):
+            raise IncompatibleSnapshot(
+                f"{snapshot.ref} was built by {snapshot.manifest.encoder}, this service encodes with {self.encoder.fingerprint}: "
+                "rebuild it, or serve its encoder"
+            )
+
+    def _retrieve(
+        self,
+        encoded: Encoded,
+        side: Side,
+        snapshot: Snapshot,
+        k: int | np.ndarray,
+        max_similarity: float | np.ndarray | None,
+        exclude: Sequence[Collection[Id]] | None,
+    ) -> Neighbors:
+        """The neighbours of each row, those beyond its own k masked away."""
+        each = np.broadcast_to(np.asarray(k), (len(encoded.vectors),))  # (B,)
+        least, most = int(each.min(initial=1)), int(each.max(initial=1))
+        if least < 1 or most > self.max_k:
+            raise ConfigError(
+                f"k = {most if most > self.max_k else least} is outside 1 to {self.max_k}, what this fusion takes: choose a k within"
+            )
+        key = encoded.key(snapshot.key_kind(side))
+        neighbors = snapshot.retrieve(key, side, most, max_similarity=max_similarity, exclude=exclude)
+        within = np.arange(neighbors.mask.shape[1]) < each[:, None]  # (B, K)
+        return neighbors if within.all() else _only(neighbors, within)
+
+    def _fuse(self, plain: np.ndarray, neighbors: Neighbors, side: Side) -> Fused:
+        """(B, D) refined, on the encoder's device, in float32 whatever the encoder's precision."""
+        device = self.encoder.device
+        values = torch.from_numpy(neighbors.values).to(device, torch.float32)
+        tensors = (torch.from_numpy(array).to(device) for array in (neighbors.scores, neighbors.mask))
+        with torch.inference_mode():
+            return self.fusions[side].fuse(torch.from_numpy(plain).to(device), values, *tensors)
+
+
+def _only(neighbors: Neighbors, within: np.ndarray) -> Neighbors:
+    """The same search with only some neighbours present; the others become absent. within: (B, K) bool."""
+    kept = neighbors.mask & within
+    ids, scores = (np.where(kept, array, np.zeros_like(array)) for array in (neighbors.ids, neighbors.scores))
+    return replace(neighbors, ids=ids, scores=scores, values=neighbors.values * kept[..., None], mask=kept)

@@ -1,0 +1,95 @@
+"""The bundled starter model: `clip.json` and `clip.safetensors`, `fusion.safetensors`, and a ready memory of grocery photos.
+
+The memory travels as arrays (no image): `memory.safetensors` holds the vectors, `memory.json` the ids and class names.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from index_store.build import build_version
+from index_store.errors import StoreBusy
+from index_store.pairs import Pairs
+from index_store.store import Store
+
+__all__ = ["CONFIG", "FOLDER", "FUSION", "MEMORY", "VERSIONS", "WEIGHTS", "StarterMemory", "install_starter"]
+
+FOLDER = Path(__file__).parent
+CONFIG, WEIGHTS, FUSION = FOLDER / "clip.json", FOLDER / "clip.safetensors", FOLDER / "fusion.safetensors"
+MEMORY = "grocery"
+VERSIONS = ("fruit-and-vegetables", "all")  # in the order they are built; the last one is served
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StarterMemory:
+    """N photos of C classes, all of them embedded by one encoder.
+
+    encoder: its fingerprint.  ids: N strings.  label: (N,) int, row of `classes` and `text`.  image: (N, D), image_key: (N, Dt), text: (C, D),
+    float16 unit rows.  classes: C records {"caption", "class", "coarse_class", "packaged"}.
+    """
+
+    encoder: str
+    ids: Sequence[str]
+    label: np.ndarray
+    image: np.ndarray
+    image_key: np.ndarray
+    text: np.ndarray
+    classes: Sequence[Mapping[str, Any]]
+
+    def save(self, folder: Path) -> None:
+        """Write both files, each in one move."""
+        arrays = {"label": self.label.astype(np.int16), "image": self.image, "image_key": self.image_key, "text": self.text}
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "memory.partial")
+        (folder / "memory.partial").replace(folder / "memory.safetensors")
+        names = {"encoder": self.encoder, "classes": list(self.classes), "ids": list(self.ids)}
+        (folder / "memory.json").write_text(json.dumps(names, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path = FOLDER) -> "StarterMemory":
+        """Read what `save` wrote."""
+        names = json.loads((folder / "memory.json").read_text())
+        return cls(names["encoder"], names["ids"], **load_file(folder / "memory.safetensors"), classes=names["classes"])
+
+    def pairs(self, version: str) -> Pairs:
+        """The pairs of one version: every class in "all", the unpackaged ones in "fruit-and-vegetables"."""
+        kept = np.array([version == "all" or not self.classes[label]["packaged"] for label in self.label])  # (N,) bool
+        rows = np.flatnonzero(kept)
+        return Pairs(
+            ids=np.array(self.ids)[rows],
+            image=self.image[rows],
+            text=self.text[self.label[rows]],
+            records=[self.classes[label] for label in self.label[rows]],
+            image_key=self.image_key[rows],
+        )
+
+
+def install_starter(store: Store, folder: Path = FOLDER) -> None:
+    """Build the memory "grocery" in `store`, unless it stands there already, and serve all 81 classes.
+
+    Safe to repeat, and beside another process that does the same: a version appears whole or not at all, and a memory
+    that has a current version keeps it.
+    """
+    missing = [version for version in VERSIONS if MEMORY not in store.names() or version not in store.versions(MEMORY)]
+    if missing:
+        memory = StarterMemory.load(folder)
+        for version in missing:
+            build_version(
+                store,
+                MEMORY,
+                version,
+                [memory.pairs(version)],
+                encoder=memory.encoder,
+                kinds={"image": "trunk", "text": "vector"},
+                source={"photos": "Grocery Store data set, training split", "licence": "MIT"},
+            )
+    if not _has_current(store):
+        store.activate(MEMORY, VERSIONS[-1])
+
+
+def _has_current(store: Store) -> bool:
+    return bool(store.current(MEMORY))

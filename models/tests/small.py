@@ -1,0 +1,52 @@
+"""Small real things made on the spot: unit rows, photos made of numbers, tars, a memory on disk."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from index_store.build import build_version
+from index_store.pairs import KeyKind, Pairs, Side
+from index_store.snapshot import Snapshot
+from index_store.store import Store
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows made unit length, float32."""
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def picture(seed: int, width: int = 80, height: int = 64) -> Image.Image:
+    """A smooth random RGB image, its own for each seed."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded_as(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """The image file, such as encoded_as(picture(0), "JPEG", quality=90)."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def memory_of(folder: Path, pairs: Pairs, encoder: str, kinds: Mapping[Side, KeyKind] | None = None, name: str = "m") -> Snapshot:
+    """A finished version of these pairs, opened."""
+    store = Store(folder)
+    manifest = build_version(store, name, None, [pairs], encoder=encoder, kinds=kinds or {"image": "vector", "text": "vector"})
+    return store.open(name, manifest.version, encoder=encoder)
+
+
+def tar_of(path: Path, members: Iterable[tuple[str, bytes | Mapping[str, Any]]]) -> Path:
+    """A tar of these members in this order; a mapping is written as json."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path

@@ -1,0 +1,1 @@
+"""RECO Serve: HTTP, batching, lifecycle and the command line."""

@@ -1,0 +1,88 @@
+"""create_app: the only assembly line. It takes an opened engine: what cannot be opened is told in one line, not in a trace."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from index_store.errors import StoreError
+from models.errors import ModelError
+from service.batcher import BatcherError
+from service.engine import Engine
+from service.errors import BadRequest, InvalidValue, Refusal, ServiceError
+from service.gate import Gate, error_response
+from service.routes import classify, embed, health, memories
+from service.wire import dump
+
+log = logging.getLogger("reco")
+PAGE = Path(__file__).parent / "page"
+
+
+def create_app(engine: Engine) -> FastAPI:
+    """The application around an opened engine; its lifespan starts and stops the batchers."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with engine.running():
+            yield
+
+    app = FastAPI(title="RECO Serve", version=version("reco-serve"), lifespan=lifespan, summary="Retrieval-enhanced CLIP embeddings")
+    app.state.engine = engine
+    for family in (embed, classify, memories, health):
+        app.include_router(family.router)
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    app.add_api_route("/", _index, include_in_schema=False)
+    for kind in (ServiceError, StoreError, ModelError, BatcherError):
+        app.add_exception_handler(kind, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _left)
+    app.add_exception_handler(Exception, _bug)
+    app.add_middleware(Gate, engine=engine)
+    return app
+
+
+async def _index() -> FileResponse:
+    return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:"})
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+async def _invalid(_: Request, error: Exception) -> Response:
+    """What pydantic says of a body, in our words: the first problem, with its field."""
+    assert isinstance(error, RequestValidationError)  # noqa: S101  registered for this class alone
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"][1:]) or "body"
+    if first["type"] in ("json_invalid", "extra_forbidden", "missing"):
+        return error_response(BadRequest(f"{field}: {first['msg']}", field))
+    return error_response(InvalidValue(f"{field}: {first['msg']}", field))
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals (no such route, wrong method) in the one error body."""
+    assert isinstance(error, HTTPException)  # noqa: S101  registered for this class alone
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
+    told = Refusal(
+        error.status_code, f"{request.method} {request.url.path}: {error.detail}; GET /docs lists the routes", "invalid_request_error", code
+    )
+    return Response(dump(told.body), told.status, headers=error.headers, media_type="application/json")
+
+
+async def _left(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it; the metrics count it
+
+
+async def _bug(_: Request, error: Exception) -> Response:
+    return error_response(error)

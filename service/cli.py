@@ -1,0 +1,135 @@
+"""`reco`: the command line's grammar. Each command is one function of `commands.py`, imported once the line is known to be right."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+EPILOG = """examples:
+  reco serve                                              the bundled starter on 127.0.0.1:8000
+  reco memory build catalog photos/ --activate            a folder with a captions.csv
+  reco memory build catalog shards/*.tar --caption "a photo of {class}"
+  reco eval classify test.tar --memory catalog            does it help on my data?
+Every flag of `serve` is also RECO_<FLAG> in the environment and a key of a TOML file (--config)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0 done, 1 failed, 2 wrong usage; an error is one line on stderr, with the stack only under --verbose."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("reco").setLevel(logging.INFO)
+    try:
+        getattr(import_module("service.commands"), args.run)(args)
+    except KeyboardInterrupt:
+        print("reco: stopped; nothing half-made is left", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 0  # the reader, such as `head`, has seen enough
+    except Exception as error:  # noqa: BLE001  the last line of defence: told, and an exit code
+        return _told(error, verbose=args.verbose)
+    return 0
+
+
+def _told(error: Exception, *, verbose: bool) -> int:
+    """One line for an error of ours; anything else is a bug and shows its stack."""
+    from index_store.errors import StoreError
+    from models.errors import ModelError
+    from service.errors import ServiceError, UsageError
+
+    if verbose or not isinstance(error, ServiceError | StoreError | ModelError):
+        logging.getLogger("reco").error("%s", error, exc_info=error)
+    print(f"reco: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("reco", description="Retrieval-enhanced CLIP embeddings.", epilog=EPILOG, formatter_class=shape)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _serve_parser(commands)
+    memory = commands.add_parser("memory", help="build, list, check and choose memories").add_subparsers(metavar="COMMAND", required=True)
+    _memory_parsers(memory)
+    train = _command(commands, "train", "train", "train a fusion from a TOML file")
+    train.add_argument("recipe", type=Path, metavar="CONFIG.toml")
+    evaluate = commands.add_parser("eval", help="does it help on my data?").add_subparsers(metavar="COMMAND", required=True)
+    _classify_parser(evaluate)
+    _with_settings(_command(commands, "info", "info", "print versions, the model and the store as JSON"), "store", "model")
+    return parser
+
+
+def _command(commands: Any, name: str, run: str, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(run=run)
+    parser.add_argument("--verbose", action="store_true", help="log more, and show the stack of an error")
+    parser.add_argument("--config", type=Path, metavar="TOML", help="a file of settings; flags and RECO_* variables go before it")
+    return parser
+
+
+def _with_settings(parser: argparse.ArgumentParser, *groups: str) -> argparse.ArgumentParser:
+    """Flags that Settings reads; unset ones stay None, so that the environment and the file can speak."""
+    if "store" in groups:
+        parser.add_argument("--store", metavar="DIR", help="where memories live (default var/store)")
+    if "memory" in groups:
+        parser.add_argument("--memory", metavar="NAME", help="the default memory")
+    if "model" in groups:
+        parser.add_argument("--model", help="'starter', an open_clip name, or an open_clip config file")
+        parser.add_argument("--pretrained", metavar="TAG|FILE", help="a hub tag, a local weights file, or 'random' for speed tests")
+        parser.add_argument("--fusion", metavar="FILE", help="what `reco train` wrote; default: the starter's, else the training-free rule")
+        parser.add_argument("--device", choices=["auto", "cpu", "cuda"])
+        parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"])
+    return parser
+
+
+def _serve_parser(commands: Any) -> None:
+    parser = _with_settings(_command(commands, "serve", "serve", "answer over HTTP"), "store", "memory", "model")
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    for flag, unit in (
+        ("max-batch", "N"),
+        ("max-queue", "N"),
+        ("max-items", "N"),
+        ("max-pixels", "N"),
+        ("drain-s", "S"),
+        ("timeout-s", "S"),
+    ):
+        parser.add_argument(f"--{flag}", metavar=unit)
+
+
+def _memory_parsers(commands: Any) -> None:
+    build = _with_settings(_command(commands, "build", "build", "encode image-text pairs into a new version"), "store", "model")
+    build.add_argument("name")
+    build.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help="webdataset .tar files, or folders with a captions.csv")
+    build.add_argument("--version", help="default: today and a letter")
+    build.add_argument("--caption", metavar="TEMPLATE", help="over the item's JSON fields or columns, such as 'a photo of {class}'")
+    build.add_argument("--image-key", choices=["vector", "trunk"], default="vector", help="what the image search compares (default vector)")
+    build.add_argument("--index", default="auto", metavar="auto|FACTORY", help="'auto', or a faiss factory string")
+    build.add_argument("--shard-pairs", type=int, default=1_000_000, metavar="N")
+    build.add_argument("--activate", action="store_true", help="make it the version that the next `reco serve` serves")
+    _with_settings(_command(commands, "list", "list_memories", "all memories and versions"), "store")
+    show = _with_settings(_command(commands, "show", "show", "one memory's manifest"), "store")
+    verify = _with_settings(_command(commands, "verify", "verify", "read every byte of a version and answer its probe queries"), "store")
+    for parser in (show, verify):
+        parser.add_argument("ref", metavar="NAME[@VERSION]")
+    activate = _with_settings(_command(commands, "activate", "activate", "choose the version to serve"), "store")
+    activate.add_argument("ref", metavar="NAME@VERSION")
+    activate.add_argument("--url", help="swap it in a running service as well, e.g. http://127.0.0.1:8000 (RECO_ADMIN_KEY is sent if set)")
+
+
+def _classify_parser(commands: Any) -> None:
+    parser = _command(commands, "classify", "classify", "zero-shot accuracy, plain against enhanced, on labelled tars")
+    _with_settings(parser, "store", "memory", "model")
+    parser.add_argument("sources", nargs="+", type=Path, metavar="TAR", help="webdataset tars whose JSON names the class")
+    parser.add_argument("--label", default="class", metavar="FIELD", help="the JSON field of the class (default class)")
+    parser.add_argument("--templates", nargs="+", default=["a photo of a {}."], help="prompts, each with one {}")
+    parser.add_argument("--k", type=int, help="neighbours (default the fusion's)")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N images only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON too")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Untrusted bytes -> pixels, beside the event loop: a bad image is refused here and never enters a batch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+
+from models.images import read_image
+from service.errors import NotServing
+
+__all__ = ["Decoder"]
+
+
+class Decoder:
+    """A bounded pool of threads that decode and preprocess.
+
+    preprocess: RGB image -> (3, H, W) uint8, called from several threads.  At most `workers` images are held as full pixels at a time,
+    each of up to `max_pixels`, whatever the number of callers; a caller who leaves before its turn is skipped.
+    """
+
+    def __init__(self, preprocess: Callable[[Image.Image], np.ndarray], *, max_pixels: int, workers: int) -> None:
+        self._preprocess, self._max_pixels = preprocess, max_pixels
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self._closed = False
+
+    async def decode(self, data: bytes) -> np.ndarray:
+        """The encoder's input of one encoded image. -> (3, H, W) uint8.
+
+        Raises ImageError (UnsupportedImage, ImageTooLarge by the header alone, BrokenImage), NotServing after close.
+        """
+        if self._closed:
+            raise NotServing("the service is shutting down and decodes no new image: retry elsewhere or later")
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._pixels, data)
+
+    def close(self) -> None:
+        """Take no more images; those handed over before are still decoded."""
+        self._closed = True
+        self._pool.shutdown(wait=False)
+
+    def _pixels(self, data: bytes) -> np.ndarray:
+        return self._preprocess(read_image(data, max_pixels=self._max_pixels))

@@ -1,0 +1,269 @@
+"""Engine: owns the model, the live memories, the batchers and the label sets; everything a route asks for is a method of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from index_store import Side, Snapshot, Store
+from models.checkpoint import load_fusions, untrained_fusions
+from models.clip import Encoder, EncoderSpec
+from models.reco import Reco
+from models.starter import FUSION, MEMORY, install_starter
+from service.batcher import Answer, Batcher, QueueFull
+from service.decode import Decoder
+from service.errors import InvalidValue, ItemRefused
+from service.label_sets import LabelSet, LabelSets
+from service.live import Job, LiveMemories
+from service.metrics import Metrics, Stage
+from service.settings import Settings
+from service.wire import Options
+from service.work import Query, Row, Work, answer
+
+log = logging.getLogger("reco")
+PULSE_S = 5.0  # an idle tower gets a real item this often, so that readiness speaks of the model and not of the clock
+STALE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answered:
+    """Rows or refusals in the order of the items, and the seconds of each stage, the slowest item's."""
+
+    rows: Sequence[Row | ItemRefused]
+    seconds: dict[Stage, float]
+    tokens: int = 0  # of all texts, padding left out
+
+
+class Engine:
+    """Opened once per process; what cannot be opened is refused in one line.
+
+    State: the counts of items admitted and not yet answered, the time of each tower's last good batch, and whether it is draining,
+    and the requests inside.
+    """
+
+    def __init__(self, settings: Settings, reco: Reco, store: Store, metrics: Metrics) -> None:
+        self.settings, self.reco, self.metrics = settings, reco, metrics
+        encoder = reco.encoder
+        default = settings.memory or (MEMORY if settings.model == "starter" else None)
+        self.memories = LiveMemories(store, encoder=encoder.fingerprint, fusion=reco.fusion_id, default=default, metrics=metrics)
+        self.label_sets = LabelSets(
+            store.root / ".label-sets", reco.embed_labels, max_texts=settings.max_labels, max_sets=settings.max_label_sets, metrics=metrics
+        )
+        self._decoder = Decoder(encoder.preprocess, max_pixels=settings.max_pixels, workers=settings.decode_workers)
+        self._batchers: dict[Side, Batcher[Work, Row]] = {"image": self._batcher("image"), "text": self._batcher("text")}
+        self._admitted: dict[Side, int] = {"image": 0, "text": 0}
+        self._good_batch: dict[Side, float] = {"image": -STALE_S, "text": -STALE_S}
+        self._tasks: list[asyncio.Task[None]] = []
+        self.draining = False
+        self.inside = 0  # requests let in and not yet answered; the gate counts
+
+    @classmethod
+    def open(cls, settings: Settings) -> Engine:
+        """Load the encoder, the fusion and every current memory. Raises ModelError, StoreError or ServiceError, each one line."""
+        import faiss
+        import torch
+
+        reco, store = load_reco(settings), Store(settings.store)
+        if settings.model == "starter":
+            install_starter(store)
+        metrics = Metrics(version=version("reco-serve"), torch=torch.__version__, faiss=faiss.__version__)
+        return cls(settings, reco, store, metrics)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Serve batches until left; then answer what was admitted and let go."""
+        self._tasks = [asyncio.create_task(batcher.serve()) for batcher in self._batchers.values()]
+        for side in self._batchers:
+            await self._pulse(side)  # the first batch of each tower: warm before ready
+        pulse = asyncio.create_task(self._keep_pulse())
+        try:
+            yield
+        finally:
+            self.draining = True
+            pulse.cancel()
+            await self.memories.close()
+            await asyncio.gather(*(batcher.close() for batcher in self._batchers.values()))
+            self._decoder.close()
+
+    def not_live(self) -> str | None:
+        """None, or that a worker has ended."""
+        ended = [side for side, task in zip(self._batchers, self._tasks, strict=False) if task.done()]
+        return f"the {ended[0]} worker has ended: restart the service" if ended else None
+
+    def not_ready(self) -> str | None:
+        """None, or why no traffic should come here."""
+        if self.draining:
+            return "shutting down"
+        now = time.monotonic()
+        for side, last in self._good_batch.items():
+            if now - last > STALE_S:
+                return f"no {side} batch has passed in the last {STALE_S:.0f} s"
+        return self.not_live() or self.memories.not_ready()
+
+    def query(self, options: Options, snapshot: Snapshot | None) -> Query:
+        """What a request asks of its items, which `snapshot` enhances. Raises InvalidValue for k."""
+        k = self.reco.k if options.k is None else options.k
+        if k > self.reco.max_k:
+            raise InvalidValue(f"k = {k}: this fusion takes 1 to {self.reco.max_k} neighbours", "k")
+        ceiling = np.inf if options.max_similarity is None else options.max_similarity
+        return Query(snapshot, k, ceiling, frozenset(options.exclude), options.neighbors)
+
+    async def embed_images(self, images: Sequence[bytes | ItemRefused], query: Query, deadline: float) -> Answered:
+        """Decode, then embed. A bad image is refused alone, before any batch. Raises QueueFull, BatcherClosed for the whole."""
+        with self._admit("image", len(images)):
+            start = time.perf_counter()
+            pixels = await asyncio.gather(*(self._pixels(i, image) for i, image in enumerate(images)))
+            return await self._embed("image", pixels, query, deadline, {"decode": time.perf_counter() - start})
+
+    async def embed_texts(self, texts: Sequence[str], query: Query, deadline: float) -> Answered:
+        """Tokenize, then embed. Raises QueueFull, BatcherClosed for the whole."""
+        with self._admit("text", len(texts)):
+            start = time.perf_counter()
+            tokens = await asyncio.to_thread(self.reco.encoder.tokenize, list(texts))  # (B, L)
+            spent = time.perf_counter() - start
+            self._observe("tokenize", "text", spent)
+            answered = await self._embed("text", list(tokens), query, deadline, {"tokenize": spent})
+        return replace(answered, tokens=int(np.count_nonzero(tokens)))
+
+    async def scores(self, rows: Sequence[Row], labels: LabelSet, snapshot: Snapshot | None) -> np.ndarray:
+        """(rows, labels) float32: softmax of the cosines at the model's own temperature. snapshot: enhances the labels, None = plain."""
+        candidates = await self.label_sets.vectors(labels, snapshot)  # (labels, D)
+        logits = self.reco.encoder.logit_scale * np.stack([row.vector for row in rows]) @ candidates.T  # (rows, labels)
+        exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return np.asarray(exponents / exponents.sum(axis=1, keepdims=True), np.float32)
+
+    def swap(self, name: str, to: str, *, dry_run: bool = False) -> Job:
+        """Start replacing what `name` serves by version `to`; the stored label sets are embedded anew before it is published."""
+        return self.memories.swap(name, to, self.label_sets.warm, dry_run=dry_run)
+
+    def info(self) -> dict[str, Any]:
+        """What is running, for /info: versions, model, memories and limits; no path and no key."""
+        encoder, chosen = self.reco.encoder, self.settings
+        limits = {name: value for name, value in chosen.model_dump().items() if name.startswith("max_") or name.endswith("_s")}
+        live = [row for row in self.memories.table() if row["live"]]
+        return {
+            "version": version("reco-serve"),
+            "model": {"name": chosen.model, "fingerprint": encoder.fingerprint, "dim": encoder.dim, "device": str(encoder.device)}
+            | {"precision": chosen.precision, "image_size": list(encoder.image_size), "random_weights": chosen.pretrained == "random"},
+            "fusion": {"id": self.reco.fusion_id, "k": self.reco.k, "max_k": self.reco.max_k},
+            "memories": {"default": self.memories.default, "live": {row["name"]: row["current"] for row in live}},
+            "limits": limits,
+        }
+
+    def refresh_gauges(self) -> None:
+        """Set what is only known when asked; called at each scrape."""
+        for side, batcher in self._batchers.items():
+            self.metrics.queue_depth.labels(side).set(batcher.depth)
+        for name, alive in Snapshot.alive().items():
+            self.metrics.snapshots_alive.labels(name).set(alive)
+
+    def _batcher(self, side: Side) -> Batcher[Work, Row]:
+        chosen = self.settings
+        return Batcher(
+            lambda batch: self._run(side, batch),
+            name=side,
+            max_batch=chosen.max_batch,
+            max_queue=chosen.max_queue,
+            max_wait_s=chosen.max_wait_s,
+            on_batch=self.metrics.batch_size.labels(side).observe,
+        )
+
+    def _run(self, side: Side, batch: list[Work]) -> list[Row]:
+        """In the model thread."""
+        rows = answer(self.reco, side, batch)
+        for row in {id(row.timings): row for row in rows}.values():  # once per snapshot of the batch
+            self._observe("retrieve", side, row.timings.retrieve)
+            self._observe("fuse", side, row.timings.fuse)
+        self._observe("encode", side, rows[0].timings.encode)
+        self._good_batch[side] = time.monotonic()
+        return rows
+
+    async def _embed(
+        self, side: Side, arrays: Sequence[np.ndarray | ItemRefused], query: Query, deadline: float, seconds: dict[Stage, float]
+    ) -> Answered:
+        """Send the good items through the batcher; put every outcome in its item's place."""
+        good = {i: array for i, array in enumerate(arrays) if not isinstance(array, ItemRefused)}
+        answers = await self._batchers[side].submit([Work(array, query) for array in good.values()], deadline)
+        outcomes = dict(zip(good, answers, strict=True))
+        rows = [array if isinstance(array, ItemRefused) else self._outcome(side, i, outcomes[i]) for i, array in enumerate(arrays)]
+        slowest: dict[Stage, float] = {"queue": max((found.queued_s for found in answers if isinstance(found, Answer)), default=0.0)}
+        timings = [row.timings for row in rows if isinstance(row, Row)]
+        for stage in ("encode", "retrieve", "fuse"):
+            slowest[stage] = max((getattr(timing, stage) for timing in timings), default=0.0)
+        return Answered(rows, {**seconds, **slowest})
+
+    def _outcome(self, side: Side, index: int, found: Answer[Row] | Exception) -> Row | ItemRefused:
+        if isinstance(found, Exception):
+            return ItemRefused(f"{side}s[{index}]", found)
+        self._observe("queue", side, found.queued_s)
+        row = found.result
+        self.metrics.items_total.labels(side).inc()
+        reason = "neighbors" if row.enhanced else "no_neighbor" if row.searched else "off"
+        self.metrics.enhanced_total.labels(str(row.enhanced).lower(), reason).inc()
+        if row.similarity is not None:
+            self.metrics.neighbor_similarity.labels(side).observe(row.similarity)
+        return row
+
+    async def _pixels(self, index: int, image: bytes | ItemRefused) -> np.ndarray | ItemRefused:
+        if isinstance(image, ItemRefused):
+            return image
+        start = time.perf_counter()
+        try:
+            return await self._decoder.decode(image)
+        except Exception as error:  # noqa: BLE001  whatever it is, it is this image's own
+            return ItemRefused(f"images[{index}]", error)
+        finally:
+            self._observe("decode", "image", time.perf_counter() - start)
+
+    @contextmanager
+    def _admit(self, side: Side, items: int) -> Iterator[None]:
+        """Refuse at the door, before any decoding, what would not fit behind the items already admitted."""
+        if self._admitted[side] + items > self.settings.max_queue:
+            self.metrics.rejected_total.labels("queue_full").inc()
+            raise QueueFull(
+                f"{self._admitted[side]} {side} items are admitted, {items} more would pass {self.settings.max_queue}: retry later"
+            )
+        self._admitted[side] += items
+        try:
+            yield
+        finally:
+            self._admitted[side] -= items
+
+    async def _pulse(self, side: Side) -> None:
+        """One real item through the whole of one tower, a memory's search included where there is one."""
+        encoder = self.reco.encoder
+        snapshot = None if self.memories.not_ready() else self.memories.resolve(None)
+        array = np.zeros((3, *encoder.image_size), np.uint8) if side == "image" else encoder.tokenize(["pulse"])[0]
+        work = Work(array, Query(snapshot, self.reco.k, np.inf, frozenset(), neighbors=False))
+        for outcome in await self._batchers[side].submit([work], time.monotonic() + STALE_S):
+            if isinstance(outcome, Exception):
+                log.error("the %s tower failed on its test item: %s", side, outcome)
+
+    async def _keep_pulse(self) -> None:
+        while True:
+            await asyncio.sleep(PULSE_S)
+            for side, last in self._good_batch.items():
+                if time.monotonic() - last > PULSE_S:
+                    try:
+                        await self._pulse(side)
+                    except QueueFull:
+                        log.warning("the %s queue is full: no room for the test item", side)
+
+    def _observe(self, stage: Stage, side: Side, seconds: float) -> None:
+        self.metrics.stage_duration_seconds.labels(stage, side).observe(seconds)
+
+
+def load_reco(settings: Settings) -> Reco:
+    """The encoder, with the fusion asked for, else the starter's own, else the training-free rule. Raises ModelError."""
+    encoder = Encoder.load(EncoderSpec(settings.model, settings.pretrained, settings.precision, settings.device))
+    path = settings.fusion or (FUSION if settings.model == "starter" else None)
+    file = load_fusions(path, encoder=encoder.fingerprint) if path else untrained_fusions(encoder.dim)
+    return Reco(encoder, file.fusions, fusion_id=file.fusion_id, k=file.k)

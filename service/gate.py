@@ -1,0 +1,99 @@
+"""The gate every request passes: its id, the body limit, draining, and the two request metrics. Pure ASGI, so bodies stream through."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.engine import Engine
+from service.errors import NotServing, Refusal, TooLarge, refusal
+from service.wire import dump
+
+PLAIN_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
+UNGUARDED = frozenset({"/health", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/ping", "/metrics", "/info", "/v1/models"})
+
+
+def error_response(error: Exception) -> Response:
+    """The one error body, with Retry-After where trying again may help."""
+    told = refusal(error)
+    return Response(dump(told.body), told.status, headers=_retry(told), media_type="application/json")
+
+
+class Gate:
+    """ASGI middleware. State: how many guarded requests are inside."""
+
+    def __init__(self, app: ASGIApp, engine: Engine) -> None:
+        self._app, self._engine = app, engine
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let one request through, or answer it here."""
+        if scope["type"] != "http" or scope["path"] in UNGUARDED:
+            await self._app(scope, receive, send)
+            return
+        visit = _Visit(scope, receive, send, self._engine.settings.max_body_bytes)
+        scope.setdefault("state", {})["modality"] = "none"
+        self._engine.inside += 1
+        try:
+            if self._engine.draining:
+                raise NotServing("shutting down: send the request to another instance, or retry later")
+            visit.check_declared_length()
+            await self._app(scope, visit.receive, visit.send)
+        except (NotServing, TooLarge) as error:
+            if visit.status:  # the reply had begun
+                raise
+            await error_response(error)(scope, receive, visit.send)
+        finally:
+            self._engine.inside -= 1
+            self._count(scope, visit)
+
+    def _count(self, scope: Scope, visit: _Visit) -> None:
+        route = scope.get("route")
+        endpoint = route.path if route is not None else "unmatched"  # the template, never the caller's own path
+        modality = scope["state"]["modality"]
+        metrics = self._engine.metrics
+        metrics.requests_total.labels(endpoint, modality, str(visit.status or 499)).inc()  # 499: the caller left before the reply
+        metrics.request_duration_seconds.labels(endpoint, modality).observe(time.perf_counter() - visit.start)
+
+
+class _Visit:
+    """One request's way through the gate."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
+        self.start = time.perf_counter()
+        self.status = 0
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        self._id = given if PLAIN_ID.fullmatch(given) else uuid.uuid4().hex
+        self._declared = headers.get(b"content-length", b"0")
+        self._receive, self._send, self._max_bytes, self._read = receive, send, max_bytes, 0
+
+    def check_declared_length(self) -> None:
+        """Refuse by the header, before a byte is read."""
+        if self._declared.isdigit() and int(self._declared) > self._max_bytes:
+            raise self._too_large(int(self._declared))
+
+    async def receive(self) -> Message:
+        """Count what really comes, whatever was declared."""
+        message = await self._receive()
+        self._read += len(message.get("body", b""))
+        if self._read > self._max_bytes:
+            raise self._too_large(self._read)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Stamp the reply with the request's id."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", []), (b"x-request-id", self._id.encode("ascii"))]
+        await self._send(message)
+
+    def _too_large(self, found: int) -> TooLarge:
+        return TooLarge(f"the body has {found} bytes or more, at most {self._max_bytes}: send fewer or smaller items")
+
+
+def _retry(told: Refusal) -> dict[str, str]:
+    return {"Retry-After": "1"} if told.status in (429, 503) else {}

@@ -1,0 +1,157 @@
+"""A request's body in any of its shapes -> items and options. Limits on bytes and counts are applied here, on pixels in `decode`."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import orjson
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from service.errors import BadRequest, InvalidValue, ItemRefused, ServiceError, TooLarge, UnsupportedType
+from service.settings import Settings
+from service.wire import Options
+
+O = TypeVar("O", bound=Options)  # noqa: E741
+DATA_URI = re.compile(r"data:[\w.+-]+/[\w.+-]+(;[\w=.+-]+)*,", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Intake(Generic[O]):
+    """What a caller sent. images: encoded bytes, or the reason why one cannot be read; texts: as they are. One of the two is empty."""
+
+    images: Sequence[bytes | ItemRefused]
+    texts: Sequence[str]
+    options: O
+
+
+async def read_images(request: Request, options: type[O], settings: Settings) -> Intake[O]:
+    """Images of a multipart form (field `file`), a raw image body, or JSON {"images": [base64 | data URI]}."""
+    kind = _content_type(request)
+    if kind == "multipart/form-data":
+        found = await _form(request, options, settings)
+    elif kind == "application/json":
+        body = await _json(request)
+        found = _from_json(body, options, request, settings, allowed={"images"})
+    elif kind.startswith("image/") or kind == "application/octet-stream":
+        image = _limited(await request.body(), 0, settings)
+        found = Intake([image], [], options.read(request.query_params.multi_items()))
+    else:
+        raise UnsupportedType(f"content type {kind or '(none)'!r}: send multipart/form-data, image/*, or application/json")
+    return found
+
+
+async def read_texts(request: Request, options: type[O], settings: Settings) -> Intake[O]:
+    """Texts of JSON {"texts": […]} or {"inputs": …}."""
+    return _from_json(await _json(request), options, request, settings, allowed={"texts", "inputs"})
+
+
+async def read_either(request: Request, options: type[O], settings: Settings) -> Intake[O]:
+    """Images in any shape, or JSON with texts."""
+    if _content_type(request) != "application/json":
+        return await read_images(request, options, settings)
+    return _from_json(await _json(request), options, request, settings, allowed={"images", "texts", "inputs"})
+
+
+async def read_body(request: Request) -> dict[str, Any]:
+    """A JSON object without items, for the administrative routes."""
+    return await _json(request)
+
+
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _json(request: Request) -> dict[str, Any]:
+    if _content_type(request) != "application/json":
+        raise UnsupportedType(f"content type {_content_type(request) or '(none)'!r}: this route reads application/json")
+    try:
+        body = orjson.loads(await request.body())
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise BadRequest(f"the body is a JSON {type(body).__name__}: send an object")
+    return body
+
+
+async def _form(request: Request, options: type[O], settings: Settings) -> Intake[O]:
+    try:
+        async with request.form(max_files=settings.max_items + 1, max_fields=1000, max_part_size=4 * 2**20) as form:
+            files = [value for name, value in form.multi_items() if name == "file"]
+            fields = [(name, value) for name, value in form.multi_items() if name != "file"]
+            for name, value in fields:
+                if isinstance(value, UploadFile):
+                    raise BadRequest(f"a file in field {name!r}: images belong in the field 'file'", name)
+            _counted(files, "file", settings)
+            read = [await value.read() if isinstance(value, UploadFile) else value.encode() for value in files]
+    except HTTPException as error:
+        too_many = "too many" in str(error.detail).lower() or "exceeded" in str(error.detail).lower()
+        raise (TooLarge if too_many else BadRequest)(f"multipart body: {error.detail}") from error
+    images = [_refusable(_limited, image, i, settings) for i, image in enumerate(read)]
+    return Intake(images, [], options.read(request.query_params.multi_items(), fields))
+
+
+def _from_json(body: dict[str, Any], options: type[O], request: Request, settings: Settings, *, allowed: set[str]) -> Intake[O]:
+    given = allowed & body.keys()
+    if len(given) != 1:
+        raise BadRequest(f"send one of {', '.join(sorted(allowed))}" + (f", not {' and '.join(sorted(given))} together" if given else ""))
+    name = given.pop()
+    rest: Mapping[str, Any] = {key: value for key, value in body.items() if key != name}
+    chosen = options.read(request.query_params.multi_items(), rest)
+    items = [body[name]] if name == "inputs" and isinstance(body[name], str) else body[name]
+    if not isinstance(items, list):
+        raise InvalidValue(f"{name} is a {type(items).__name__}: send a list of strings", name)
+    _counted(items, name, settings)
+    if name == "images":
+        return Intake([_refusable(_from_base64, item, i, settings) for i, item in enumerate(items)], [], chosen)
+    return Intake([], [_text(item, f"{name}[{i}]", settings) for i, item in enumerate(items)], chosen)
+
+
+def _counted(items: Sequence[object], name: str, settings: Settings) -> None:
+    if not items:
+        raise BadRequest(f"{name} is empty: send at least one item", name)
+    if len(items) > settings.max_items:
+        raise TooLarge(f"{len(items)} items in {name}, at most {settings.max_items} a request: send several requests", name)
+
+
+def _text(item: object, param: str, settings: Settings) -> str:
+    if not isinstance(item, str):
+        raise InvalidValue(f"{param} is a {type(item).__name__}: send a string", param)
+    if len(item) > settings.max_text_chars:
+        raise TooLarge(f"{param} has {len(item)} characters, at most {settings.max_text_chars}: shorten it", param)
+    return item
+
+
+def _refusable(read: Any, item: Any, index: int, settings: Settings) -> bytes | ItemRefused:
+    """The bytes, or the refusal that belongs to this item alone."""
+    try:
+        return bytes(read(item, index, settings))
+    except ServiceError as error:
+        return ItemRefused(f"images[{index}]", error)
+
+
+def _limited(data: bytes, index: int, settings: Settings) -> bytes:
+    if not data:
+        raise BadRequest("the image is empty: send the bytes of an image file", f"images[{index}]")
+    if len(data) > settings.max_image_bytes:
+        raise TooLarge(f"{len(data)} bytes, at most {settings.max_image_bytes} an image: shrink it", f"images[{index}]")
+    return data
+
+
+def _from_base64(item: object, index: int, settings: Settings) -> bytes:
+    if not isinstance(item, str):
+        raise InvalidValue(f"is a {type(item).__name__}: send base64 or a data URI")
+    if item.startswith(("http://", "https://")):
+        raise InvalidValue("is a URL, and this service fetches none: send the image's bytes")
+    header = DATA_URI.match(item)
+    try:
+        data = base64.b64decode(item[header.end() :] if header else item, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidValue(f"is not base64: {error}") from error
+    return _limited(data, index, settings)

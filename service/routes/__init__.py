@@ -1,0 +1,1 @@
+"""The routes, one file per family. A handler parses, calls one method, wraps."""

@@ -1,0 +1,91 @@
+"""POST /classify, and the label sets it may name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Body, Request
+from starlette.responses import Response
+
+from service.engine import Answered, Engine
+from service.errors import ItemRefused, refusal
+from service.intake import Intake, read_either
+from service.label_sets import LabelSet
+from service.routes.deps import EngineDep, WithAdmin, WithKey, deadline, failing, frame, reply, unless_gone
+from service.wire import ClassifyOptions, LabelSetBody
+from service.work import Row
+
+router = APIRouter(tags=["classify"])
+
+
+@router.post("/classify", dependencies=[WithKey], response_class=Response)
+async def classify(request: Request, engine: EngineDep) -> Response:
+    """Score images or texts against labels; `enhance`: which side the memory refines: image (the items), text (the labels), both, none."""
+    intake = await read_either(request, ClassifyOptions, engine.settings)
+    request.state.modality = "image" if intake.images else "text"
+    options = intake.options
+    labels = _labels(engine, options)
+    body, answered = await unless_gone(request, _classified(request, engine, intake, labels))
+    return reply(body, answered)
+
+
+async def _classified(
+    request: Request, engine: Engine, intake: Intake[ClassifyOptions], labels: LabelSet
+) -> tuple[dict[str, Any], Answered]:
+    options, until = intake.options, deadline(request, engine)
+    snapshot = None if options.enhance == "none" else engine.memories.resolve(options.memory)  # one for both sides
+    query = engine.query(options, snapshot if options.enhance in ("both", "image") else None)
+    embed = engine.embed_images(intake.images, query, until) if intake.images else engine.embed_texts(intake.texts, query, until)
+    answered = await embed
+    rows = failing(answered.rows, options.on_error)
+    good = [row for row in rows if isinstance(row, Row)]
+    scores = await engine.scores(good, labels, snapshot if options.enhance in ("both", "text") else None) if good else np.empty((0, 0))
+    ranked = iter(_ranked(scores, labels, options.top_k))
+    body = {**frame(engine, snapshot), "data": [None if isinstance(row, ItemRefused) else next(ranked) for row in rows]}
+    if options.neighbors:
+        body["neighbors"] = [[] if isinstance(row, ItemRefused) else row.neighbors for row in rows]
+    if len(good) < len(rows):
+        body["errors"] = [refusal(row).body["error"] if isinstance(row, ItemRefused) else None for row in rows]
+    return body, answered
+
+
+def _labels(engine: Engine, options: ClassifyOptions) -> LabelSet:
+    if options.label_set is not None:
+        return engine.label_sets.get(options.label_set)
+    return engine.label_sets.checked(options.labels or [], options.templates)
+
+
+def _ranked(scores: np.ndarray, labels: LabelSet, top_k: int) -> list[list[dict[str, Any]]]:
+    """The best top_k labels of each row of (B, labels) scores."""
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]  # (B, top_k)
+    return [[{"label": labels.labels[j], "score": float(row[j])} for j in order] for row, order in zip(scores, best, strict=True)]
+
+
+@router.get("/label-sets", dependencies=[WithKey])
+async def list_label_sets(engine: EngineDep) -> dict[str, Any]:
+    """The stored sets."""
+    sets = {name: engine.label_sets.get(name) for name in engine.label_sets.names()}
+    return {"object": "list", "data": [{"name": name, "labels": len(s.labels), "templates": s.templates} for name, s in sets.items()]}
+
+
+@router.get("/label-sets/{name}", dependencies=[WithKey])
+async def get_label_set(name: str, engine: EngineDep) -> dict[str, Any]:
+    """One stored set, whole."""
+    return {"name": name, **asdict(engine.label_sets.get(name))}
+
+
+@router.put("/label-sets/{name}", dependencies=[WithAdmin])
+async def put_label_set(name: str, body: Annotated[LabelSetBody, Body()], engine: EngineDep) -> dict[str, Any]:
+    """Store or replace a set; its embeddings are made at its first use and at each swap."""
+    found = engine.label_sets.checked(body.labels, body.templates)
+    engine.label_sets.put(name, found)
+    return {"name": name, **asdict(found)}
+
+
+@router.delete("/label-sets/{name}", dependencies=[WithAdmin])
+async def delete_label_set(name: str, engine: EngineDep) -> dict[str, Any]:
+    """Forget a set."""
+    engine.label_sets.delete(name)
+    return {"name": name, "deleted": True}

@@ -1,0 +1,73 @@
+"""POST /embed/image and /embed/text."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from index_store import Side
+from service.engine import Answered
+from service.errors import BadRequest, ItemRefused, refusal
+from service.intake import Intake, read_images, read_texts
+from service.routes.deps import EngineDep, WithKey, deadline, failing, frame, headers, reply, unless_gone
+from service.wire import EmbedOptions, vector
+from service.work import Query, Row
+
+router = APIRouter(dependencies=[WithKey], tags=["embed"])
+NPY = "application/x-npy"
+
+
+@router.post("/embed/image", response_class=Response)
+async def embed_image(request: Request, engine: EngineDep) -> Response:
+    """Embed images (multipart field `file`, a raw image body, or JSON {"images": [base64]}), each refined by its neighbours in memory."""
+    request.state.modality = "image"
+    intake = await read_images(request, EmbedOptions, engine.settings)
+    return await _embed(request, engine, intake, "image")
+
+
+@router.post("/embed/text", response_class=Response)
+async def embed_text(request: Request, engine: EngineDep) -> Response:
+    """Embed texts ({"texts": […]} or {"inputs": …}), each refined by its neighbours in memory."""
+    request.state.modality = "text"
+    intake = await read_texts(request, EmbedOptions, engine.settings)
+    return await _embed(request, engine, intake, "text")
+
+
+async def _embed(request: Request, engine: EngineDep, intake: Intake[EmbedOptions], side: Side) -> Response:
+    options, until = intake.options, deadline(request, engine)
+    npy = NPY in request.headers.get("accept", "")
+    if npy and options.on_error == "null":
+        raise BadRequest("on_error=null cannot be told in one npy array: ask for JSON", "on_error")
+    query = engine.query(options, engine.memories.resolve(options.memory) if options.enhance else None)
+    work = engine.embed_images(intake.images, query, until) if side == "image" else engine.embed_texts(intake.texts, query, until)
+    answered = await unless_gone(request, work)
+    rows = failing(answered.rows, options.on_error)
+    if npy:
+        return _npy(answered, query)
+    data = [_item(i, row, options) for i, row in enumerate(rows)]
+    usage = {"prompt_tokens": answered.tokens, "total_tokens": answered.tokens}
+    return reply({**frame(engine, query.snapshot), "data": data, "usage": usage}, answered)
+
+
+def _item(index: int, row: Row | ItemRefused, options: EmbedOptions) -> dict[str, Any]:
+    item: dict[str, Any] = {"object": "embedding", "index": index}
+    if isinstance(row, ItemRefused):
+        return {**item, "embedding": None, **refusal(row).body}
+    item |= {"embedding": vector(row.vector, options.encoding_format), "enhanced": row.enhanced}
+    if options.plain:
+        item["plain"] = vector(row.plain, options.encoding_format)
+    if options.neighbors:
+        item["neighbors"] = row.neighbors
+    return item
+
+
+def _npy(answered: Answered, query: Query) -> Response:
+    """One (n, D) float32 array, and nothing else."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.stack([row.vector for row in answered.rows if isinstance(row, Row)]), allow_pickle=False)
+    memory = query.snapshot.ref if query.snapshot is not None else None
+    return Response(buffer.getvalue(), media_type=NPY, headers=headers(answered, memory))

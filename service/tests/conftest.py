@@ -1,0 +1,123 @@
+"""Real `reco serve` processes, and real photos that may be redistributed (scikit-image's own)."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("RECO_DATA", ROOT.parent / "shared" / "data"))
+START_S = 180
+
+
+@dataclass
+class Server:
+    """A running service. lines: what it has printed so far, both streams."""
+
+    url: str
+    process: subprocess.Popen[str]
+    lines: list[str]
+    store: Path
+
+    def client(self, **given: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, **given)
+
+
+@contextmanager
+def serving(store: Path, *flags: str, **environ: str) -> Iterator[Server]:
+    """`reco serve` on a free port, killed at the end if it still runs."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RECO_")}
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--store", str(store), *flags]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**clean, **environ}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=1
+    )
+    lines: list[str] = []
+    known = threading.Event()
+    url: list[str] = []
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if "answers on " in line:
+                url.append(line.split("answers on ")[1].split()[0])
+                known.set()
+        known.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        known.wait(START_S)
+        if not url:
+            raise AssertionError("the service did not start:\n" + "\n".join(lines))
+        yield Server(url[0], process, lines, store)
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The starter with its own memory, as `make serve` gives it. Shared: leave "grocery" serving "all" behind you."""
+    with serving(tmp_path_factory.mktemp("store")) as running:
+        yield running
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    """Start further services: serve(store, *flags, **environ)."""
+    with ExitStack() as stack:
+        yield lambda store, *flags, **environ: stack.enter_context(serving(store, *flags, **environ))
+
+
+def jpeg(pixels: np.ndarray, size: int | None = None) -> bytes:
+    """JPEG bytes of an (H, W, 3) uint8 array."""
+    image = Image.fromarray(pixels).convert("RGB")
+    if size is not None:
+        image = image.resize((size, size))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def photos() -> dict[str, bytes]:
+    """Three real photos as JPEG bytes."""
+    return {name: jpeg(getattr(skimage.data, name)()) for name in ("astronaut", "chelsea", "coffee")}
+
+
+@pytest.fixture(scope="session")
+def grocery() -> list[tuple[bytes, str]]:
+    """(JPEG, class) of Grocery test photos; skipped where the data set is not there."""
+    tars = sorted((DATA / "grocery").glob("test-*.tar"))
+    if not tars:
+        pytest.skip(f"no Grocery Store photos under {DATA}: set RECO_DATA")
+    return [pair for path in tars for pair in labelled(path)]
+
+
+def labelled(path: Path) -> list[tuple[bytes, str]]:
+    """(JPEG, class) of every sample of a webdataset tar, read with the standard library alone."""
+    import json
+
+    found: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            if file is not None:
+                key, _, kind = member.name.partition(".")
+                found.setdefault(key, {})[kind] = file.read()
+    return [(parts["jpg"], json.loads(parts["json"])["class"]) for parts in found.values()]

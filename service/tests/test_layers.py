@@ -1,0 +1,97 @@
+"""The house's walls: who may import whom, who owns which name, and what is never loaded by accident."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RANK = {"index_store": 0, "models": 1, "service": 2}
+FORBIDDEN = {
+    "index_store": {"torch", "open_clip", "fastapi", "starlette", "uvicorn", "asyncio", "httpx"},
+    "models": {"fastapi", "starlette", "uvicorn", "asyncio", "httpx"},
+    "loadtests": {"service", "models", "index_store"},
+}
+
+
+def modules(package: str) -> list[Path]:
+    return [path for path in sorted((ROOT / package).rglob("*.py")) if "tests" not in path.parts]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module a file names in an import, whether at its top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; name the package"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("package", RANK)
+def test_imports_go_down_the_list_only(package: str) -> None:
+    files = modules(package)
+    assert files
+    for path in files:
+        for name in imported(path):
+            assert RANK.get(name.partition(".")[0], -1) <= RANK[package], f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_packages_leave_alone_what_is_not_theirs(package: str) -> None:
+    for path in modules(package):
+        taken = {name.partition(".")[0] for name in imported(path)} & FORBIDDEN[package]
+        assert not taken, f"{path.relative_to(ROOT)} imports {taken}"
+
+
+def test_only_clip_imports_open_clip() -> None:
+    users = {
+        path.name for path in [*modules("models"), *modules("service")] if any(n.partition(".")[0] == "open_clip" for n in imported(path))
+    }
+    assert users == {"clip.py"}
+
+
+def test_the_batcher_needs_the_standard_library_alone() -> None:
+    names = {name.partition(".")[0] for name in imported(ROOT / "service" / "batcher.py")}
+    assert names <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("package", RANK)
+def test_no_cycles_inside_a_package(package: str) -> None:
+    graph: dict[str, set[str]] = {}
+    for path in modules(package):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        graph[name] = set(imported(path)) - {name}
+    graph = {name: {target for target in targets if target in graph} for name, targets in graph.items()}
+    while leaves := [name for name, targets in graph.items() if not targets]:
+        graph = {name: targets - set(leaves) for name, targets in graph.items() if name not in leaves}
+    assert not graph, f"a cycle among {sorted(graph)}"
+
+
+@pytest.mark.parametrize("package", RANK)
+def test_each_package_name_has_one_owner(package: str) -> None:
+    """Another distribution with a top-level `models` would shadow ours, or be shadowed: both fail far from here."""
+    assert set(packages_distributions().get(package, ["reco-serve"])) == {"reco-serve"}  # an editable install declares no top level
+    assert Path(str(import_module(package).__file__)).parent == ROOT / package
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import service.cli", {"torch", "faiss", "fastapi", "open_clip", "numpy"}),
+        ("import index_store", {"torch", "fastapi", "open_clip"}),
+        ("import service.commands", {"torch", "open_clip", "fastapi"}),
+    ],
+)
+def test_light_imports_stay_light(code: str, absent: set[str]) -> None:
+    script = f"{code}\nimport sys\nprint(' '.join({absent!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == []

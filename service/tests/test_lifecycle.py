@@ -1,0 +1,186 @@
+"""Starting, refusing to start, keys, limits and stopping: real processes, real signals."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from index_store import Store
+from models.starter import install_starter
+from service.tests.conftest import ROOT, Server, serving
+
+KEYS = {"RECO_API_KEYS": "alpha-key,beta-key", "RECO_ADMIN_KEY": "gamma-key"}
+
+
+def reco(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RECO_")}
+    return subprocess.run(
+        [sys.executable, "-m", "service.cli", *args], cwd=ROOT, env={**clean, **environ}, capture_output=True, text=True, timeout=120
+    )
+
+
+def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
+    assert done.returncode == code, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("reco: ")]
+    assert len(told) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return told[0]
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """A service with keys and narrow limits."""
+    flags = ("--max-queue", "4", "--max-items", "4", "--max-batch", "2")
+    with serving(tmp_path_factory.mktemp("guarded"), *flags, **KEYS) as server:
+        yield server
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def test_keys(guarded: Server) -> None:
+    with guarded.client() as client:
+        body = {"texts": ["a"]}
+        assert client.post("/embed/text", json=body).status_code == 401
+        assert client.post("/embed/text", headers=bearer("wrong"), json=body).status_code == 401
+        assert client.post("/embed/text", headers={"authorization": "Basic alpha-key"}, json=body).status_code == 401
+        for key in ("alpha-key", "beta-key", "gamma-key"):
+            assert client.post("/embed/text", headers=bearer(key), json=body).status_code == 200
+        assert client.get("/memories").status_code == 401
+        assert client.get("/memories", headers=bearer("alpha-key")).status_code == 403
+        assert client.get("/memories", headers=bearer("gamma-key")).status_code == 200
+        assert client.put("/label-sets/a", json={"labels": ["x"]}, headers=bearer("alpha-key")).status_code == 403
+        for route in ("/readyz", "/metrics", "/info", "/v1/models", "/"):
+            assert client.get(route).status_code == 200, route
+        assert "key" not in client.get("/info").text
+    assert not any(key in line for line in guarded.lines for key in ("alpha-key", "beta-key", "gamma-key", "wrong"))
+
+
+def test_a_full_queue_refuses_at_the_door(guarded: Server, photos: dict[str, bytes]) -> None:
+    files = [("file", photos["coffee"])] * 4
+
+    def ask(_: int) -> httpx.Response:
+        return httpx.post(f"{guarded.url}/embed/image", files=files, headers=bearer("alpha-key"), timeout=60)
+
+    with ThreadPoolExecutor(12) as pool:
+        replies = list(pool.map(ask, range(36)))
+    codes = Counter(reply.status_code for reply in replies)
+    assert set(codes) == {200, 429}, codes
+    full = next(reply for reply in replies if reply.status_code == 429)
+    assert full.headers["retry-after"] == "1"
+    assert full.json()["error"]["code"] == "queue_full"
+    assert ask(0).status_code == 200
+
+
+def test_more_items_than_allowed(guarded: Server) -> None:
+    reply = httpx.post(f"{guarded.url}/embed/text", json={"texts": ["a"] * 5}, headers=bearer("alpha-key"))
+    assert reply.status_code == 413
+    assert "5" in reply.json()["error"]["message"]
+    assert "4" in reply.json()["error"]["message"]
+
+
+def test_a_deadline_is_a_504(guarded: Server, photos: dict[str, bytes]) -> None:
+    headers = {**bearer("alpha-key"), "x-request-timeout-ms": "0.001"}
+    reply = httpx.post(f"{guarded.url}/embed/image", files={"file": photos["coffee"]}, headers=headers)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_passed")
+
+
+def test_admin_without_a_key_is_for_this_machine_alone(server: Server) -> None:
+    with server.client() as client:
+        assert client.get("/memories").status_code == 200
+        for header in ({"x-forwarded-for": "8.8.8.8"}, {"origin": "http://evil.example"}, {"host": "evil.example"}):
+            assert client.get("/memories", headers=header).status_code == 403, header
+
+
+def test_a_client_that_hangs_up_leaves_no_trace(server: Server, photos: dict[str, bytes]) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    for _ in range(5):
+        with socket.create_connection((host, int(port))) as raw:
+            body = photos["astronaut"]
+            head = f"POST /embed/image HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: {len(body)}\r\n\r\n"
+            raw.sendall(head.encode() + body[: len(body) // 2])
+    with server.client() as client:
+        assert client.post("/embed/image", files={"file": photos["coffee"]}).status_code == 200
+        time.sleep(0.2)
+        assert 'reco_queue_depth{modality="image"} 0.0' in client.get("/metrics").text
+
+
+def test_sigterm_answers_what_was_admitted_and_refuses_the_rest(tmp_path: Path, photos: dict[str, bytes]) -> None:
+    with serving(tmp_path, "--max-batch", "4") as server:
+        body = [("file", photos["astronaut"])] * 40
+        codes: Counter[int | str] = Counter()
+
+        def ask() -> None:
+            try:
+                codes[httpx.post(f"{server.url}/embed/image", files=body, timeout=60).status_code] += 1
+            except httpx.HTTPError as error:
+                codes[repr(error)] += 1
+
+        threads = [threading.Thread(target=ask) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        while "inside" not in (inside := _inside(server)) and not inside:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        late: int | str
+        try:
+            late = httpx.post(f"{server.url}/embed/text", json={"texts": ["late"]}).status_code
+        except httpx.ConnectError:
+            late = "gone"
+        for thread in threads:
+            thread.join(60)
+        assert codes == {200: 6}, codes
+        assert late in (503, "gone")
+        assert server.process.wait(30) == 0
+
+
+def _inside(server: Server) -> str:
+    """The line of the metrics that shows that a decode has begun."""
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return next((line for line in lines if line.startswith('reco_stage_duration_seconds_count{modality="image",stage="decode"}')), "")
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port}" in one_line(reco("serve", "--port", str(port)), 2)
+
+
+def test_a_store_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "store"
+    file.write_text("not a folder")
+    one_line(reco("serve", "--port", "0", "--store", str(file)), 1)
+
+
+def test_a_damaged_current_version_is_one_line_naming_the_file(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    install_starter(store)
+    file = sorted(path for path in (tmp_path / "grocery" / "all").rglob("*.npy"))[0]
+    file.write_bytes(file.read_bytes()[:-1])
+    assert file.name in one_line(reco("serve", "--port", "0", "--store", str(tmp_path)), 1)
+
+
+def test_wrong_settings_are_named(tmp_path: Path) -> None:
+    assert "port" in one_line(reco("serve", RECO_PORT="many"), 2)
+    config = tmp_path / "reco.toml"
+    config.write_text("colour = 1\n")
+    assert "colour" in one_line(reco("serve", "--config", str(config)), 2)
+    assert "missing.toml" in one_line(reco("serve", "--config", str(tmp_path / "missing.toml")), 2)
+    assert "hub" in one_line(reco("serve", "--port", "0", "--model", "ViT-B-32", "--pretrained", "laion2b_s34b_b79k"), 1).lower()

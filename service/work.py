@@ -1,0 +1,93 @@
+"""What runs in a model thread: items of many requests -> one row each. Encoded together, then enhanced snapshot by snapshot."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from index_store import Side, Snapshot
+from index_store.pairs import Id
+from models.reco import Embeddings, Reco, Timings
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Query:
+    """What one request wants of every item of it.
+
+    snapshot: pinned once per request, so that no reply mixes two versions; None = the plain vector.
+    max_similarity: neighbours nearer than this are ignored; inf = none.
+    """
+
+    snapshot: Snapshot | None
+    k: int
+    max_similarity: float
+    exclude: frozenset[Id]
+    neighbors: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """One item of a batch. array: (3,H,W) uint8 pixels or (L,) int64 tokens."""
+
+    array: np.ndarray
+    query: Query
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """One item's answer.
+
+    vector, plain: (D,) float32 unit.  similarity: of the nearest neighbour, None without one.  neighbors: as the wire shows them.
+    """
+
+    vector: np.ndarray
+    plain: np.ndarray
+    searched: bool  # a memory was asked
+    similarity: float | None
+    neighbors: list[dict[str, Any]]
+    timings: Timings
+
+    @property
+    def enhanced(self) -> bool:
+        """Whether any neighbour changed the vector."""
+        return self.similarity is not None
+
+
+def answer(reco: Reco, side: Side, batch: Sequence[Work]) -> list[Row]:
+    """One row per item, in order. Items may pin different snapshots, or none."""
+    start = time.perf_counter()
+    encoded = reco.encode(np.stack([work.array for work in batch]), side)
+    encode_s = time.perf_counter() - start
+    by_snapshot: dict[Snapshot | None, list[int]] = {}
+    for i, work in enumerate(batch):
+        by_snapshot.setdefault(work.query.snapshot, []).append(i)
+    rows: dict[int, Row] = {}
+    for snapshot, members in by_snapshot.items():
+        queries = [batch[i].query for i in members]
+        found = reco.enhance(
+            encoded.take(members),
+            side,
+            snapshot,
+            np.array([query.k for query in queries]),
+            max_similarity=np.array([query.max_similarity for query in queries], np.float32),
+            exclude=[query.exclude for query in queries],
+        )
+        found = replace(found, timings=replace(found.timings, encode=encode_s))
+        rows.update((i, _row(found, j, query)) for j, (i, query) in enumerate(zip(members, queries, strict=True)))
+    return [rows[i] for i in range(len(batch))]
+
+
+def _row(found: Embeddings, j: int, query: Query) -> Row:
+    shown: list[dict[str, Any]] = []
+    if query.neighbors and found.neighbors is not None and found.weights is not None:
+        weights, scores = found.weights[j], found.neighbors.scores[j]
+        shown = [
+            {**record, "score": float(score), "weight": float(weight)}
+            for record, score, weight in zip(found.neighbors.records(j), scores, weights, strict=False)  # records: the present ones, first
+        ]
+    nearest = float(found.neighbors.scores[j, 0]) if found.neighbors is not None and found.enhanced[j] else None
+    return Row(found.vectors[j], found.plain[j], found.neighbors is not None, nearest, shown, found.timings)
