@@ -197,7 +197,8 @@ def _publish(work: Path, manifest: Manifest) -> None:
         finished = work.with_name(manifest.version)
         work.rename(finished)
         sync(finished.parent)
-        (finished / LOCK).unlink()
+        with suppress(OSError):  # no part of the version: it may as well stay
+            (finished / LOCK).unlink()
 
 
 @contextmanager
@@ -215,10 +216,9 @@ def _workplace(memory: Path, version: str) -> Iterator[Path]:
             with writing(f"{memory.name}/{version}"):
                 _clear(work)
             yield work
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-            with suppress(OSError):  # not empty, or not there
-                memory.rmdir()
+        except BaseException:
+            _discard(work)
+            raise
     finally:
         os.close(lock)
 
@@ -234,6 +234,15 @@ def _own(lock: int, work: Path, ref: str) -> None:
     except OSError as error:
         raise StoreBusy(f"{ref} is being built by another process: wait for it, or choose another version") from error
     raise StoreBusy(f"{ref} was being built by another process until now: look at it, then try again")
+
+
+def _discard(work: Path) -> None:
+    """Remove what this builder made, its lock last: until then nobody else may begin here."""
+    with suppress(OSError):
+        _clear(work)
+        (work / LOCK).unlink()
+        work.rmdir()
+        work.parent.rmdir()  # where the memory holds nothing else
 
 
 def _clear(work: Path) -> None:

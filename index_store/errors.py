@@ -8,7 +8,7 @@
     ├── DamagedVersion         a file is missing, cut, altered, or disagrees with the manifest
     ├── IncompatibleSnapshot   sound, but made by another encoder or a newer format
     ├── PairsRefused           rows that no memory may hold: misaligned, not unit, not finite, ids twice
-    ├── QueryRefused           a search that this memory cannot answer: width, k, excluded ids of another type
+    ├── QueryRefused           a search that this memory cannot answer: width, k, not finite
     ├── RecipeRefused          faiss cannot make such an index of these rows
     ├── RecallTooLow           the index misses too many of the exact answers
     ├── StoreBusy              another builder or activation holds this memory
@@ -51,7 +51,7 @@ class PairsRefused(StoreError):
 
 
 class QueryRefused(StoreError):
-    """The search asked for does not fit this memory: wrong width, k below one, not finite, ids of another type."""
+    """The search asked for does not fit this memory: wrong width, k below one, a value that is not finite."""
 
 
 class RecipeRefused(StoreError):

@@ -1,5 +1,6 @@
 """Several shards searched as one, and the rule that decides which of the rows found a caller may see."""
 
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,6 +15,7 @@ from index_store.shard import Shard
 SCAN_ROWS = 8_192  # rows scored at a time by an exact scan: 16 MiB of scores for 512 queries
 WIDEST_SEARCH = 2_048  # beyond this many rows per query a scan is cheaper than an index, and on a GPU the only way
 ABSENT = np.float32(-np.inf)
+WHOLE_NUMBER = re.compile(r"-?[0-9]{1,19}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,7 +149,7 @@ def limits_of(
         ceiling = np.asarray(max_similarity, np.float32)
         if ceiling.shape not in ((), (queries,)) or np.isnan(ceiling).any():
             raise QueryRefused(f"max_similarity must be one number, or one for each of {queries} queries, not {max_similarity!r}")
-        ceiling = np.broadcast_to(ceiling.reshape(-1, 1), (queries, 1))
+        ceiling = np.broadcast_to(ceiling.reshape(-1, 1), (queries, 1)) if (ceiling < np.inf).any() else None
     if exclude is not None and len(exclude) != queries:
         raise QueryRefused(f"exclude must hold one collection of ids for each of {queries} queries, not {len(exclude)}")
     stored = None if exclude is None else [_as_stored(ids, id_kind) for ids in exclude]
@@ -193,7 +195,7 @@ def _settle(hits: Hits, chosen: np.ndarray, found: Hits, limits: Limits, fan: Fa
     hits.rows[chosen, : order.shape[1]] = np.where(kept, np.take_along_axis(found.rows, order, axis=1), -1)
     hits.scores[chosen, : order.shape[1]] = np.where(kept, np.take_along_axis(found.scores, order, axis=1), 0)
     present = found.mask
-    settled = (kept.sum(axis=1) >= min(k, fan.pairs)) | (present.sum(axis=1) >= fan.pairs)  # (b,)
+    settled: np.ndarray = (kept.sum(axis=1) >= min(k, fan.pairs)) | (present.sum(axis=1) >= fan.pairs)  # (b,)
     if limits.floor is not None:
         settled |= (present & (found.scores < limits.floor)).any(axis=1)
     return settled
@@ -220,11 +222,12 @@ def _joined(indexes: Sequence[faiss.Index]) -> faiss.Index:
 
 
 def _as_stored(ids: Collection[Id], kind: str) -> np.ndarray:
-    """Excluded ids as the memory stores them; (E,) int64 or bytes."""
-    wanted = str if kind == "S" else int
-    wrong = next((name for name in ids if type(name) is not wanted), None)
-    if wrong is not None:
-        raise QueryRefused(f"exclude holds {wrong!r}, but the ids of this memory are {wanted.__name__}: send them as they were given")
-    if wanted is int:
-        return np.array([name for name in ids if isinstance(name, int) and -(2**63) <= name < 2**63], np.int64)
-    return np.array([name.encode("utf-8", "replace") for name in ids if isinstance(name, str) and "\0" not in name], np.bytes_)
+    """Excluded ids as the memory stores them; (E,) int64 or bytes. One that cannot be an id here excludes nothing.
+
+    A form or a query string can only say "12": a memory has one type of id, so 12 and "12" can mean nothing else.
+    """
+    names = [str(name) for name in ids]
+    if kind == "S":
+        return np.array([name.encode("utf-8", "replace") for name in names if "\0" not in name], np.bytes_)
+    numbers = [int(name) for name in names if WHOLE_NUMBER.fullmatch(name)]
+    return np.array([number for number in numbers if -(2**63) <= number < 2**63], np.int64)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from index_store.durable import replace_text, writing
-from index_store.errors import DamagedVersion, NameRefused, UnknownMemory, UnknownVersion
+from index_store.errors import DamagedVersion, NameRefused, StoreUnwritable, UnknownMemory, UnknownVersion
 from index_store.manifest import FILE_NAME, Manifest, read_manifest
 from index_store.snapshot import Snapshot
 
@@ -66,7 +66,7 @@ class Store:
         """Make a version the current one, in one step; the one it replaces becomes the previous."""
         self.path(name, version)  # refused here if unknown
         with writing(f"{name}/{CURRENT}"), self._held(name):
-            before = self._pointer(name) if (self.root / name / CURRENT).exists() else []
+            before = self._pointer_if_whole(name)
             if before[:1] != [version]:
                 replace_text(self.root / name / CURRENT, "\n".join([version, *before[:1]]) + "\n")
 
@@ -90,6 +90,13 @@ class Store:
             raise DamagedVersion(f"{name}/{CURRENT} does not hold one or two version names: activate a version again")
         return lines
 
+    def _pointer_if_whole(self, name: str) -> list[str]:
+        """The lines of CURRENT, none where it is missing or damaged: activating is how that is repaired."""
+        try:
+            return self._pointer(name)
+        except (UnknownVersion, DamagedVersion):
+            return []
+
     def _finished(self, name: str) -> list[str]:
         return [version for version in self._plain_names(self.root / name) if (self.root / name / version / FILE_NAME).is_file()]
 
@@ -99,6 +106,8 @@ class Store:
             return sorted(entry.name for entry in folder.iterdir() if NAME.fullmatch(entry.name))
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise StoreUnwritable(f"the folder of {folder.name} cannot be read: {error.strerror}; grant permission") from error
 
     @contextmanager
     def _held(self, name: str) -> Iterator[None]:

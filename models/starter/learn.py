@@ -6,6 +6,7 @@ Alphabet: N items, V views, C captions, Dt trunk features, B batch, L tokens, D 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import trange
 
+from models.losses import info_nce
+
 __all__ = ["Source", "encode_tokens", "learn", "pseudo_features"]
 
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 1e-3, 0.1, 40
 MAX_SCALE = 100.0  # CLIP's own ceiling on the inverse temperature
+PARTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ class Source:
         return features, self.tokens[rows, rng.integers(self.tokens.shape[1], size=len(rows))]
 
 
-def learn(model: nn.Module, sources: Sequence[Source], steps: int, seed: int) -> None:
+def learn(model: Any, sources: Sequence[Source], steps: int, seed: int) -> None:
     """Symmetric InfoNCE over batches joined from all sources; changes `model` (an open_clip CLIP) in place."""
     centre, spread = _moments(sources)
     projection = model.visual.head.proj
@@ -51,7 +55,7 @@ def learn(model: nn.Module, sources: Sequence[Source], steps: int, seed: int) ->
         optimiser.param_groups[0]["lr"] = LEARNING_RATE * min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         features, tokens = (torch.cat(part) for part in zip(*(source.draw(rng) for source in sources), strict=True))
         image = F.normalize(projection((features - centre) / spread), dim=-1)  # (B, D)
-        loss = _info_nce(image, F.normalize(encode_tokens(model, tokens), dim=-1), model.logit_scale.exp())
+        loss = info_nce(image, F.normalize(encode_tokens(model, tokens), dim=-1), model.logit_scale.exp())
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -61,34 +65,42 @@ def learn(model: nn.Module, sources: Sequence[Source], steps: int, seed: int) ->
     _fold(projection, centre, spread)
 
 
-def encode_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
-    """(B, D) as open_clip's encode_text, without computing the padding after the longest text of the batch: attention is causal, so the numbers are the same."""
-    length = int(tokens.argmax(dim=-1).max()) + 1  # the end-of-text token has the highest id
+def encode_tokens(model: Any, tokens: Tensor) -> Tensor:
+    """(B, D) as open_clip's encode_text, in parts of similar length that leave the padding out.
+
+    The text attention is causal, so what stands after the end of a text changes nothing; on captions this halves the work.
+    """
+    order = tokens.argmax(dim=-1).argsort()  # the end-of-text token has the highest id
+    parts = [_encode_part(model, tokens[rows]) for rows in order.chunk(PARTS)]
+    return torch.cat(parts)[order.argsort()]
+
+
+def _encode_part(model: Any, tokens: Tensor) -> Tensor:
+    end = tokens.argmax(dim=-1)
+    length = int(end.max()) + 1
     x = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]  # (B, L, width)
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
-    return x[torch.arange(len(x)), tokens.argmax(dim=-1)] @ model.text_projection
+    vectors: Tensor = x[torch.arange(len(x)), end] @ model.text_projection  # (B, D)
+    return vectors
 
 
 def pseudo_features(weight: Tensor, photos: Tensor) -> Tensor:
-    """Where the trunk would put a typical photo of each ImageNet class, read from its classifier.
+    """Where the trunk would put a typical photo of each class, guessed from the rows of its classifier.
 
-    weight: (1000, Dt) rows of the classifier.  photos: (N, Dt) features of any photos.  Returns (1000, Dt).  For a linear discriminant
-    row = covariance⁻¹ (class mean − mean), so covariance · row points at the class mean; its length is set to that of a photo.
+    weight: (C, Dt) rows of the classifier.  photos: (N, Dt) features of photos of these classes.  Returns (C, Dt).
+    A row is a class mean divided by the covariance of the features; multiplying by its root comes nearest to photos of the class
+    (cosine 0.45 against 0.31 for the row itself, on the ImageNet sample). The length is that of a photo.
     """
     centred = photos - photos.mean(dim=0)
-    covariance = centred.T @ centred / len(photos)  # (Dt, Dt)
-    toward = F.normalize((weight - weight.mean(dim=0)) @ covariance, dim=-1)
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(photos))  # (Dt,), (Dt, Dt)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    toward = F.normalize((weight - weight.mean(dim=0)) @ root, dim=-1)
     return photos.mean(dim=0) + toward * centred.norm(dim=-1).mean()
 
 
 def _moments(sources: Sequence[Source]) -> tuple[Tensor, Tensor]:
     seen = torch.cat([source.features[:, 0] for source in sources])
     return seen.mean(dim=0), seen.std(dim=0) + 1e-3
-
-
-def _info_nce(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    scores, target = scale * image @ text.T, torch.arange(len(image))
-    return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
 
 
 @torch.no_grad()

@@ -197,7 +197,6 @@ def test_every_parameter_of_an_untrained_fusion_can_learn_in_two_steps() -> None
         optimizer.zero_grad()
         (-(fusion(query, values, scores, mask) * goal).sum()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    # a bias of the keys shifts every logit alike: it alone may rest
     assert [name for name, parameter in fusion.named_parameters() if torch.equal(parameter, before[name])] == []
 
 

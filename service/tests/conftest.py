@@ -38,13 +38,32 @@ class Server:
         return httpx.Client(base_url=self.url, timeout=60, **given)
 
 
+def _environ(given: dict[str, str]) -> dict[str, str]:
+    """Ours, without what the developer's shell may say about RECO."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RECO_")} | given
+
+
+def reco(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """One command, as a process."""
+    command = [sys.executable, "-m", "service.cli", *args]
+    return subprocess.run(command, cwd=ROOT, env=_environ(environ), capture_output=True, text=True, timeout=240)
+
+
+def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """The error a user reads: one line, the right exit code, no stack."""
+    assert done.returncode == code, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("reco: ")]
+    assert len(told) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return told[0]
+
+
 @contextmanager
 def serving(store: Path, *flags: str, **environ: str) -> Iterator[Server]:
     """`reco serve` on a free port, killed at the end if it still runs."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("RECO_")}
     command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--store", str(store), *flags]
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**clean, **environ}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=1
+        command, cwd=ROOT, env=_environ(environ), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=1
     )
     lines: list[str] = []
     known = threading.Event()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,26 +15,9 @@ import pytest
 
 from index_store import Store
 from models.starter import install_starter
-from service.tests.conftest import ROOT, Server, serving
+from service.tests.conftest import Server, one_line, reco, serving
 
 KEYS = {"RECO_API_KEYS": "alpha-key,beta-key", "RECO_ADMIN_KEY": "gamma-key"}
-
-
-def reco(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    import os
-
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("RECO_")}
-    return subprocess.run(
-        [sys.executable, "-m", "service.cli", *args], cwd=ROOT, env={**clean, **environ}, capture_output=True, text=True, timeout=120
-    )
-
-
-def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
-    assert done.returncode == code, done.stderr
-    told = [line for line in done.stderr.splitlines() if line.startswith("reco: ")]
-    assert len(told) == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    return told[0]
 
 
 @pytest.fixture(scope="module")
