@@ -11,7 +11,7 @@
     ├── QueryRefused           a search that this memory cannot answer: width, k, not finite
     ├── RecipeRefused          faiss cannot make such an index of these rows
     ├── RecallTooLow           the index misses too many of the exact answers
-    ├── StoreBusy              another builder or activation holds this memory
+    ├── StoreBusy              another process is building this very version
     └── StoreUnwritable        no permission, or no room left, where the store lies
 
 Messages are one line with the value, the limit and the remedy; paths are relative to the store, never absolute.
@@ -63,7 +63,7 @@ class RecallTooLow(StoreError):
 
 
 class StoreBusy(StoreError):
-    """Another process is building this version or moving this memory's CURRENT at this moment."""
+    """Another process is building this very version at this moment."""
 
 
 class StoreUnwritable(StoreError):

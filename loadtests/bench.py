@@ -136,6 +136,8 @@ async def served_rate(url: str, calls: Sequence[Call], concurrency: int, seconds
     if bad:
         raise Unexpected(f"{calls[0].path}: {bad[0].status} {bad[0].content[:300]!r}")
     counted = [end for end in ends if start + warmup <= end <= start + warmup + seconds]
+    if len(counted) < 2 * concurrency:
+        raise Unexpected(f"{calls[0].path}: {len(counted)} replies in {seconds:g} s are too few to measure: give more --seconds")
     return {"images_per_s": slope(counted), **account(before, after), "client_cpu_ms_per_image": round(1000 * cpu / len(ends), 2)}
 
 

@@ -1,6 +1,5 @@
 """Any image to the encoder's frame, as open_clip would, in bounded memory."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,7 +26,7 @@ class Crop:
             if self.resize_mode == "shortest":
                 return self._centre(image.convert("RGB"))
             if self.resize_mode == "longest":
-                image = self._thickened(image)
+                image = self._fitted(image.convert("RGB"))
         return self.transform(image)
 
     def _centre(self, image: Image.Image) -> Image.Image:
@@ -35,11 +34,14 @@ class Crop:
         (height, width), (w, h) = self.size, image.size
         scale = max(height / h, width / w)
         left, top = (w - width / scale) / 2, (h - height / scale) / 2
-        resample = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
-        return image.resize((width, height), resample, box=(left, top, w - left, h - top))
+        return image.resize((width, height), self._resample, box=(left, top, w - left, h - top))
 
-    def _thickened(self, image: Image.Image) -> Image.Image:
-        """A line made thick enough that a pixel of it is left when its long side fits the frame."""
-        thinnest = math.ceil(max(image.size) / min(self.size))
-        w, h = (max(side, thinnest) for side in image.size)
-        return image.resize((w, h))
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        """The whole image within the frame, its short side at least one pixel, where open_clip would round it to none and fail."""
+        (height, width), (w, h) = self.size, image.size
+        scale = min(height / h, width / w)
+        return image.resize((max(1, round(w * scale)), max(1, round(h * scale))), self._resample)
+
+    @property
+    def _resample(self) -> Image.Resampling:
+        return Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC

@@ -24,6 +24,7 @@ _FAILURES = (
     MemoryError,
     struct.error,
     zlib.error,
+    UserWarning,  # a damaged tag, where warnings are errors
 )
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {

@@ -75,8 +75,7 @@ def encode_images(
             for reject in rejects:
                 on_reject(reject)
             if kept:
-                seen = encoder.encode(np.stack(pixels), "image")
-                yield kept, Encoded(seen.vectors[rows], None if seen.trunk is None else seen.trunk[rows])
+                yield kept, encoder.encode(np.stack(pixels), "image").take(rows)
             on_progress(len(chunk))
     finally:
         pool.shutdown(cancel_futures=True)
@@ -86,8 +85,7 @@ def encode_texts(captions: list[str], encoder: Encoder) -> Encoded:
     """The encoded captions (B, D); equal ones, common where the caption is a class, are encoded once."""
     column = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     read = encoder.encode(encoder.tokenize(list(column)), "text")
-    rows = [column[caption] for caption in captions]
-    return Encoded(read.vectors[rows], None if read.trunk is None else read.trunk[rows])
+    return read.take([column[caption] for caption in captions])
 
 
 def unique(samples: Iterable[Sample | Reject]) -> Iterator[Sample | Reject]:

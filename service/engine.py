@@ -18,9 +18,10 @@ from models.checkpoint import load_fusions, untrained_fusions
 from models.clip import Encoder, EncoderSpec
 from models.reco import Reco
 from models.starter import FUSION, MEMORY, install_starter
-from service.batcher import Answer, Batcher, QueueFull
+from service.batcher import Answer, Batcher, DeadlinePassed, QueueFull
 from service.decode import Decoder
 from service.errors import InvalidValue, ItemRefused
+from service.intake import Intake
 from service.label_sets import LabelSet, LabelSets
 from service.live import Job, LiveMemories
 from service.metrics import Metrics, Stage
@@ -116,26 +117,35 @@ class Engine:
         ceiling = np.inf if options.max_similarity is None else options.max_similarity
         return Query(snapshot, k, ceiling, frozenset(options.exclude), options.neighbors)
 
-    async def embed_images(self, images: Sequence[bytes | ItemRefused], query: Query, deadline: float) -> Answered:
-        """Decode, then embed. A bad image is refused alone, before any batch. Raises QueueFull, BatcherClosed for the whole."""
+    async def embed(self, intake: Intake[Any], query: Query, deadline: float) -> Answered:
+        """Every item's row or refusal. deadline: a `time.monotonic()` instant. Raises QueueFull, BatcherClosed for the whole."""
+        if intake.side == "image":
+            return await self._embed_images(intake.images, query, deadline)
+        return await self._embed_texts(intake.texts, query, deadline)
+
+    async def _embed_images(self, images: Sequence[bytes | ItemRefused], query: Query, deadline: float) -> Answered:
+        """Decode, then embed. A bad image is refused alone, before any batch."""
         with self._admit("image", len(images)):
             start = time.perf_counter()
             pixels = await asyncio.gather(*(self._pixels(i, image) for i, image in enumerate(images)))
             return await self._embed("image", pixels, query, deadline, {"decode": time.perf_counter() - start})
 
-    async def embed_texts(self, texts: Sequence[str], query: Query, deadline: float) -> Answered:
-        """Tokenize, then embed. Raises QueueFull, BatcherClosed for the whole."""
+    async def _embed_texts(self, texts: Sequence[str], query: Query, deadline: float) -> Answered:
         with self._admit("text", len(texts)):
             start = time.perf_counter()
             tokens = await asyncio.to_thread(self.reco.encoder.tokenize, list(texts))  # (B, L)
             spent = time.perf_counter() - start
-            self._observe("tokenize", "text", spent)
+            self.observe("tokenize", "text", spent)
             answered = await self._embed("text", list(tokens), query, deadline, {"tokenize": spent})
         return replace(answered, tokens=int(np.count_nonzero(tokens)))
 
-    async def scores(self, rows: Sequence[Row], labels: LabelSet, snapshot: Snapshot | None) -> np.ndarray:
-        """(rows, labels) float32: softmax of the cosines at the model's own temperature. snapshot: enhances the labels, None = plain."""
-        candidates = await self.label_sets.vectors(labels, snapshot)  # (labels, D)
+    async def scores(self, rows: Sequence[Row], labels: LabelSet, snapshot: Snapshot | None, deadline: float) -> np.ndarray:
+        """(rows, labels) float32: softmax of the cosines at the model's own temperature. Raises DeadlinePassed."""
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                candidates = await self.label_sets.vectors(labels, snapshot)  # (labels, D)
+        except TimeoutError as error:
+            raise DeadlinePassed(f"{len(labels.labels)} labels were not embedded in time: ask again, they will be cached") from error
         logits = self.reco.encoder.logit_scale * np.stack([row.vector for row in rows]) @ candidates.T  # (rows, labels)
         exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
         return np.asarray(exponents / exponents.sum(axis=1, keepdims=True), np.float32)
@@ -180,9 +190,9 @@ class Engine:
         """In the model thread."""
         rows = answer(self.reco, side, batch)
         for row in {id(row.timings): row for row in rows}.values():  # once per snapshot of the batch
-            self._observe("retrieve", side, row.timings.retrieve)
-            self._observe("fuse", side, row.timings.fuse)
-        self._observe("encode", side, rows[0].timings.encode)
+            self.observe("retrieve", side, row.timings.retrieve)
+            self.observe("fuse", side, row.timings.fuse)
+        self.observe("encode", side, rows[0].timings.encode)
         self._good_batch[side] = time.monotonic()
         return rows
 
@@ -203,7 +213,7 @@ class Engine:
     def _outcome(self, side: Side, index: int, found: Answer[Row] | Exception) -> Row | ItemRefused:
         if isinstance(found, Exception):
             return ItemRefused(f"{side}s[{index}]", found)
-        self._observe("queue", side, found.queued_s)
+        self.observe("queue", side, found.queued_s)
         row = found.result
         self.metrics.items_total.labels(side).inc()
         reason = "neighbors" if row.enhanced else "no_neighbor" if row.searched else "off"
@@ -221,7 +231,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001  whatever it is, it is this image's own
             return ItemRefused(f"images[{index}]", error)
         finally:
-            self._observe("decode", "image", time.perf_counter() - start)
+            self.observe("decode", "image", time.perf_counter() - start)
 
     @contextmanager
     def _admit(self, side: Side, items: int) -> Iterator[None]:
@@ -257,7 +267,8 @@ class Engine:
                     except QueueFull:
                         log.warning("the %s queue is full: no room for the test item", side)
 
-    def _observe(self, stage: Stage, side: Side, seconds: float) -> None:
+    def observe(self, stage: Stage, side: Side, seconds: float) -> None:
+        """Add one duration to a stage's histogram."""
         self.metrics.stage_duration_seconds.labels(stage, side).observe(seconds)
 
 

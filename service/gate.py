@@ -45,6 +45,7 @@ class Gate:
         except (NotServing, TooLarge) as error:
             if visit.status:  # the reply had begun
                 raise
+            self._engine.metrics.rejected_total.labels(refusal(error).code).inc()
             await error_response(error)(scope, receive, visit.send)
         finally:
             self._engine.inside -= 1

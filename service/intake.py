@@ -14,6 +14,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from index_store import Side
 from service.errors import BadRequest, InvalidValue, ItemRefused, ServiceError, TooLarge, UnsupportedType
 from service.settings import Settings
 from service.wire import Options
@@ -29,6 +30,11 @@ class Intake(Generic[O]):
     images: Sequence[bytes | ItemRefused]
     texts: Sequence[str]
     options: O
+
+    @property
+    def side(self) -> Side:
+        """Which tower the items go through."""
+        return "image" if self.images else "text"
 
 
 async def read_images(request: Request, options: type[O], settings: Settings) -> Intake[O]:

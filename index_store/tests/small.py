@@ -19,7 +19,8 @@ TRUNKS: dict[Side, KeyKind] = {"image": "trunk", "text": "vector"}
 
 def unit(rows: np.ndarray) -> np.ndarray:
     """Rows made unit length, float32."""
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    unit: np.ndarray = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return unit
 
 
 def unit_rows(n: int, width: int, seed: int) -> np.ndarray:

@@ -80,3 +80,9 @@ def test_a_refused_request_ends_the_bench(scripted: Scripted) -> None:
     scripted.handle = Counting(status=429)
     with pytest.raises(Unexpected, match="429"):
         asyncio.run(served_rate(scripted.url, [image_call([b"x"])], concurrency=1, seconds=0.1, warmup=0))
+
+
+def test_too_few_replies_to_measure_end_the_bench(scripted: Scripted) -> None:
+    scripted.handle = Counting()
+    with pytest.raises(Unexpected, match="give more --seconds"):
+        asyncio.run(served_rate(scripted.url, [image_call([b"x"])], concurrency=4, seconds=0, warmup=0.05))

@@ -24,11 +24,10 @@ router = APIRouter(tags=["classify"])
 async def classify(request: Request, engine: EngineDep) -> Response:
     """Score images or texts against labels; `enhance`: which side the memory refines: image (the items), text (the labels), both, none."""
     intake = await read_either(request, ClassifyOptions, engine.settings)
-    request.state.modality = "image" if intake.images else "text"
-    options = intake.options
-    labels = _labels(engine, options)
+    request.state.modality = intake.side
+    labels = _labels(engine, intake.options)
     body, answered = await unless_gone(request, _classified(request, engine, intake, labels))
-    return reply(body, answered)
+    return reply(engine, intake.side, body, answered)
 
 
 async def _classified(
@@ -37,11 +36,11 @@ async def _classified(
     options, until = intake.options, deadline(request, engine)
     snapshot = None if options.enhance == "none" else engine.memories.resolve(options.memory)  # one for both sides
     query = engine.query(options, snapshot if options.enhance in ("both", "image") else None)
-    embed = engine.embed_images(intake.images, query, until) if intake.images else engine.embed_texts(intake.texts, query, until)
-    answered = await embed
+    answered = await engine.embed(intake, query, until)
     rows = failing(answered.rows, options.on_error)
     good = [row for row in rows if isinstance(row, Row)]
-    scores = await engine.scores(good, labels, snapshot if options.enhance in ("both", "text") else None) if good else np.empty((0, 0))
+    refined = snapshot if options.enhance in ("both", "text") else None
+    scores = await engine.scores(good, labels, refined, until) if good else np.empty((0, 0))
     ranked = iter(_ranked(scores, labels, options.top_k))
     body = {**frame(engine, snapshot), "data": [None if isinstance(row, ItemRefused) else next(ranked) for row in rows]}
     if options.neighbors:

@@ -9,7 +9,6 @@ import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from index_store import Side
 from service.engine import Answered
 from service.errors import BadRequest, ItemRefused, refusal
 from service.intake import Intake, read_images, read_texts
@@ -26,7 +25,7 @@ async def embed_image(request: Request, engine: EngineDep) -> Response:
     """Embed images (multipart field `file`, a raw image body, or JSON {"images": [base64]}), each refined by its neighbours in memory."""
     request.state.modality = "image"
     intake = await read_images(request, EmbedOptions, engine.settings)
-    return await _embed(request, engine, intake, "image")
+    return await _embed(request, engine, intake)
 
 
 @router.post("/embed/text", response_class=Response)
@@ -34,23 +33,22 @@ async def embed_text(request: Request, engine: EngineDep) -> Response:
     """Embed texts ({"texts": […]} or {"inputs": …}), each refined by its neighbours in memory."""
     request.state.modality = "text"
     intake = await read_texts(request, EmbedOptions, engine.settings)
-    return await _embed(request, engine, intake, "text")
+    return await _embed(request, engine, intake)
 
 
-async def _embed(request: Request, engine: EngineDep, intake: Intake[EmbedOptions], side: Side) -> Response:
+async def _embed(request: Request, engine: EngineDep, intake: Intake[EmbedOptions]) -> Response:
     options, until = intake.options, deadline(request, engine)
     npy = NPY in request.headers.get("accept", "")
     if npy and options.on_error == "null":
         raise BadRequest("on_error=null cannot be told in one npy array: ask for JSON", "on_error")
     query = engine.query(options, engine.memories.resolve(options.memory) if options.enhance else None)
-    work = engine.embed_images(intake.images, query, until) if side == "image" else engine.embed_texts(intake.texts, query, until)
-    answered = await unless_gone(request, work)
+    answered = await unless_gone(request, engine.embed(intake, query, until))
     rows = failing(answered.rows, options.on_error)
     if npy:
         return _npy(answered, query)
     data = [_item(i, row, options) for i, row in enumerate(rows)]
     usage = {"prompt_tokens": answered.tokens, "total_tokens": answered.tokens}
-    return reply({**frame(engine, query.snapshot), "data": data, "usage": usage}, answered)
+    return reply(engine, intake.side, {**frame(engine, query.snapshot), "data": data, "usage": usage}, answered)
 
 
 def _item(index: int, row: Row | ItemRefused, options: EmbedOptions) -> dict[str, Any]:

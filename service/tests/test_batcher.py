@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -72,8 +73,11 @@ async def serving(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110  some conditions are set by threads
-        await asyncio.sleep(0.001)
+    """Yields once at least, and looks as often as the loop turns at first, so that a moment is not missed."""
+    for turn in itertools.count():
+        await asyncio.sleep(0 if turn < 10 else 0.001)
+        if condition():
+            return
 
 
 def values(outcomes: Sequence[Answer[int] | Exception]) -> list[int | type[Exception]]:
@@ -216,6 +220,22 @@ def test_callers_who_left_are_dropped_and_free_the_queue() -> None:
             run.gate.set()
             assert values(await stays) == [6, 8]
         assert run.batches == [[0], [3, 4]]
+
+    run_async(scenario())
+
+
+def test_a_caller_who_leaves_in_the_very_moment_its_batch_is_formed_is_dropped() -> None:
+    async def scenario() -> None:
+        run = Doubler()
+        async with serving(run) as batcher:
+            await asyncio.sleep(0.01)  # the batcher is now waiting for a first item
+            caller = asyncio.create_task(batcher.submit([7]))
+            await until(lambda: batcher.depth == 1)
+            caller.cancel()  # before the batcher, woken by the item, has had its turn
+            with pytest.raises(asyncio.CancelledError):
+                await caller
+            assert values(await batcher.submit([8])) == [16]
+        assert run.batches == [[8]]
 
     run_async(scenario())
 

@@ -1,0 +1,213 @@
+import gc
+import re
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from index_store.errors import QueryRefused, RecallTooLow
+from index_store.pairs import Pairs, Side, other
+from index_store.snapshot import Snapshot
+from index_store.store import Store
+from index_store.tests.small import built, opened, part, some_pairs, unit_rows
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "flat": {"index": "Flat"},
+    "four shards": {"index": "Flat", "shard_pairs": 61},
+    "half precision": {"index": "SQfp16", "shard_pairs": 150},
+    "lists": {"index": "IVF4,Flat"},
+    "lists in two shards": {"index": "IVF4,Flat", "shard_pairs": 120},
+    "lists and a short flat shard": {"index": "IVF4,Flat", "shard_pairs": 239},
+    "scaled, then lists": {"index": "L2norm,IVF4,Flat", "shard_pairs": 120},
+}
+N = 240
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def memory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pairs, Snapshot]:
+    """A memory by each recipe; its images have keys of their own width."""
+    pairs = some_pairs(N, 16, key_width=24)
+    return pairs, opened(tmp_path_factory.mktemp("store"), pairs, **RECIPES[request.param])
+
+
+def ranking(pairs: Pairs, queries: np.ndarray, side: Side) -> tuple[np.ndarray, np.ndarray]:
+    """Brute force: (B, N) rows best first, and their scores."""
+    scores = queries @ pairs.keys(side).T
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return order, np.take_along_axis(scores, order, axis=1)
+
+
+def lists(snapshot: Snapshot) -> int | None:
+    """Full probes where the recipe has lists: then it is exact."""
+    return 4 if snapshot.manifest.index["probes"] else None
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+@pytest.mark.parametrize("queries", [1, 3, 40])
+@pytest.mark.parametrize("k", [1, 7, N, N + 5])
+def test_agrees_with_brute_force(memory: tuple[Pairs, Snapshot], side: Side, queries: int, k: int) -> None:
+    pairs, snapshot = memory
+    asked = unit_rows(queries, pairs.keys(side).shape[1], 99)
+    rows, scores = (found[:, :k] for found in ranking(pairs, asked, side))
+    found = snapshot.retrieve(asked, side, k, probes=lists(snapshot))
+    present = min(k, N)
+    assert found.mask.shape == found.ids.shape == found.scores.shape == (queries, k)
+    assert found.mask[:, :present].all()
+    assert not found.mask[:, present:].any()
+    np.testing.assert_array_equal(found.ids[:, :present], pairs.ids[rows])
+    np.testing.assert_allclose(found.scores[:, :present], scores, atol=1e-6)
+    np.testing.assert_array_equal(found.values[:, :present], pairs.values(other(side))[rows])
+    assert not found.values[:, present:].any()
+    assert not found.scores[:, present:].any()
+    assert (found.ids[:, present:] == "").all()
+    assert [found.ids.dtype.kind, found.scores.dtype.str, found.values.dtype.str] == ["U", "<f4", "<f4"]
+
+
+def test_what_it_says_of_itself(memory: tuple[Pairs, Snapshot]) -> None:
+    _, snapshot = memory
+    assert (len(snapshot), snapshot.dim, snapshot.ref) == (N, 16, "things@v1")
+    assert (snapshot.key_kind("image"), snapshot.key_kind("text")) == ("trunk", "vector")
+    assert snapshot.bytes["mapped"] > N * (16 + 16 + 24) * 2
+    assert (snapshot.bytes["resident"] == N * 40 * 4) == (snapshot.manifest.index["recipe"] == "Flat")
+    recall = snapshot.prove()
+    assert min(recall.values()) >= 0.99
+    assert recall == {side: snapshot.manifest.recall[side] for side in ("image", "text")}
+
+
+def test_captions_are_read_when_asked_for(memory: tuple[Pairs, Snapshot]) -> None:
+    pairs, snapshot = memory
+    asked = unit_rows(3, 16, 5)
+    rows = ranking(pairs, asked, "text")[0][:, :4]
+    found = snapshot.retrieve(asked, "text", 4, probes=lists(snapshot))
+    for b in range(3):
+        assert found.records(b) == [{"id": pairs.ids[row], **pairs.records[row]} for row in rows[b]]
+    one = found.row(2)
+    assert len(one) == 1
+    assert one.records(0) == found.records(2)
+    np.testing.assert_array_equal(one.values, found.values[2:3])
+    far = snapshot.retrieve(asked, "text", 4, min_score=2.0)
+    assert far.records(0) == []
+
+
+def test_no_queries_no_answers(memory: tuple[Pairs, Snapshot]) -> None:
+    found = memory[1].retrieve(np.empty((0, 16), np.float32), "text", 3)
+    assert found.values.shape == (0, 3, 16)
+
+
+@pytest.mark.parametrize(
+    ("queries", "k", "message"),
+    [
+        (unit_rows(2, 16, 0), 3, re.escape("things@v1 compares image trunk keys of width 24, the queries are (2, 16)")),
+        (unit_rows(2, 24, 0)[0], 3, "width 24"),
+        (unit_rows(2, 24, 0), 0, "k is 0"),
+        (np.full((1, 24), np.nan, np.float32), 3, "not finite"),
+    ],
+)
+def test_queries_that_do_not_fit(memory: tuple[Pairs, Snapshot], queries: np.ndarray, k: int, message: str) -> None:
+    with pytest.raises(QueryRefused, match=message):
+        memory[1].retrieve(queries, "image", k)
+
+
+def test_other_kinds_of_queries_are_converted(memory: tuple[Pairs, Snapshot]) -> None:
+    asked = unit_rows(4, 16, 8)
+    expected = memory[1].retrieve(asked, "text", 3)
+    for same in (asked.astype(np.float64), np.asfortranarray(asked), np.repeat(asked, 2, axis=0)[::2]):
+        np.testing.assert_array_equal(memory[1].retrieve(same, "text", 3).ids, expected.ids)
+
+
+def test_integer_ids_and_unusual_names(tmp_path: Path) -> None:
+    numbers = some_pairs(20, first=-7, ints=True)
+    found = opened(tmp_path, numbers, name="numbers").retrieve(numbers.image[:3], "image", 22)
+    assert found.ids.dtype == np.int64
+    assert found.ids[:, 0].tolist() == [-7, -6, -5]
+    assert found.ids[0, 20:].tolist() == [0, 0]
+    words = some_pairs(3)
+    named = Pairs(np.array(["naïve/ä", "日本", "a" * 200]), words.image, words.text, words.records)
+    snapshot = opened(tmp_path, [some_pairs(5, seed=3), named], name="words", shard_pairs=6)
+    assert snapshot.retrieve(named.image, "image", 1).ids[:, 0].tolist() == named.ids.tolist()
+
+
+def test_captions_that_repeat_do_not_fail_the_proof(tmp_path: Path) -> None:
+    few = unit_rows(3, 16, 1)[np.arange(600) % 3]
+    pairs = some_pairs(600)
+    snapshot = opened(tmp_path, Pairs(pairs.ids, pairs.image, few, pairs.records), index="IVF2,Flat")
+    assert snapshot.prove()["text"] >= 0.99
+
+
+def test_an_index_that_lost_its_rows_fails_the_proof(tmp_path: Path) -> None:
+    """The index of another version under this one's manifest: every count agrees, the answers do not."""
+    import faiss
+
+    from index_store.tests.test_damage import reseal
+
+    built(tmp_path, some_pairs(300), index="SQfp16")
+    path = tmp_path / "things" / "v1" / "shard-0000" / "image.faiss"
+    index = faiss.index_factory(16, "SQfp16", faiss.METRIC_INNER_PRODUCT)
+    rows = some_pairs(300).image[::-1].copy()
+    index.train(rows)
+    index.add(rows)
+    faiss.write_index(index, str(path))
+    reseal(tmp_path / "things" / "v1")
+    snapshot = Store(tmp_path).open("things", "v1", encoder="@0123456789ab")
+    with pytest.raises(RecallTooLow, match=r"things@v1: image recall@10 is 0\.\d+, the floor is 0.99"):
+        snapshot.prove()
+
+
+def test_search_parameters_travel_with_the_call(tmp_path: Path) -> None:
+    """One list and all lists asked at once from many threads: each caller gets what it asked for."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    snapshot = opened(tmp_path, some_pairs(2000), index="IVF16,Flat")
+    asked = unit_rows(20, 16, 4)
+    alone = {probes: snapshot.retrieve(asked, "image", 10, probes=probes).ids for probes in (1, 16)}
+    assert (alone[1] != alone[16]).any()
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda probes: (probes, snapshot.retrieve(asked, "image", 10, probes=probes).ids), [1, 16] * 20))
+    for probes, ids in together:
+        np.testing.assert_array_equal(ids, alone[probes])
+
+
+def maps(path: Path) -> int:
+    return Path("/proc/self/maps").read_text().count(str(path))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+@pytest.mark.parametrize("recipe", ["Flat", "IVF4,Flat"])
+def test_the_last_holder_lets_go_of_the_files(tmp_path: Path, recipe: str) -> None:
+    snapshot = opened(tmp_path, some_pairs(300), index=recipe, shard_pairs=150)
+    assert maps(tmp_path) >= 8
+    assert Snapshot.alive()["things"] == 1
+    neighbors, watch = snapshot.retrieve(unit_rows(2, 16, 0), "image", 3), weakref.ref(snapshot)
+    gc.disable()  # by reference count alone
+    try:
+        del snapshot
+        assert watch() is not None
+        assert len(neighbors.records(0)) == 3
+        del neighbors
+        assert watch() is None
+    finally:
+        gc.enable()
+    assert maps(tmp_path) == 0
+    assert "things" not in Snapshot.alive()
+
+
+def test_an_open_version_outlives_its_files(tmp_path: Path) -> None:
+    import shutil
+
+    pairs = some_pairs(300)
+    snapshot = opened(tmp_path, pairs, index="IVF4,Flat")
+    shutil.rmtree(tmp_path / "things")
+    found = snapshot.retrieve(pairs.image[:5], "image", 2, probes=4)
+    assert found.ids[:, 0].tolist() == pairs.ids[:5].tolist()
+    assert found.records(1)[0]["caption"] == "caption 1"
+
+
+def test_blocks_of_any_size_make_the_same_memory(tmp_path: Path) -> None:
+    pairs = some_pairs(100)
+    blocks = [part(pairs, slice(a, b)) for a, b in ((0, 1), (1, 1), (1, 48), (48, 50), (50, 100))]
+    whole = opened(tmp_path, pairs, "v1", shard_pairs=30)
+    pieces = opened(tmp_path, blocks, "v2", shard_pairs=30)
+    assert whole.manifest.files == pieces.manifest.files
+    assert [shard["pairs"] for shard in whole.manifest.shards] == [30, 30, 30, 10]

@@ -1,0 +1,156 @@
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from index_store.errors import DamagedVersion, IncompatibleSnapshot, NameRefused, StoreError, UnknownMemory, UnknownVersion
+from index_store.store import Store
+from index_store.tests.small import ENCODER, built, some_pairs
+
+EVIL = ["../x", "..", ".", "", "/etc", "a/b", "a\\b", ".hidden", "a\0b", "a b", "ä", "x" * 65, "-x", "a\n", "a@b"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    for version in ("v1", "v2", "v3"):
+        built(tmp_path, some_pairs(5), version)
+    return Store(tmp_path)
+
+
+def test_lists_what_is_finished(store: Store) -> None:
+    built(store.root, some_pairs(5), "v1", name="animals")
+    (store.root / "things" / "v4").mkdir()
+    (store.root / "things" / ".v5.partial").mkdir()
+    (store.root / "empty").mkdir()
+    (store.root / "README").write_text("not a memory")
+    assert store.names() == ["animals", "things"]
+    assert store.versions("things") == ["v1", "v2", "v3"]
+    with pytest.raises(UnknownVersion, match="things has no version 'v4', only v1, v2, v3"):
+        store.path("things", "v4")
+
+
+def test_an_empty_place_is_an_empty_store(tmp_path: Path) -> None:
+    store = Store(tmp_path / "nowhere")
+    assert store.names() == []
+    with pytest.raises(UnknownMemory, match="no memory 'things' here, there is none at all"):
+        store.open("things", encoder=ENCODER)
+
+
+def test_current_and_previous(store: Store) -> None:
+    with pytest.raises(UnknownVersion, match="no current version: activate one of v1, v2, v3"):
+        store.current("things")
+    store.activate("things", "v1")
+    assert (store.current("things"), store.previous("things")) == ("v1", None)
+    store.activate("things", "v3")
+    assert (store.current("things"), store.previous("things")) == ("v3", "v1")
+    store.activate("things", "v3")  # again: the way back is kept
+    assert (store.current("things"), store.previous("things")) == ("v3", "v1")
+    assert Store(store.root).open("things", encoder=ENCODER).ref == "things@v3"
+    assert store.open("things", "v2", encoder="renamed@0123456789ab").ref == "things@v2"
+    assert store.manifest("things").version == "v3"
+
+
+def test_activating_the_unknown_changes_nothing(store: Store) -> None:
+    store.activate("things", "v1")
+    with pytest.raises(UnknownVersion):
+        store.activate("things", "v9")
+    with pytest.raises(UnknownMemory, match="no memory 'thongs' here, there is things"):
+        store.activate("thongs", "v1")
+    assert store.current("things") == "v1"
+
+
+@pytest.mark.parametrize("text", ["", "../x\n", "v1\nv2\nv3\n", "\n\n", "v1\n../x\n", "\udcff"])
+def test_a_damaged_pointer_is_refused_and_repaired_by_activating(store: Store, text: str) -> None:
+    (store.root / "things" / "CURRENT").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(DamagedVersion, match="things/CURRENT"):
+        store.current("things")
+    store.activate("things", "v2")
+    assert (store.current("things"), store.previous("things")) == ("v2", None)
+
+
+def test_a_pointer_to_nothing(store: Store) -> None:
+    (store.root / "things" / "CURRENT").write_text("v9\n")
+    with pytest.raises(UnknownVersion, match="v9"):
+        store.open("things", encoder=ENCODER)
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_a_path_is_not_a_name(store: Store, name: str) -> None:
+    for attempt in (
+        lambda: store.versions(name),
+        lambda: store.open(name, encoder=ENCODER),
+        lambda: store.path("things", name),
+        lambda: store.activate("things", name),
+        lambda: store.next_version(name),
+        lambda: built(store.root, some_pairs(3), "v1", name=name),
+        lambda: built(store.root, some_pairs(3), name),
+    ):
+        with pytest.raises(NameRefused, match="is not a name") as refused:
+            attempt()
+        assert "\n" not in str(refused.value)
+    assert not (store.root.parent / "x").exists()
+
+
+@pytest.mark.parametrize("version", ["CURRENT", "current"])
+def test_no_version_is_called_like_the_pointer(store: Store, version: str) -> None:
+    with pytest.raises(NameRefused, match="pointer"):
+        built(store.root, some_pairs(3), version)
+
+
+def test_another_encoder_is_refused(store: Store) -> None:
+    with pytest.raises(IncompatibleSnapshot, match=f"things@v1 was built by {ENCODER}, this service encodes with tiny/test@ffff"):
+        store.open("things", "v1", encoder="tiny/test@ffff")
+
+
+def test_version_names_count_on(tmp_path: Path) -> None:
+    store, day = Store(tmp_path), datetime(2026, 11, 22, tzinfo=UTC)
+    folder = tmp_path / "things"
+    labels = []
+    for _ in range(60):
+        labels.append(store.next_version("things", day))
+        (folder / labels[-1]).mkdir(parents=True)
+        (folder / labels[-1] / "manifest.json").touch()
+    assert labels[:3] == ["2026-11-22a", "2026-11-22b", "2026-11-22c"]
+    assert labels[25:28] == ["2026-11-22z", "2026-11-22za", "2026-11-22zb"]
+    assert sorted(labels) == labels
+    assert store.versions("things") == labels
+
+
+def test_readers_never_see_half_a_pointer(store: Store) -> None:
+    store.activate("things", "v1")
+    stop, trouble = threading.Event(), []
+
+    def read() -> None:
+        reader = Store(store.root)
+        while not stop.is_set():
+            try:
+                if reader.current("things") not in ("v1", "v2", "v3"):
+                    trouble.append(reader.current("things"))
+            except StoreError as error:
+                trouble.append(str(error))
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for turn in range(150):
+        store.activate("things", f"v{turn % 3 + 1}")
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert trouble == []
+    assert (store.current("things"), store.previous("things")) == ("v3", "v2")
+    assert not list((store.root / "things").glob("*fresh*"))
+
+
+def test_writers_of_one_pointer_take_turns(store: Store) -> None:
+    def write(version: str) -> None:
+        for _ in range(20):
+            Store(store.root).activate("things", version)
+
+    writers = [threading.Thread(target=write, args=[version]) for version in ("v1", "v2")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert {store.current("things"), store.previous("things")} == {"v1", "v2"}

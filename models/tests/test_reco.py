@@ -1,0 +1,145 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from index_store.errors import IncompatibleSnapshot
+from index_store.pairs import Pairs, Side
+from index_store.snapshot import Snapshot
+from models.checkpoint import untrained_fusions
+from models.clip import Encoded, Encoder
+from models.errors import ConfigError
+from models.reco import Reco
+from models.tests.small import memory_of, picture, unit
+
+N = 40
+
+
+@pytest.fixture(scope="module")
+def pairs(encoder: Encoder) -> Pairs:
+    rng = np.random.default_rng(0)
+    image, text, key = (unit(rng.standard_normal((N, width))) for width in (encoder.dim, encoder.dim, encoder.trunk_dim or 0))
+    records = [{"caption": f"caption {i}", "class": f"class {i % 4}"} for i in range(N)]
+    return Pairs(np.array([f"id{i}" for i in range(N)]), image, text, records, image_key=key)
+
+
+@pytest.fixture(scope="module")
+def snapshot(pairs: Pairs, encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    """Images are found by trunk keys, texts by their vectors."""
+    folder = tmp_path_factory.mktemp("store")
+    return memory_of(folder, pairs, encoder.fingerprint, {"image": "trunk", "text": "vector"})
+
+
+@pytest.fixture(scope="module")
+def photos(encoder: Encoder) -> np.ndarray:
+    return np.stack([encoder.preprocess(picture(seed)) for seed in range(5)])
+
+
+def expected(encoded: Encoded, pairs: Pairs, side: Side, k: int, alpha: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
+    """By brute force: the rows (B, k) of the nearest pairs, and the training-free rule over their other side."""
+    keys, values = (pairs.image_key, pairs.text) if side == "image" else (pairs.text, pairs.image)
+    assert keys is not None
+    queries = encoded.key("trunk" if side == "image" else "vector")
+    rows = np.argsort(-(queries @ keys.astype(np.float16).astype(np.float32).T), axis=1)[:, :k]
+    refined = encoded.vectors + alpha * values.astype(np.float16).astype(np.float32)[rows].mean(1)
+    return rows, unit(refined)
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_embed_is_encode_retrieve_fuse(reco: Reco, snapshot: Snapshot, pairs: Pairs, photos: np.ndarray, side: Side) -> None:
+    batch = photos if side == "image" else reco.encoder.tokenize(["a", "b", "c", "d", "e"])
+    encoded = reco.encode(batch, side)
+    rows, refined = expected(encoded, pairs, side, k=4)
+    found = reco.embed(batch, side, snapshot)
+    assert found.neighbors is not None
+    assert found.weights is not None
+    np.testing.assert_array_equal(found.neighbors.ids, pairs.ids[rows])
+    np.testing.assert_allclose(found.vectors, refined, atol=1e-5)
+    np.testing.assert_array_equal(found.plain, encoded.vectors)
+    np.testing.assert_allclose(found.weights, 0.25, atol=1e-6)
+    assert found.enhanced.all()
+    assert found.memory == snapshot.ref
+    assert min(found.timings.encode, found.timings.retrieve, found.timings.fuse) > 0
+
+
+def test_without_a_memory_vectors_stay_plain(reco: Reco, photos: np.ndarray) -> None:
+    found = reco.embed(photos, "image", None)
+    assert found.vectors is found.plain
+    assert not found.enhanced.any()
+    assert (found.neighbors, found.weights, found.memory) == (None, None, None)
+    assert found.row(3).vectors.shape == (1, reco.encoder.dim)
+
+
+def test_one_batch_may_hold_many_ks(reco: Reco, snapshot: Snapshot, photos: np.ndarray) -> None:
+    ks = np.array([1, 3, 2, 7, 1])
+    together = reco.embed(photos, "image", snapshot, ks)
+    assert together.neighbors is not None
+    np.testing.assert_array_equal(together.neighbors.mask.sum(1), ks)
+    for b, k in enumerate(ks):
+        alone = reco.embed(photos[b : b + 1], "image", snapshot, int(k))
+        one = together.row(b)
+        assert one.neighbors is not None
+        assert alone.neighbors is not None
+        np.testing.assert_allclose(one.vectors, alone.vectors, atol=1e-6)
+        assert one.neighbors.records(0) == alone.neighbors.records(0)
+        np.testing.assert_array_equal(one.neighbors.ids[0, :k], alone.neighbors.ids[0])
+        assert not one.neighbors.values[0, k:].any()
+        assert not one.neighbors.scores[0, k:].any()
+
+
+def test_excluded_and_too_near_pairs_are_passed_over(reco: Reco, snapshot: Snapshot, photos: np.ndarray) -> None:
+    found = reco.embed(photos, "image", snapshot, 2)
+    assert found.neighbors is not None
+    first = found.neighbors.ids[:, 0].tolist()
+    others = reco.embed(photos, "image", snapshot, 2, exclude=[{name} for name in first])
+    assert others.neighbors is not None
+    np.testing.assert_array_equal(others.neighbors.ids[:, 0], found.neighbors.ids[:, 1])
+    nobody = reco.embed(photos, "image", snapshot, 2, max_similarity=-1.0)
+    np.testing.assert_array_equal(nobody.vectors, nobody.plain)  # bit for bit
+    assert not nobody.enhanced.any()
+    assert nobody.memory == snapshot.ref
+
+
+def test_a_memory_of_another_encoder_is_refused_before_any_number(reco: Reco, pairs: Pairs, tmp_path: Path, photos: np.ndarray) -> None:
+    stranger = memory_of(tmp_path, pairs, "other/model@ffffffffffff", {"image": "trunk", "text": "vector"})
+    with pytest.raises(IncompatibleSnapshot, match=r"built by other/model@ffffffffffff, this service encodes with tinyvit/random@"):
+        reco.embed(photos, "image", stranger)
+
+
+@pytest.mark.parametrize("k", [0, -1, 101, np.array([1, 2, 3, 0, 1]), np.array([1, 101, 1, 1, 1])])
+def test_k_outside_the_fusions_range_is_refused(reco: Reco, snapshot: Snapshot, photos: np.ndarray, k: int | np.ndarray) -> None:
+    with pytest.raises(ConfigError, match="outside 1 to 100"):
+        reco.embed(photos, "image", snapshot, k)
+
+
+def test_a_fusion_of_another_width_is_refused(encoder: Encoder) -> None:
+    with pytest.raises(ConfigError, match="width 64 cannot refine vectors of width 32"):
+        Reco(encoder, untrained_fusions(64).fusions, "x", 10)
+
+
+def test_rows_are_the_batch_taken_apart(reco: Reco, snapshot: Snapshot, photos: np.ndarray) -> None:
+    found = reco.embed(photos, "image", snapshot)
+    assert found.neighbors is not None
+    assert found.weights is not None
+    for i in range(5):
+        one = found.row(i)
+        assert one.neighbors is not None
+        assert one.weights is not None
+        np.testing.assert_array_equal(one.vectors[0], found.vectors[i])
+        np.testing.assert_array_equal(one.plain[0], found.plain[i])
+        np.testing.assert_array_equal(one.weights[0], found.weights[i])
+        assert one.neighbors.records(0) == found.neighbors.records(i)
+        assert (one.memory, one.timings) == (found.memory, found.timings)
+
+
+@pytest.mark.parametrize("enhanced", [False, True])
+def test_labels_are_the_mean_of_their_prompts(reco: Reco, snapshot: Snapshot, enhanced: bool) -> None:
+    memory = snapshot if enhanced else None
+    labels, templates = ["cat", "{odd} dog"], ["a {}.", "the {}, a {}!"]
+    vectors = reco.embed_labels(labels, templates, memory, 3)
+    for label, vector in zip(labels, vectors, strict=True):
+        prompts = reco.encoder.tokenize([f"a {label}.", f"the {label}, a {label}!"])
+        mean = torch.from_numpy(reco.embed(prompts, "text", memory, 3).vectors.mean(0))
+        np.testing.assert_allclose(vector, normalize(mean, dim=0), atol=1e-6)
