@@ -50,21 +50,17 @@ def build_version(
     version = store.next_version(name) if version is None else plain_version(version)
     with _workplace(store.root / plain(name), version) as work:
         content = _write_shards(work, blocks, kinds, index, shard_pairs)
-        said = source() if callable(source) else source or {}
         draft = Manifest(
             name=name,
             version=version,
             encoder=encoder,
-            dim=content.dim,
-            keys=content.keys,
-            pairs=content.pairs,
-            shards=content.shards,
+            **content.described(),
             index={"recipe": recipe_for(index, content.shards[0]["pairs"], content.pairs), "probes": 0},
             recall={"k": DEPTH, "floor": recall_floor, "image": 0.0, "text": 0.0},
             files=_digests(work, content.files),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             parent=parent,
-            source=dict(said),
+            source=dict(source() if callable(source) else source or {}),
         )
         manifest = _measured(work, draft)
         _publish(work, manifest)
@@ -85,6 +81,10 @@ class _Content:
     def pairs(self) -> int:
         """N, as far as the shards are closed."""
         return sum(shard["pairs"] for shard in self.shards)
+
+    def described(self) -> dict[str, Any]:
+        """What of it the manifest tells."""
+        return {"dim": self.dim, "keys": self.keys, "pairs": self.pairs, "shards": self.shards}
 
 
 def _write_shards(work: Path, blocks: Iterable[Pairs], kinds: Mapping[Side, KeyKind], index: str, shard_pairs: int) -> _Content:

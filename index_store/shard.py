@@ -33,7 +33,7 @@ class Shard:
         self.values = {side: self._rows(f"{side}.npy", (pairs, manifest.dim)) for side in SIDES}
         self.keys = {side: self._keys(side) for side in SIDES}
         self._offsets = self._rows("records.npy", (pairs + 1,))
-        self._records = np.memmap(root / folder / "records.jsonl", np.uint8, mode="r")
+        self._records = self._read("records.jsonl", lambda path: np.asarray(np.memmap(path, np.uint8, mode="r")))
         self.indexes = {side: self._index(side) for side in SIDES}
         self._check()
 

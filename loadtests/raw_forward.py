@@ -2,7 +2,7 @@
 
     python -m loadtests.raw_forward --model ViT-B-32 --threads 2
 
-One line `BATCH SECONDS` on stdin, one JSON line `{"batch", "images", "seconds"}` on stdout; between two lines it sleeps,
+One line `BATCH SECONDS` on stdin, one JSON line `{"batch", "images", "seconds", "cpu_seconds"}` on stdout; between two lines it sleeps,
 so that a service can be measured in turn on the same cores.
 """
 
@@ -34,11 +34,12 @@ def main() -> int:
         pixels = torch.randn(batch, 3, side, side)
         with torch.inference_mode():
             model.encode_image(pixels, normalize=True)  # the first one allocates
-            images, start = 0, time.perf_counter()
+            images, start, cpu = 0, time.perf_counter(), time.process_time()
             while time.perf_counter() - start < seconds:
                 model.encode_image(pixels, normalize=True)
                 images += batch
-        print(json.dumps({"batch": batch, "images": images, "seconds": time.perf_counter() - start}), flush=True)
+        spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+        print(json.dumps({"batch": batch, "images": images, **spent}), flush=True)
     return 0
 
 

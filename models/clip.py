@@ -92,6 +92,11 @@ class Encoder:
         model, tokenizer = _create(name, weights)
         return cls(spec, model, tokenizer, f"{_label(spec.model, weights)}@{_digest(model)}")
 
+    @property
+    def module(self) -> Any:
+        """The open_clip model itself, for a script that trains or takes it apart; serving has no use for it."""
+        return self._model
+
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """(3, H, W) uint8: open_clip's own resize and crop; normalising is left to `encode`, on the device."""
         return np.ascontiguousarray(np.asarray(self._crop(image)).transpose(2, 0, 1))
@@ -215,12 +220,18 @@ def _create(name: str, weights: str | None) -> tuple[Any, Any]:
     import torch
 
     random = weights == "random"
+    tag = open_clip.get_pretrained_cfg(name, weights) if weights else {}
     asked = not random and not name.startswith("local-dir:") and not (weights and Path(weights).is_file())
     try:
         with _hub(asked), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = open_clip.create_model(
-                name, None if random else weights, require_pretrained=not random, pretrained_text=False, weights_only=True
+                name,
+                None if random else weights,
+                force_quick_gelu=tag.get("quick_gelu", False),  # open_clip alone would only warn, and give wrong vectors
+                require_pretrained=not random,
+                pretrained_text=False,
+                weights_only=True,
             )
         return model, open_clip.get_tokenizer(name)
     except Exception as error:

@@ -21,7 +21,10 @@ BLOCK = 1024  # training pairs looked up in one search
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lookup:
-    """One side of M pairs and what the memory returned. query: (M, D) float32.  values: (M, K, D) float16.  scores: (M, K) float32.  mask: (M, K) bool."""
+    """One side of M pairs and what the memory returned.
+
+    query: (M, D) float32.  values: (M, K, D) float16.  scores: (M, K) float32.  mask: (M, K) bool, True = present.
+    """
 
     query: np.ndarray
     values: np.ndarray
@@ -38,7 +41,10 @@ class Lookup:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Episode:
-    """M pairs and one memory. photo, caption: (M,) int; pairs that share either must not repel each other."""
+    """M pairs and one memory.
+
+    photo, caption: (M,) int; pairs that share either must not repel each other.
+    """
 
     name: str
     lookups: Mapping[Side, Lookup]
@@ -50,7 +56,8 @@ class Episode:
 
     def same(self, rows: np.ndarray) -> np.ndarray:
         """(B, B) bool: True where two rows share their photo or their caption."""
-        return np.logical_or(*(group[rows, None] == group[rows] for group in (self.photo, self.caption)))
+        photo, caption = (group[rows, None] == group[rows] for group in (self.photo, self.caption))
+        return np.asarray(photo | caption)
 
     def split(self, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(learned, held out): whole photos are held out, never one caption of a photo that is learned."""

@@ -72,9 +72,8 @@ def classify(
     plain, enhanced = (reco.embed_labels(labels, templates, memory, k) for memory in (None, snapshot))  # (C, D) each
     baselines = _Baselines.of(snapshot, labels, label_field)
     right, images = Counter[tuple[str, int]](), 0
-    for kept, seen in encode_images(
-        _labelled(samples, set(labels)), reco.encoder, batch=batch, on_reject=rejects.append, on_progress=on_progress
-    ):
+    known = _labelled(samples, set(labels))
+    for kept, seen in encode_images(known, reco.encoder, batch=batch, on_reject=rejects.append, on_progress=on_progress):
         own = [{sample.id} for sample in kept]
         found = reco.enhance(seen, "image", snapshot, k, exclude=own)
         scores = {"none": found.plain @ plain.T, "image": found.vectors @ plain.T}  # (B, C) each
@@ -87,16 +86,17 @@ def classify(
         images += len(kept)
     if not images:
         raise DataError(f"no image could be classified, {len(rejects)} were rejected: check the labels and the field that names them")
-    methods = dict.fromkeys(method for method, _ in right)
-    lines = [Line(method, right[method, 1], right[method, 5]) for method in methods]
+    lines = [Line(method, right[method, 1], right[method, 5]) for method in dict.fromkeys(method for method, _ in right)]
     return ClassifyReport(snapshot.ref, reco.fusion_id, k, len(labels), images, rejects, lines)
 
 
 def _labelled(samples: Iterable[Sample | Reject], labels: set[str]) -> Iterator[Sample | Reject]:
     """The same stream, with a sample of an unknown label turned into a Reject."""
     for item in samples:
-        known = isinstance(item, Reject) or item.caption in labels
-        yield item if known or isinstance(item, Reject) else Reject(item.id, f"its label {item.caption!r} is not among those asked for")
+        if isinstance(item, Sample) and item.caption not in labels:
+            yield Reject(item.id, f"its label {item.caption!r} is not among those asked for")
+        else:
+            yield item
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -65,6 +65,8 @@ class Reco:
         self.fusion_id = fusion_id
         self.k = k
         self.max_k = min(fusion.config.max_k for fusion in fusions.values())
+        if not 1 <= k <= self.max_k:
+            raise ConfigError(f"k = {k} is outside 1 to {self.max_k}, what this fusion takes: choose a k within")
         for fusion in fusions.values():
             if fusion.config.dim != encoder.dim:
                 raise ConfigError(f"a fusion of width {fusion.config.dim} cannot refine vectors of width {encoder.dim}: use its encoder")

@@ -1,4 +1,7 @@
-"""`reco train CONFIG.toml`: learn a fusion. The encoder is frozen, so embeddings and neighbours are computed once and the loop sees arrays only."""
+"""`reco train CONFIG.toml`: learn a fusion.
+
+The encoder is frozen, so embeddings and neighbours are computed once and the loop sees arrays only.
+"""
 
 import math
 import sys
@@ -47,7 +50,10 @@ class Learning:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a run came to. first_loss, last_loss: means over the first and last tenth of the steps.  before, after: held-out accuracy by episode."""
+    """What a run came to.
+
+    first_loss, last_loss: means over the first and last tenth of the steps.  before, after: held-out accuracy by memory.
+    """
 
     output: str
     fusion_id: str
@@ -150,16 +156,14 @@ def _step_loss(
     both, image_only, text_only = (term in learning.terms for term in TERMS)
     same = torch.from_numpy(episode.same(rows)).to(device)
     plain_image, plain_text = (batches[side][0] for side in SIDES)
-    return reco_loss(
-        image, text, plain_image, plain_text, learning.scale, both=both, image_only=image_only, text_only=text_only, same=same
-    )
+    return reco_loss(image, text, plain_image, plain_text, learning.scale, both=both, image_only=image_only, text_only=text_only, same=same)
 
 
 def _some(episode: Episode, side: Side, rows: np.ndarray, drop: float, rng: np.random.Generator) -> np.ndarray:
     """(B, K) bool: the nearest k of them with k drawn once for the batch, less the share `drop`."""
     most = episode.lookups[side].mask.shape[1]
     nearest = np.arange(most) < rng.integers(1, most + 1)  # (K,)
-    return nearest & (rng.random((len(rows), most)) >= drop)
+    return np.asarray(nearest & (rng.random((len(rows), most)) >= drop))
 
 
 def _everything(episode: Episode, side: Side, rows: np.ndarray) -> np.ndarray:

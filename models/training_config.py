@@ -20,9 +20,10 @@ TERMS = ("both", "image", "text")
 class EpisodeConfig:
     """One [[episodes]] table: pairs to learn from, and the memory they ask.
 
-    sources: tars and folders as for `reco memory build`; ${NAME} stands for an environment variable.  caption: a template over the metadata.
-    memory: NAME or NAME@VERSION in the store.  max_image_similarity, max_text_similarity: neighbours nearer than this are
-    passed over; leave the text one out where many pairs share one caption, as with class names.
+    sources: tars and folders as for `reco memory build`; ${NAME} stands for an environment variable.
+    caption: a template over the metadata.  memory: NAME or NAME@VERSION in the store.
+    max_image_similarity, max_text_similarity: neighbours nearer than this are passed over; leave the text one out where many
+    pairs share one caption, as with class names.
     """
 
     sources: tuple[str, ...]

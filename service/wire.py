@@ -106,6 +106,20 @@ class ActivateBody(BaseModel):
     dry_run: bool = False
 
 
+def documented(options: type[Options], *items: Literal["images", "texts"]) -> dict[str, Any]:
+    """The request body for /docs: routes read several shapes by hand, which FastAPI cannot see."""
+    known = options.model_json_schema()["properties"]
+    strings = {"type": "array", "items": {"type": "string"}}
+    told = {"images": "base64 or data URIs", "texts": "texts"}
+    given = {name: {**strings, "description": told[name]} for name in items}
+    content: dict[str, Any] = {"application/json": {"schema": {"type": "object", "properties": {**given, **known}}}}
+    if "images" in items:
+        files = {"type": "array", "items": {"type": "string", "format": "binary"}}
+        content["multipart/form-data"] = {"schema": {"type": "object", "properties": {"file": files, **known}, "required": ["file"]}}
+        content["image/*"] = {"schema": {"type": "string", "format": "binary"}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
 LISTS = frozenset({"exclude", "labels", "templates"})
 
 

@@ -1,6 +1,6 @@
 """Small real memories for the tests: unit rows, pairs with records, versions on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,20 @@ def part(pairs: Pairs, rows: slice) -> Pairs:
     return Pairs(pairs.ids[rows], pairs.image[rows], pairs.text[rows], pairs.records[rows], image_key=key)
 
 
-def built(root: Path, pairs: Pairs | Sequence[Pairs], version: str = "v1", name: str = "things", **options: Any) -> Manifest:
+def built(root: Path, pairs: Pairs | Iterable[Pairs], version: str = "v1", name: str = "things", **options: Any) -> Manifest:
     """A finished version of these pairs in the store at `root`."""
     blocks = [pairs] if isinstance(pairs, Pairs) else pairs
-    own = any(block.image_key is not None for block in blocks)
+    own = isinstance(blocks, Sequence) and any(block.image_key is not None for block in blocks)
     options = {"encoder": ENCODER, "kinds": TRUNKS if own else VECTORS, **options}
     return build_version(Store(root), name, version, blocks, **options)
 
 
-def opened(root: Path, pairs: Pairs | Sequence[Pairs], version: str = "v1", name: str = "things", **options: Any) -> Snapshot:
+def opened(root: Path, pairs: Pairs | Iterable[Pairs], version: str = "v1", name: str = "things", **options: Any) -> Snapshot:
     """The same, opened."""
     built(root, pairs, version, name, **options)
     return Store(root).open(name, version, encoder=ENCODER)
+
+
+def nothing_there(root: Path, name: str = "things") -> bool:
+    """No memory listed, no file left."""
+    return Store(root).names() == [] and not list(root.glob(f"{name}/**/*"))

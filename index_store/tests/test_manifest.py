@@ -3,7 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, UnknownVersion
@@ -41,12 +41,14 @@ def test_round_trip() -> None:
     assert (PLAIN.key_kind("image"), PLAIN.key_dim("image"), PLAIN.key_dim("text")) == ("trunk", 6, 4)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.text(), st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5)))
 def test_any_json_survives_as_source(source: dict[str, object]) -> None:
     text = replace(PLAIN, source=source).to_json()
     assert Manifest.from_json(text).to_json() == text
 
 
+@settings(deadline=None)
 @given(st.integers(0, len(PLAIN.to_json()) - 1), st.integers(0, 7))
 def test_no_flipped_bit_passes(position: int, bit: int) -> None:
     data = bytearray(PLAIN.to_json().encode())

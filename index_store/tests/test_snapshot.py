@@ -20,7 +20,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lists": {"index": "IVF4,Flat"},
     "lists in two shards": {"index": "IVF4,Flat", "shard_pairs": 120},
     "lists and a short flat shard": {"index": "IVF4,Flat", "shard_pairs": 239},
-    "scaled, then lists": {"index": "L2norm,IVF4,Flat", "shard_pairs": 120},
 }
 N = 240
 
@@ -169,6 +168,16 @@ def test_search_parameters_travel_with_the_call(tmp_path: Path) -> None:
         np.testing.assert_array_equal(ids, alone[probes])
 
 
+def test_lists_behind_a_transform_obey_the_call_too(tmp_path: Path) -> None:
+    pairs = some_pairs(400)
+    snapshot = opened(tmp_path, pairs, index="L2norm,IVF8,Flat", shard_pairs=200)
+    asked = unit_rows(30, 16, 3)
+    rows = ranking(pairs, asked, "image")[0][:, :10]
+    share = {probes: np.mean(snapshot.retrieve(asked, "image", 10, probes=probes).ids == pairs.ids[rows]) for probes in (1, 8)}
+    assert share[1] < 0.8
+    assert share[8] > 0.95  # the transform makes the rounded rows unit again: scores move by 1e-4
+
+
 def maps(path: Path) -> int:
     return Path("/proc/self/maps").read_text().count(str(path))
 
@@ -176,9 +185,9 @@ def maps(path: Path) -> int:
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
 @pytest.mark.parametrize("recipe", ["Flat", "IVF4,Flat"])
 def test_the_last_holder_lets_go_of_the_files(tmp_path: Path, recipe: str) -> None:
-    snapshot = opened(tmp_path, some_pairs(300), index=recipe, shard_pairs=150)
+    snapshot = opened(tmp_path, some_pairs(300), name="mortal", index=recipe, shard_pairs=150)
     assert maps(tmp_path) >= 8
-    assert Snapshot.alive()["things"] == 1
+    assert Snapshot.alive()["mortal"] == 1
     neighbors, watch = snapshot.retrieve(unit_rows(2, 16, 0), "image", 3), weakref.ref(snapshot)
     gc.disable()  # by reference count alone
     try:
@@ -190,7 +199,7 @@ def test_the_last_holder_lets_go_of_the_files(tmp_path: Path, recipe: str) -> No
     finally:
         gc.enable()
     assert maps(tmp_path) == 0
-    assert "things" not in Snapshot.alive()
+    assert "mortal" not in Snapshot.alive()
 
 
 def test_an_open_version_outlives_its_files(tmp_path: Path) -> None:

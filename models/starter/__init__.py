@@ -13,24 +13,25 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from index_store.build import build_version
-from index_store.errors import StoreBusy
+from index_store.errors import UnknownVersion
 from index_store.pairs import Pairs
 from index_store.store import Store
 
-__all__ = ["CONFIG", "FOLDER", "FUSION", "MEMORY", "VERSIONS", "WEIGHTS", "StarterMemory", "install_starter"]
+__all__ = ["CONFIG", "FOLDER", "FUSION", "MEMORY", "VERSIONS", "StarterMemory", "install_starter"]
 
 FOLDER = Path(__file__).parent
-CONFIG, WEIGHTS, FUSION = FOLDER / "clip.json", FOLDER / "clip.safetensors", FOLDER / "fusion.safetensors"
+CONFIG, FUSION = FOLDER / "clip.json", FOLDER / "fusion.safetensors"
 MEMORY = "grocery"
-VERSIONS = ("fruit-and-vegetables", "all")  # in the order they are built; the last one is served
+VERSIONS = ("fruit-and-vegetables", "all")  # in the order they are built; the last one is served at first
+PACKAGED = frozenset(("Juice", "Milk", "Oatghurt", "Oat Milk", "Sour Cream", "Sour Milk", "Soyghurt", "Soy Milk", "Yoghurt"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StarterMemory:
     """N photos of C classes, all of them embedded by one encoder.
 
-    encoder: its fingerprint.  ids: N strings.  label: (N,) int, row of `classes` and `text`.  image: (N, D), image_key: (N, Dt), text: (C, D),
-    float16 unit rows.  classes: C records {"caption", "class", "coarse_class", "packaged"}.
+    encoder: its fingerprint.  ids: N strings.  label: (N,) int, each photo's row in `classes` and `text`.
+    image: (N, D), image_key: (N, Dt), text: (C, D), float16 unit rows.  classes: C records {"caption", "class", "coarse_class"}.
     """
 
     encoder: str
@@ -56,9 +57,9 @@ class StarterMemory:
         return cls(names["encoder"], names["ids"], **load_file(folder / "memory.safetensors"), classes=names["classes"])
 
     def pairs(self, version: str) -> Pairs:
-        """The pairs of one version: every class in "all", the unpackaged ones in "fruit-and-vegetables"."""
-        kept = np.array([version == "all" or not self.classes[label]["packaged"] for label in self.label])  # (N,) bool
-        rows = np.flatnonzero(kept)
+        """The pairs of one version: every class in "all", those that are not PACKAGED in "fruit-and-vegetables"."""
+        fresh = np.array([record["coarse_class"] not in PACKAGED for record in self.classes])  # (C,) bool
+        rows = np.flatnonzero(fresh[self.label] | (version == "all"))
         return Pairs(
             ids=np.array(self.ids)[rows],
             image=self.image[rows],
@@ -71,8 +72,7 @@ class StarterMemory:
 def install_starter(store: Store, folder: Path = FOLDER) -> None:
     """Build the memory "grocery" in `store`, unless it stands there already, and serve all 81 classes.
 
-    Safe to repeat, and beside another process that does the same: a version appears whole or not at all, and a memory
-    that has a current version keeps it.
+    Safe to repeat: a version appears whole or not at all, and a memory that has a current version keeps it.
     """
     missing = [version for version in VERSIONS if MEMORY not in store.names() or version not in store.versions(MEMORY)]
     if missing:
@@ -87,9 +87,7 @@ def install_starter(store: Store, folder: Path = FOLDER) -> None:
                 kinds={"image": "trunk", "text": "vector"},
                 source={"photos": "Grocery Store data set, training split", "licence": "MIT"},
             )
-    if not _has_current(store):
+    try:
+        store.current(MEMORY)
+    except UnknownVersion:
         store.activate(MEMORY, VERSIONS[-1])
-
-
-def _has_current(store: Store) -> bool:
-    return bool(store.current(MEMORY))

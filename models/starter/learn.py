@@ -20,12 +20,16 @@ __all__ = ["Source", "encode_tokens", "learn", "pseudo_features"]
 
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 1e-3, 0.1, 40
 MAX_SCALE = 100.0  # CLIP's own ceiling on the inverse temperature
-PARTS = 4
+PARTS = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Items with several views and several captions. features: (N, V, Dt) float32.  tokens: (N, C, L) int64.  group: (N,) int, at most one item of a group enters a batch.  share: items per batch."""
+    """Items with several views and several captions.
+
+    features: (N, V, Dt) float32.  tokens: (N, C, L) int64.  group: (N,) int, at most one item of a group enters a batch.
+    share: items per batch.
+    """
 
     features: Tensor
     tokens: Tensor
@@ -49,6 +53,8 @@ def learn(model: Any, sources: Sequence[Source], steps: int, seed: int) -> None:
     nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
     nn.init.zeros_(projection.bias)
     trained = [*projection.parameters(), *(value for name, value in model.named_parameters() if not name.startswith("visual."))]
+    for value in trained:
+        value.requires_grad_(True)
     optimiser = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
     rng, bar = np.random.default_rng(seed), trange(steps, desc="encoder", unit="step")
     for step in bar:
@@ -57,7 +63,7 @@ def learn(model: Any, sources: Sequence[Source], steps: int, seed: int) -> None:
         image = F.normalize(projection((features - centre) / spread), dim=-1)  # (B, D)
         loss = info_nce(image, F.normalize(encode_tokens(model, tokens), dim=-1), model.logit_scale.exp())
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         model.logit_scale.data.clamp_(max=math.log(MAX_SCALE))
@@ -84,6 +90,12 @@ def _encode_part(model: Any, tokens: Tensor) -> Tensor:
     return vectors
 
 
+def project(model: Any, features: np.ndarray) -> np.ndarray:
+    """(N, D) float32 unit: what the image tower makes of these trunk features (N, Dt)."""
+    with torch.inference_mode():
+        return np.asarray(F.normalize(model.visual.head(torch.from_numpy(features)), dim=-1).numpy())
+
+
 def pseudo_features(weight: Tensor, photos: Tensor) -> Tensor:
     """Where the trunk would put a typical photo of each class, guessed from the rows of its classifier.
 
@@ -95,7 +107,8 @@ def pseudo_features(weight: Tensor, photos: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(photos))  # (Dt,), (Dt, Dt)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     toward = F.normalize((weight - weight.mean(dim=0)) @ root, dim=-1)
-    return photos.mean(dim=0) + toward * centred.norm(dim=-1).mean()
+    made: Tensor = photos.mean(dim=0) + toward * centred.norm(dim=-1).mean()
+    return made
 
 
 def _moments(sources: Sequence[Source]) -> tuple[Tensor, Tensor]:
@@ -106,5 +119,5 @@ def _moments(sources: Sequence[Source]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _fold(projection: nn.Linear, centre: Tensor, spread: Tensor) -> None:
     """Take the standardisation of the features into the projection."""
-    projection.weight /= spread
-    projection.bias -= projection.weight @ centre
+    projection.weight.div_(spread)
+    projection.bias.sub_(projection.weight @ centre)

@@ -18,7 +18,7 @@ from index_store.store import Store
 
 def unit(rows: np.ndarray) -> np.ndarray:
     """Rows made unit length, float32."""
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
 
 
 def picture(seed: int, width: int = 80, height: int = 64) -> Image.Image:

@@ -18,7 +18,7 @@ def test_what_is_saved_is_loaded(name: str, tmp_path: Path) -> None:
     fusions = build_fusions(name, 32)
     with torch.no_grad():
         for parameter in fusions["text"].parameters():
-            parameter += torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter))
     fusion_id = save_fusions(tmp_path / "f.safetensors", fusions, encoder=ENCODER, k=7, card={"steps": 3, "on": ["a", "é"]})
     file = load_fusions(tmp_path / "f.safetensors", encoder=ENCODER)
     assert (file.k, file.card, file.fusion_id) == (7, {"steps": 3, "on": ["a", "é"]}, fusion_id)

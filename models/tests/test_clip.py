@@ -17,6 +17,7 @@ from models.errors import ConfigError, EncoderUnavailable
 from models.tests.small import picture
 
 TEXTS = ["a photo of a cat.", "", "two dogs on a beach, one of them with a very long tail that goes on and on and on", "naïve café 🍎"]
+NOWHERE = "http://127.0.0.1:9"  # nobody listens there
 
 
 def spec(configs: Path, name: str, **options: Any) -> EncoderSpec:
@@ -232,10 +233,27 @@ def test_a_pickle_is_never_executed(configs: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_tag_that_was_trained_with_quick_gelu_is_served_with_it(
+    encoder: Encoder, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """open_clip alone only warns, as it does for ViT-B-32 with the openai weights."""
+    from huggingface_hub import constants
+
+    path = weights_file(encoder, tmp_path / "mine.safetensors")
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tinyvit", {"mine": {"file": str(path), "quick_gelu": True}})
+    monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
+    tagged = Encoder.load(spec(configs, "tinyvit", pretrained="mine"))
+    assert tagged.fingerprint.startswith("tinyvit/mine@")
+    model = open_clip.create_model("tinyvit", str(path), force_quick_gelu=True).eval()
+    with torch.inference_mode():
+        own = model.encode_text(torch.from_numpy(tagged.tokenize(TEXTS)))
+    assert cosines(tagged.encode(tagged.tokenize(TEXTS), "text").vectors, own).min() > 0.99999
+
+
 def test_a_missing_hub_names_the_local_file_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     message = refusal(EncoderSpec("ViT-B-32", "laion2b_s34b_b79k"))
     assert message.endswith("give the file, as in --model ViT-B-32 --pretrained weights.safetensors")

@@ -27,7 +27,7 @@ def trained(config: FusionConfig, seed: int = 1) -> Fusion:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in fusion.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return fusion.eval()
 
 
@@ -181,7 +181,7 @@ def test_masked_rows_give_no_nan_gradient() -> None:
         fusion = trained(preset(name, D)).train()
         query, values, scores, mask = batch(4)
         mask[1] = False
-        fusion(query, values, scores, mask).square().sum().backward()  # type: ignore[no-untyped-call]
+        fusion(query, values, scores, mask).square().sum().backward()
         gradients = [parameter.grad for parameter in fusion.parameters()]
         assert all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients)
 
@@ -195,7 +195,7 @@ def test_every_parameter_of_an_untrained_fusion_can_learn_in_two_steps() -> None
     goal = batch(8, seed=3)[0]
     for _ in range(3):
         optimizer.zero_grad()
-        (-(fusion(query, values, scores, mask) * goal).sum()).backward()  # type: ignore[no-untyped-call]
+        (-(fusion(query, values, scores, mask) * goal).sum()).backward()
         optimizer.step()
     assert [name for name, parameter in fusion.named_parameters() if torch.equal(parameter, before[name])] == []
 

@@ -11,6 +11,7 @@ from index_store.snapshot import Snapshot
 from models.checkpoint import untrained_fusions
 from models.clip import Encoded, Encoder
 from models.errors import ConfigError
+from models.fusion import build_fusions
 from models.reco import Reco
 from models.tests.small import memory_of, picture, unit
 
@@ -114,9 +115,11 @@ def test_k_outside_the_fusions_range_is_refused(reco: Reco, snapshot: Snapshot, 
         reco.embed(photos, "image", snapshot, k)
 
 
-def test_a_fusion_of_another_width_is_refused(encoder: Encoder) -> None:
+def test_a_fusion_that_does_not_fit_is_refused(encoder: Encoder) -> None:
     with pytest.raises(ConfigError, match="width 64 cannot refine vectors of width 32"):
         Reco(encoder, untrained_fusions(64).fusions, "x", 10)
+    with pytest.raises(ConfigError, match="k = 11 is outside 1 to 10"):
+        Reco(encoder, build_fusions("paper", encoder.dim), "x", 11)
 
 
 def test_rows_are_the_batch_taken_apart(reco: Reco, snapshot: Snapshot, photos: np.ndarray) -> None:

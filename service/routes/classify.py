@@ -14,13 +14,13 @@ from service.errors import ItemRefused, refusal
 from service.intake import Intake, read_either
 from service.label_sets import LabelSet
 from service.routes.deps import EngineDep, WithAdmin, WithKey, deadline, failing, frame, reply, unless_gone
-from service.wire import ClassifyOptions, LabelSetBody
+from service.wire import ClassifyOptions, LabelSetBody, documented
 from service.work import Row
 
 router = APIRouter(tags=["classify"])
 
 
-@router.post("/classify", dependencies=[WithKey], response_class=Response)
+@router.post("/classify", dependencies=[WithKey], response_class=Response, openapi_extra=documented(ClassifyOptions, "images", "texts"))
 async def classify(request: Request, engine: EngineDep) -> Response:
     """Score images or texts against labels; `enhance`: which side the memory refines: image (the items), text (the labels), both, none."""
     intake = await read_either(request, ClassifyOptions, engine.settings)

@@ -13,14 +13,14 @@ from service.engine import Answered
 from service.errors import BadRequest, ItemRefused, refusal
 from service.intake import Intake, read_images, read_texts
 from service.routes.deps import EngineDep, WithKey, deadline, failing, frame, headers, reply, unless_gone
-from service.wire import EmbedOptions, vector
+from service.wire import EmbedOptions, documented, vector
 from service.work import Query, Row
 
 router = APIRouter(dependencies=[WithKey], tags=["embed"])
 NPY = "application/x-npy"
 
 
-@router.post("/embed/image", response_class=Response)
+@router.post("/embed/image", response_class=Response, openapi_extra=documented(EmbedOptions, "images"))
 async def embed_image(request: Request, engine: EngineDep) -> Response:
     """Embed images (multipart field `file`, a raw image body, or JSON {"images": [base64]}), each refined by its neighbours in memory."""
     request.state.modality = "image"
@@ -28,7 +28,7 @@ async def embed_image(request: Request, engine: EngineDep) -> Response:
     return await _embed(request, engine, intake)
 
 
-@router.post("/embed/text", response_class=Response)
+@router.post("/embed/text", response_class=Response, openapi_extra=documented(EmbedOptions, "texts"))
 async def embed_text(request: Request, engine: EngineDep) -> Response:
     """Embed texts ({"texts": […]} or {"inputs": …}), each refined by its neighbours in memory."""
     request.state.modality = "text"

@@ -39,7 +39,7 @@ binaries = pytest.mark.skipif(
 
 def expressions() -> dict[str, str]:
     """Panel title and target -> PromQL with Grafana's variables filled in; the annotation too."""
-    found = {f"{panel['title']} {t['refId']}": t["expr"] for panel in DASHBOARD["panels"] for t in panel.get("targets", [])}
+    found = {f"{panel['id']} {panel['title']} {t['refId']}": t["expr"] for panel in DASHBOARD["panels"] for t in panel.get("targets", [])}
     found |= {note["name"]: note["expr"] for note in DASHBOARD["annotations"]["list"]}
     return {
         title: expr.replace("$__rate_interval", "30s").replace("$endpoint", ".*").replace("$modality", ".*")

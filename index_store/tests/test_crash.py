@@ -1,0 +1,226 @@
+"""Builders that die, collide, or run out of room or rights: real processes, real file systems."""
+
+import fcntl
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from index_store.errors import StoreBusy, StoreError, StoreUnwritable
+from index_store.store import Store
+from index_store.tests.small import ENCODER, built, nothing_there, opened, some_pairs
+
+ROOT = Path(__file__).parents[2]
+
+
+NURSERY = """
+import os, sys
+from pathlib import Path
+from index_store.tests.small import built, part, some_pairs
+pairs = some_pairs(1500, 32)
+blocks = [part(pairs, slice(i, i + 100)) for i in range(0, 1500, 100)]
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        built(Path(line.strip()), blocks, index="IVF8,Flat", shard_pairs=500)
+        os._exit(0)
+    print(child, flush=True)
+    sys.stdin.readline()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Nursery:
+    """Starts real builder processes, one at a time, without importing everything for each."""
+
+    def __init__(self) -> None:
+        single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a fork must not inherit half a thread pool
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", NURSERY],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **single},
+        )
+
+    def begin(self, root: Path) -> int:
+        """Start a builder in the store at `root`; its process id."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{root}\n")
+        self._process.stdin.flush()
+        return self._number()
+
+    def end(self) -> int:
+        """How that builder ended: 0, or minus the signal. Until asked, its process id stays its own."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._number()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+    def _number(self) -> int:
+        assert self._process.stdout is not None
+        return int(self._process.stdout.readline())
+
+
+@pytest.fixture
+def nursery() -> Iterator[Nursery]:
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+def test_kill_9_at_random_moments_leaves_nothing_that_opens(tmp_path: Path, nursery: Nursery) -> None:
+    nursery.begin(tmp_path / "whole")
+    start = time.monotonic()
+    assert nursery.end() == 0
+    took = time.monotonic() - start
+    store, moments, killed = Store(tmp_path / "store"), random.Random(22), 0
+    for _ in range(12):
+        process = nursery.begin(store.root)
+        time.sleep(moments.uniform(0, 1.1 * took))
+        os.kill(process, signal.SIGKILL)  # harmless where it is done already
+        ended = nursery.end()
+        killed += ended != 0
+        if store.names():  # it was faster than the blow, or just renamed: then the version is whole
+            assert len(store.open("things", "v1", encoder=ENCODER)) == 1500
+            shutil.rmtree(store.root)
+        else:
+            assert ended == -signal.SIGKILL
+            with pytest.raises(StoreError, match="no memory 'things' here"):
+                store.open("things", "v1", encoder=ENCODER)
+    assert killed >= 4
+    nursery.begin(store.root)
+    assert nursery.end() == 0
+    assert [path.name for path in (store.root / "things").iterdir()] == ["v1"]
+    assert min(store.open("things", "v1", encoder=ENCODER).prove().values()) >= 0.99
+
+
+def test_the_leftover_of_a_dead_builder_is_cleared(tmp_path: Path) -> None:
+    partial = tmp_path / "things" / ".v1.partial"
+    (partial / "shard-0000").mkdir(parents=True)
+    (partial / "shard-0000" / "image.npy").write_bytes(b"half")
+    (partial / "manifest.json").write_text("{}")
+    (partial / ".lock").touch()
+    assert Store(tmp_path).names() == []
+    opened(tmp_path, some_pairs(5))
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if "partial" in str(path)) == []
+
+
+def test_a_leftover_held_by_the_living_is_left_alone(tmp_path: Path) -> None:
+    partial = tmp_path / "things" / ".v1.partial"
+    partial.mkdir(parents=True)
+    with (partial / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (partial / "precious").touch()
+        with pytest.raises(StoreBusy):
+            built(tmp_path, some_pairs(5))
+        assert (partial / "precious").exists()
+    assert built(tmp_path, some_pairs(5)).pairs == 5
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system with room for 300 KB."""
+    root = tmp_path / "disk"
+    root.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("a small file system can only be mounted by root")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(root)], capture_output=True).returncode:
+        pytest.skip("this machine does not let even root mount a file system")
+    try:
+        yield root
+    finally:
+        subprocess.run(["umount", "-l", str(root)], check=True)
+
+
+@pytest.mark.parametrize("recipe", ["Flat", "IVF8,Flat"])
+def test_a_full_disk(tiny_disk: Path, recipe: str) -> None:
+    """Flat fills it with rows, the lists fit their rows and fill it with the index that faiss writes."""
+    rows = 5000 if recipe == "Flat" else 1800
+    with pytest.raises(StoreUnwritable, match=r"cannot write .*free some room") as refused:
+        built(tiny_disk, some_pairs(rows, 32), index=recipe)
+    assert "\n" not in str(refused.value)
+    assert str(tiny_disk) not in str(refused.value)
+    assert nothing_there(tiny_disk)
+    built(tiny_disk, some_pairs(100, 32))
+
+
+def limited(code: str, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, str(root), *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from index_store.errors import StoreUnwritable
+from index_store.tests.small import built, some_pairs
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+try:
+    built(Path(sys.argv[1]), some_pairs(900, 32), index=sys.argv[3])
+except StoreUnwritable as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("room", "recipe", "file"), [(40_000, "Flat", "shard-0000"), (80_000, "IVF8,Flat", "shard-0000/image.faiss")])
+def test_a_file_that_may_not_grow(tmp_path: Path, room: int, recipe: str, file: str) -> None:
+    """A quota on the size of a file: works without root, where a full disk cannot be had."""
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    done = limited(FULL, tmp_path, str(room), recipe)
+    assert done.stdout.startswith(f"cannot write {file}: "), done.stderr
+    assert done.stdout.count("\n") == 1
+    assert nothing_there(tmp_path)
+
+
+READ_ONLY = """
+import os, sys
+from pathlib import Path
+from index_store.errors import StoreUnwritable
+from index_store.store import Store
+from index_store.tests.small import built, some_pairs
+pairs = some_pairs(5)
+Store(Path(sys.argv[1])).open("things", "v1", encoder="@0123456789ab")  # everything imported before the rights are given up
+if os.geteuid() == 0:
+    os.setgid(65534); os.setuid(65534)
+for attempt in (lambda: built(Path(sys.argv[1]), pairs, "v2"), lambda: built(Path(sys.argv[1]), pairs, "v1", name="others"),
+                lambda: Store(Path(sys.argv[1])).activate("things", "v1")):
+    try:
+        attempt()
+    except StoreUnwritable as error:
+        print(error)
+print(Store(Path(sys.argv[1])).open("things", "v1", encoder="@0123456789ab").ref)
+"""
+
+
+def test_no_permission_to_write(tmp_path: Path) -> None:
+    root = Path(f"{tmp_path}-read-only")
+    built(root, some_pairs(5))
+    for folder in (root, root / "things"):
+        folder.chmod(0o555)
+    for parent in list(root.parents)[:-1]:
+        if os.geteuid() == 0 and not parent.stat().st_mode & 0o001:
+            if parent.stat().st_uid != 0 or "pytest" not in str(parent):
+                pytest.skip(f"another user may not even look into {parent.name}")
+            parent.chmod(parent.stat().st_mode | 0o011)
+    done = limited(READ_ONLY, root)
+    for folder in (root, root / "things"):
+        folder.chmod(0o755)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4, done.stderr
+    assert all(line.startswith("cannot write ") and "Permission denied" in line and str(root) not in line for line in lines[:3])
+    assert lines[3] == "things@v1"
+    assert sorted(path.name for path in root.rglob("*") if path.is_dir()) == ["probes", "shard-0000", "things", "v1"]

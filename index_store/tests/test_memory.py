@@ -1,0 +1,87 @@
+import threading
+import weakref
+from pathlib import Path
+
+import numpy as np
+
+from index_store.memory import Memory
+from index_store.pairs import Pairs
+from index_store.snapshot import Snapshot
+from index_store.tests.small import opened, some_pairs, unit_rows
+
+
+def marked(root: Path, version: str, sign: int) -> Snapshot:
+    """The same ids and images, texts of opposite sign, captions that name the version: any mixture shows."""
+    pairs = some_pairs(200)
+    records = [{"caption": version} for _ in range(200)]
+    return opened(root, Pairs(pairs.ids, pairs.image, (sign * pairs.text).astype(np.float32), records), version, shard_pairs=70)
+
+
+def test_swap_returns_the_retired_one(tmp_path: Path) -> None:
+    one, two = marked(tmp_path, "v1", 1), marked(tmp_path, "v2", -1)
+    memory = Memory(one)
+    assert memory.current is one
+    assert memory.swap(two) is one
+    assert memory.current is two
+
+
+def test_the_retired_one_dies_with_its_last_holder(tmp_path: Path) -> None:
+    memory = Memory(marked(tmp_path, "v1", 1))
+    batch, watch = memory.current, weakref.ref(memory.current)
+    retired = memory.swap(marked(tmp_path, "v2", -1))
+    assert Snapshot.alive()["things"] == 2
+    del retired
+    assert watch() is batch
+    del batch
+    assert watch() is None
+    assert Snapshot.alive()["things"] == 1
+
+
+def test_searches_during_swaps_never_mix(tmp_path: Path) -> None:
+    versions = {"v1": marked(tmp_path, "v1", 1), "v2": marked(tmp_path, "v2", -1)}
+    sign = {"v1": 1, "v2": -1}
+    memory, asked, stop = Memory(versions["v1"]), unit_rows(3, 16, 5), threading.Event()
+    truth = versions["v1"].retrieve(asked, "image", 4)
+    answered = {"v1": 0, "v2": 0}
+    trouble: list[object] = []
+
+    def ask() -> None:
+        while not stop.is_set():
+            pinned = memory.current
+            version = pinned.manifest.version
+            found = pinned.retrieve(asked, "image", 4)
+            if not (np.array_equal(found.ids, truth.ids) and np.array_equal(found.values, sign[version] * truth.values)):
+                trouble.append(found)
+            if {record["caption"] for record in found.records(0)} != {version}:
+                trouble.append(found.records(0))
+            answered[version] += 1
+
+    readers = [threading.Thread(target=ask) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    turn = 0
+    while (turn < 300 or min(answered.values()) < 20) and not trouble:
+        memory.swap(versions["v2" if turn % 2 == 0 else "v1"])
+        turn += 1
+        stop.wait(0.001)
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert trouble == []
+
+
+def test_many_swaps_leave_one_snapshot_and_no_maps(tmp_path: Path) -> None:
+    from index_store.store import Store
+    from index_store.tests.small import ENCODER
+
+    marked(tmp_path, "v1", 1)
+    marked(tmp_path, "v2", -1)
+    store, asked = Store(tmp_path), unit_rows(2, 16, 1)
+    memory = Memory(store.open("things", "v1", encoder=ENCODER))
+    mapped = Path("/proc/self/maps")
+    before = mapped.read_text().count(str(tmp_path)) if mapped.exists() else 0
+    for turn in range(40):
+        memory.swap(store.open("things", f"v{turn % 2 + 1}", encoder=ENCODER))
+        memory.current.retrieve(asked, "text", 3)
+    assert Snapshot.alive()["things"] == 1
+    assert (mapped.read_text().count(str(tmp_path)) if mapped.exists() else 0) == before

@@ -1,0 +1,22 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import index_store
+
+
+def test_a_memory_needs_neither_torch_nor_a_server() -> None:
+    code = """
+import sys
+import index_store
+for module in ("build", "errors", "manifest", "memory", "pairs", "shard", "snapshot", "store"):
+    __import__(f"index_store.{module}")
+print(sorted({"torch", "fastapi", "open_clip", "PIL", "pydantic", "uvicorn", "asyncio"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_at_most_eight_names() -> None:
+    assert len(index_store.__all__) <= 8
+    assert all(hasattr(index_store, name) for name in index_store.__all__)

@@ -1,0 +1,164 @@
+"""Make the bundled starter again: `python -m models.make_starter DATA` (two cores, no GPU, at most 40 minutes; DATA as in CARD.md).
+
+Photos -> features of a frozen MobileNetV2 -> text tower and projections -> the Grocery memory -> the fusion -> figures -> CARD.md.
+Nothing of the Grocery photos is learned from: they fill the memory and measure the result.
+"""
+
+import argparse
+import copy
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.clip import Encoder, EncoderSpec
+from models.prepare import encode_texts
+from models.starter import CONFIG, FOLDER, StarterMemory
+from models.starter.learn import Source, learn, project, pseudo_features
+from models.starter.photos import Photos, Reader, folded
+
+SEED = 0
+STEPS = 520
+CLASS_CAPTIONS = ("a photo of a {}.", "a photo of {}", "a photo of the {}.", "{}", "a picture of a {}", "a close-up photo of a {}.")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Everything:
+    """The data sets, read once."""
+
+    flickr: Photos
+    flickr_val: Photos
+    flickr_test: Photos
+    imagenet: Photos
+    caltech: Photos
+    caltech_test: Photos
+    imagen: Photos
+    grocery: Photos
+    grocery_test: Photos
+
+
+def main() -> None:
+    """Parse the command line and make everything."""
+    parser = argparse.ArgumentParser(prog="python -m models.make_starter", description="Make the bundled starter model again.")
+    parser.add_argument(
+        "data", type=Path, help="the folder that holds flickr8k/, grocery/, imagenet_sample/, caltech101/, imagen/, mobilenetv2/"
+    )
+    parser.add_argument("--work", type=Path, default=Path("var/make_starter"), help="where features are kept, so that a second run goes on")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder to write to")
+    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run kept")
+    options = parser.parse_args()
+    if options.fresh:
+        shutil.rmtree(options.work, ignore_errors=True)
+    make_starter(options.data, options.work, options.out)
+
+
+def make_starter(data: Path, work: Path, out: Path) -> None:
+    """Everything, top to bottom."""
+    start = time.monotonic()
+    raw = Encoder.load(EncoderSpec(str(CONFIG), "random", device="cpu"))
+    load_trunk(raw, data)
+    everything = read_all(raw, data, work / "features")
+    learn_encoder(raw, everything, data)
+    save_half(raw, out / "clip.safetensors")
+    encoder = Encoder.load(EncoderSpec(str(CONFIG), str(out / "clip.safetensors"), device="cpu"))
+    print(f"encoder {encoder.fingerprint} after {time.monotonic() - start:.0f} s", flush=True)
+    memory_of(encoder, everything.grocery).save(out)
+
+
+def load_trunk(encoder: Encoder, data: Path) -> None:
+    """MobileNetV2 into the image tower, as it will be served: its own input scaling folded away, in float16.
+
+    It wants pixels in [-1, 1], open_clip gives (pixel - mean) / std: the first convolution takes the difference.
+    """
+    weights = load_file(data / "mobilenetv2" / "mobilenetv2_100.safetensors")
+    preprocess = encoder.module.visual.preprocess_cfg
+    mean, std = (torch.tensor(preprocess[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    stem = weights["conv_stem.weight"].float()  # (32, 3, 3, 3)
+    weights["conv_stem.weight"] = stem * 2 * std
+    weights["bn1.running_mean"] = weights["bn1.running_mean"].float() - (stem * (2 * mean - 1)).sum((1, 2, 3))
+    kept = {name: value.half().float() for name, value in weights.items() if not name.startswith("classifier")}
+    encoder.module.visual.trunk.load_state_dict(kept, strict=False)  # num_batches_tracked alone is missing
+
+
+def read_all(encoder: Encoder, data: Path, folder: Path) -> Everything:
+    """Every data set through the trunk; what the encoder learns from in two views."""
+    trunk = folded(copy.deepcopy(encoder.module.visual.trunk)).to(memory_format=torch.channels_last)
+    reader = Reader(encoder, trunk, folder, SEED)
+
+    def read(name: str, pattern: str, caption: str | None, views: int = 1) -> Photos:
+        return reader.read(name, sorted(data.glob(pattern)), caption=caption, views=views)
+
+    caltech = read("caltech101", "caltech101/*.tar", "{class}")
+    split, thing = caltech.column("split"), caltech.column("class") != "BACKGROUND_Google"
+    return Everything(
+        flickr=read("flickr8k-train", "flickr8k/train-*.tar", None, views=2),
+        flickr_val=read("flickr8k-val", "flickr8k/val-*.tar", None),
+        flickr_test=read("flickr8k-test", "flickr8k/test-*.tar", None),
+        imagenet=read("imagenet_sample", "imagenet_sample/*.tar", "{class}", views=2),
+        caltech=caltech.take(np.flatnonzero(thing & (split == "train"))),
+        caltech_test=caltech.take(np.flatnonzero(thing & (split == "test"))),
+        imagen=read("imagen", "imagen/*.tar", "{class}"),
+        grocery=read("grocery-train", "grocery/train-*.tar", "{class}"),
+        grocery_test=read("grocery-test", "grocery/test-*.tar", "{class}"),
+    )
+
+
+def learn_encoder(encoder: Encoder, everything: Everything, data: Path) -> None:
+    """Text tower and projections on Flickr8k, one photo of each ImageNet class, and Caltech 101."""
+    rows = load_file(data / "mobilenetv2" / "mobilenetv2_100.safetensors")["classifier.weight"].float()  # (1000, Dt)
+    number = everything.imagenet.column("class_id")
+    photos = torch.from_numpy(everything.imagenet.features)  # (1000, 2, Dt)
+    imagined = pseudo_features(rows, photos[:, 0])[number]  # (1000, Dt)
+    with_rows = torch.cat([photos, imagined[:, None]], dim=1)  # (1000, 3, Dt)
+    caltech = np.unique(everything.caltech.column("class"), return_inverse=True)[1]
+    sources = [
+        source(encoder, everything.flickr, torch.from_numpy(everything.flickr.features), np.arange(len(everything.flickr)), 384),
+        source(encoder, everything.imagenet, with_rows, number, 96),
+        source(encoder, everything.caltech, torch.from_numpy(everything.caltech.features), caltech, 48),
+    ]
+    learn(encoder.module, sources, STEPS, SEED)
+
+
+def source(encoder: Encoder, photos: Photos, features: Tensor, group: np.ndarray, share: int) -> Source:
+    """Photos with their own captions, or with every class caption where they have but one word for it."""
+    captions = [said if len(said) > 1 else [each.format(said[0]) for each in CLASS_CAPTIONS] for said in photos.captions]
+    most = min(len(said) for said in captions)
+    tokens = torch.from_numpy(np.stack([encoder.tokenize(said[:most]) for said in captions]))  # (N, C, L)
+    return Source(features, tokens, group, share)
+
+
+def save_half(encoder: Encoder, path: Path) -> None:
+    """The whole model in float16, in one move."""
+    partial = path.with_suffix(".partial")
+    weights = encoder.module.state_dict()
+    save_file({name: (value.half() if value.is_floating_point() else value).contiguous() for name, value in weights.items()}, partial)
+    partial.replace(path)
+
+
+def memory_of(encoder: Encoder, photos: Photos) -> StarterMemory:
+    """The Grocery training photos as the bundled memory. Their ids get a folder, because the test photos have the same names."""
+    records = {record["class"]: _record(record["class"], record["coarse_class"]) for record in photos.fields}
+    names = sorted(records)
+    return StarterMemory(
+        encoder=encoder.fingerprint,
+        ids=[f"train/{key}" for key in photos.ids],
+        label=np.searchsorted(names, photos.column("class")),
+        image=project(encoder.module, photos.features[:, 0]).astype(np.float16),
+        image_key=photos.keys.astype(np.float16),
+        text=encode_texts([records[name]["caption"] for name in names], encoder).vectors.astype(np.float16),
+        classes=[records[name] for name in names],
+    )
+
+
+def _record(name: str, coarse: str) -> dict[str, str]:
+    caption = f"a photo of {name}" if name == coarse else f"a photo of {name}, a kind of {coarse}"
+    return {"caption": caption, "class": name, "coarse_class": coarse}
+
+
+if __name__ == "__main__":
+    main()

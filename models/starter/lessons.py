@@ -1,0 +1,85 @@
+"""What the starter's fusion learns from: episodes over several memories, of photos its encoder never saw, and nothing from Grocery.
+
+Class captions come from Caltech 101 and imagen, sentences from Flickr8k. In some episodes the classes carry invented names: to the
+encoder these say nothing, as the names of a shop's own goods will, and only the memory knows which photos they belong to.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from index_store.build import build_version
+from index_store.pairs import KeyKind, Pairs
+from index_store.snapshot import Snapshot
+from index_store.store import Store
+from models.episodes import Episode, look_up
+from models.prepare import encode_texts
+from models.reco import Reco
+from models.starter.learn import project
+from models.starter.photos import Photos
+
+MEMORY_CAPTION, QUERY_CAPTION = "a photo of {}", "a photo of a {}."
+DEPTH = 20  # neighbours looked up: twice the k that is served, so that the fusion meets larger ones too
+SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstv" for vowel in "aeiou"]
+BLOCK = 512  # captions encoded at once
+Naming = str | None  # None = the classes' own names, otherwise a seed word for invented ones
+
+
+@dataclass(frozen=True, slots=True)
+class Classroom:
+    """Makes episodes. reco: any fusion on the starter's encoder, for its search.  folder: where the memories are built."""
+
+    reco: Reco
+    folder: Path
+
+    def classes(self, name: str, photos: Photos, key: KeyKind, naming: Naming) -> Episode:
+        """Half the photos of every class are the memory, the other half the queries."""
+        names = {label: label if naming is None else invented(label, naming) for label in sorted(set(photos.column("class")))}
+        called = [names[label] for label in photos.column("class")]
+        half = np.array([_place(photos.column("class"), row) % 2 == 0 for row in range(len(photos))])
+        memory = self.pairs(photos, [MEMORY_CAPTION.format(label) for label in called], key, np.flatnonzero(half))
+        queries = self.pairs(photos, [QUERY_CAPTION.format(label) for label in called], key, np.flatnonzero(~half))
+        return self.episode(f"{name}, {'own' if naming is None else 'invented'} names, {key} keys", queries, self.snapshot(memory, key))
+
+    def sentences(self, name: str, memory: Photos, photos: Photos, key: KeyKind) -> Episode:
+        """Photos with their first caption, over a memory of other photos with two captions each."""
+        twice = memory.take(np.repeat(np.arange(len(memory)), 2).tolist())
+        numbered = [f"{photo}#{row % 2}" for row, photo in enumerate(twice.ids)]
+        said = [captions[row % 2] for row, captions in enumerate(twice.captions)]
+        known = self.pairs(replace(twice, ids=numbered), said, key, np.arange(len(twice)))
+        queries = self.pairs(photos, [captions[0] for captions in photos.captions], key, np.arange(len(photos)))
+        return self.episode(f"{name}, sentences, {key} keys", queries, self.snapshot(known, key))
+
+    def episode(self, name: str, queries: Pairs, memory: Snapshot) -> Episode:
+        """The queries with their neighbours in the memory; the photos differ, so nothing has to be excluded by likeness."""
+        return look_up(name, queries, memory, self.reco, DEPTH, {})
+
+    def pairs(self, photos: Photos, captions: Sequence[str], key: KeyKind, rows: np.ndarray) -> Pairs:
+        """The photos of these rows, each with one caption."""
+        some = photos.take(rows.tolist())
+        said = [captions[row] for row in rows]
+        image = project(self.reco.encoder.module, some.features[:, 0])
+        blocks = [encode_texts(said[at : at + BLOCK], self.reco.encoder).vectors for at in range(0, len(said), BLOCK)]
+        text = np.concatenate(blocks)
+        records = [{"caption": caption} for caption in said]
+        return Pairs(np.array(some.ids), image, text, records, some.keys if key == "trunk" else None)
+
+    def snapshot(self, pairs: Pairs, key: KeyKind) -> Snapshot:
+        """The pairs as a memory on disk, opened."""
+        store, encoder = Store(self.folder), self.reco.encoder.fingerprint
+        manifest = build_version(store, "lesson", None, [pairs], encoder=encoder, kinds={"image": key, "text": "vector"})
+        return store.open("lesson", manifest.version, encoder=encoder)
+
+
+def invented(label: str, naming: str) -> str:
+    """A name of two words that stands for `label` throughout one naming; the first word is shared by several classes, as a brand is."""
+    rng = np.random.default_rng([len(naming), *naming.encode(), *label.encode()])
+    brands = np.random.default_rng([*naming.encode()]).choice(SYLLABLES, size=(12, 2))
+    return f"{''.join(rng.choice(brands))} {''.join(rng.choice(SYLLABLES, size=rng.integers(2, 4)))}"
+
+
+def _place(labels: np.ndarray, row: int) -> int:
+    """How many photos of the same class come before this one."""
+    return int((labels[:row] == labels[row]).sum())

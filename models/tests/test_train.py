@@ -1,0 +1,186 @@
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from index_store.build import build_version
+from index_store.pairs import Pairs
+from index_store.store import Store
+from models.checkpoint import load_fusions
+from models.clip import Encoder
+from models.episodes import Episode, joined, look_up
+from models.errors import ConfigError, DataError, TrainingFailed
+from models.fusion import build_fusions
+from models.prepare import encode_samples
+from models.reco import Reco
+from models.sources import read_samples
+from models.tests.small import encoded_as, memory_of, picture, tar_of, unit
+from models.train import Learning, accuracy, learn, train
+from models.training_config import EpisodeConfig, TrainConfig
+
+CLASSES = 12
+
+
+def strangers(rows: int, seed: int, dim: int, prefix: str) -> Pairs:
+    """Pairs whose text has nothing to do with their image but for the class: only a memory can tell which belong together."""
+    rng, world = np.random.default_rng(seed), np.random.default_rng(7)
+    seen, said = unit(world.standard_normal((CLASSES, dim))), unit(world.standard_normal((CLASSES, dim)))
+    label = np.arange(rows) % CLASSES
+    image = unit(seen[label] + 0.1 * rng.standard_normal((rows, dim)))
+    ids = np.array([f"{prefix}{row}" for row in range(rows)])
+    return Pairs(ids, image, said[label], [{"caption": f"class {number}"} for number in label])
+
+
+@pytest.fixture
+def episode(reco: Reco, tmp_path: Path) -> Episode:
+    dim, encoder = reco.encoder.dim, reco.encoder.fingerprint
+    memory = memory_of(tmp_path, strangers(96, 0, dim, "memory"), encoder)
+    return look_up("strangers", strangers(120, 1, dim, "query"), memory, reco, 4, {})
+
+
+def taught(episode: Episode, dim: int, seed: int, **changes: object) -> tuple[list[float], float, float]:
+    """Losses, and held-out accuracy before and after."""
+    fusions = build_fusions("paper", dim)
+    learned, away = episode.split(0.3, seed=0)
+    learning = Learning(steps=60, batch=48, learning_rate=3e-3, weight_decay=0.0, seed=seed, scale=20.0)
+    before = accuracy(fusions, episode, away)
+    losses = learn(fusions, [episode], [learned], dataclasses.replace(learning, **changes))  # type: ignore[arg-type]
+    return losses, before, accuracy(fusions, episode, away)
+
+
+def test_learning_turns_a_memory_into_knowledge(episode: Episode, reco: Reco) -> None:
+    losses, before, after = taught(episode, reco.encoder.dim, seed=0)
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+    assert before < 0.3
+    assert after > 0.9
+
+
+def test_a_seed_decides_everything(episode: Episode, reco: Reco) -> None:
+    import torch
+
+    runs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        runs.append(taught(episode, reco.encoder.dim, seed, steps=5)[0])
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_a_pair_never_finds_itself_nor_its_other_captions(reco: Reco, tmp_path: Path) -> None:
+    image = np.repeat(unit(np.random.default_rng(0).standard_normal((6, reco.encoder.dim))), 2, axis=0)
+    text = unit(np.random.default_rng(1).standard_normal((12, reco.encoder.dim)))
+    ids = np.array([f"photo{row // 2}#{row % 2}" for row in range(12)])
+    pairs = Pairs(ids, image, text, [{"caption": str(row)} for row in range(12)])
+    snapshot = memory_of(tmp_path, pairs, reco.encoder.fingerprint)
+    episode = look_up("itself", pairs, snapshot, reco, 4, {})
+    for side in ("image", "text"):
+        assert episode.lookups[side].scores.max() < 0.99
+    assert episode.same(np.array([0, 1, 2])).tolist() == [[True, True, False], [True, True, False], [False, False, True]]
+
+
+def test_near_duplicates_are_passed_over(reco: Reco, tmp_path: Path) -> None:
+    pairs = strangers(24, 0, reco.encoder.dim, "memory")
+    queries = Pairs(np.array([f"query{row}" for row in range(24)]), pairs.image, pairs.text, pairs.records)
+    snapshot = memory_of(tmp_path, pairs, reco.encoder.fingerprint)
+    limited = look_up("limited", queries, snapshot, reco, 4, {"image": 0.999})
+    assert limited.lookups["image"].scores.max() < 0.9995
+    assert limited.lookups["text"].scores.max() > 0.999
+
+
+def test_photos_are_held_out_whole(episode: Episode) -> None:
+    learned, away = episode.split(0.25, seed=1)
+    assert len(away) == 30
+    assert not set(episode.photo[learned]) & set(episode.photo[away])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(episode: Episode, reco: Reco) -> None:
+    with pytest.raises(TrainingFailed, match="learning_rate"):
+        taught(episode, reco.encoder.dim, seed=0, scale=float("nan"), steps=2)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    members: list[tuple[str, bytes | Mapping[str, object]]] = []
+    for row in range(24):
+        members += [(f"p{row}.jpg", encoded_as(picture(row % 8), "JPEG")), (f"p{row}.json", {"class": f"thing {row % 8}"})]
+    return tar_of(tmp_path / "photos.tar", [*members, ("broken.jpg", b"\xff\xd8\xff no"), ("broken.json", {"class": "none"})])
+
+
+@pytest.fixture
+def recipe(photos: Path, encoder: Encoder, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A configuration on disk, its memory built."""
+    samples = read_samples(photos, caption="a photo of {class}")
+    block = joined(list(encode_samples(samples, encoder, kinds={"image": "vector", "text": "vector"})))
+    store = Store(tmp_path / "store")
+    build_version(store, "things", "v1", [block], encoder=encoder.fingerprint, kinds={"image": "vector", "text": "vector"})
+    store.activate("things", "v1")
+    monkeypatch.setenv("PHOTOS", str(photos.parent))
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f'''output = "{tmp_path}/made/fusion.safetensors"
+store = "{tmp_path}/store"
+model = "{configs}/tinyvit.json"
+pretrained = "random"
+device = "cpu"
+k = 3
+steps = 6
+batch = 16
+held_out = 0.25
+
+[[episodes]]
+sources = ["${{PHOTOS}}/photos.tar"]
+caption = "a photo of {{class}}"
+memory = "things@v1"
+'''
+    )
+    return path
+
+
+def test_a_configuration_becomes_a_checkpoint(recipe: Path, encoder: Encoder, capsys: pytest.CaptureFixture[str]) -> None:
+    config = TrainConfig.read(recipe)
+    summary = train(config)
+    made = load_fusions(Path(config.output), encoder=encoder.fingerprint)
+    assert (made.fusion_id, made.k) == (summary.fusion_id, 3)
+    assert made.card["config"]["steps"] == 6
+    assert str(summary).count("\n") == 0
+    assert "things@v1" in str(summary)
+    assert "1 items left out" in capsys.readouterr().err
+    assert train(config).fusion_id == made.fusion_id
+
+
+def test_terms_can_be_left_out(recipe: Path) -> None:
+    config = dataclasses.replace(TrainConfig.read(recipe), terms=("image",), preset="paper", steps=2)
+    assert train(config).fusion_id != train(dataclasses.replace(config, terms=("text",))).fusion_id
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ("steps = 6", "step = 6", r"'step'.*'steps'"),
+        ("memory =", "memry =", r"\[\[episodes\]\] 'memry'"),
+        ("steps = 6", 'steps = "six"', "steps is 'six'"),
+        ("steps = 6", "steps = true", "steps is True"),
+        ("steps = 6", "steps = 0", "at least 1"),
+        ("k = 3", 'preset = "best"', "preset is 'best'"),
+        ("k = 3", 'terms = ["all"]', "terms is"),
+        ("k = 3", "terms = 3", "terms is 3"),
+        ("[[episodes]]", "[episodes]", r"\[\[episodes\]\] tables"),
+        ("output =", "seed = 1 #", "output is missing"),
+        ("k = 3", "k = ", "TOML"),
+    ],
+)
+def test_a_wrong_configuration_names_its_mistake(recipe: Path, before: str, after: str, named: str) -> None:
+    recipe.write_text(recipe.read_text().replace(before, after, 1))
+    with pytest.raises(ConfigError, match=named) as error:
+        TrainConfig.read(recipe)
+    assert "\n" not in str(error.value)
+
+
+def test_sources_that_give_nothing_are_named(recipe: Path, tmp_path: Path) -> None:
+    config = TrainConfig.read(recipe)
+    empty = tar_of(tmp_path / "empty.tar", [("x.jpg", b"no"), ("x.json", {"class": "none"})])
+    with pytest.raises(DataError, match=r"empty\.tar"):
+        train(dataclasses.replace(config, episodes=(EpisodeConfig((str(empty),), "things", "{class}"),)))
+    with pytest.raises(ConfigError, match="NOWHERE_TO_BE_FOUND"):
+        train(dataclasses.replace(config, episodes=(EpisodeConfig(("${NOWHERE_TO_BE_FOUND}/x.tar",), "things"),)))
