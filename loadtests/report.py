@@ -51,6 +51,7 @@ def environment() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD") or "unknown",
         "changed_since_commit": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "memory_gib": _memory_gib()},
+        "load_average": [round(load, 2) for load in os.getloadavg()],  # more than what the test itself asks for: the machine was shared
         "versions": {"python": platform.python_version(), "system": platform.system(), **_versions()},
     }
 

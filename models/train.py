@@ -46,6 +46,7 @@ class Learning:
     scale: float
     terms: Sequence[str] = TERMS
     drop: float = 0.1
+    pool_learning_rate: float = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,15 @@ def train(config: TrainConfig) -> Summary:
     splits = [episode.split(config.held_out, config.seed) for episode in episodes]
     before = {episode.name: accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)}
     learning = Learning(
-        config.steps, config.batch, config.learning_rate, config.weight_decay, config.seed, encoder.logit_scale, config.terms, config.drop
+        steps=config.steps,
+        batch=config.batch,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        scale=encoder.logit_scale,
+        terms=config.terms,
+        drop=config.drop,
+        pool_learning_rate=config.pool_learning_rate,
     )
     losses = learn(fusions, episodes, [learned for learned, _ in splits], learning)
     after = {episode.name: accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)}
@@ -120,10 +129,12 @@ def learn(fusions: Mapping[Side, Fusion], episodes: Sequence[Episode], learned: 
     """Train the fusions in place on the rows `learned` of each episode, one episode a step in turn; the loss of every step."""
     device = next(fusions["image"].parameters()).device.type
     layers = nn.ModuleDict({str(side): fusion for side, fusion in fusions.items()}).train()
-    optimiser = torch.optim.AdamW(layers.parameters(), lr=learning.learning_rate, weight_decay=learning.weight_decay)
+    optimiser = _optimiser(layers, learning)
+    peaks = [group["lr"] for group in optimiser.param_groups]
     rng, losses = np.random.default_rng(learning.seed), list[float]()
     for step in trange(learning.steps, desc="fusion", unit="step", disable=not sys.stderr.isatty()):
-        optimiser.param_groups[0]["lr"] = learning.learning_rate * _schedule(step, learning.steps)
+        for group, peak in zip(optimiser.param_groups, peaks, strict=True):
+            group["lr"] = peak * _schedule(step, learning.steps)
         turn = step % len(episodes)
         rows = rng.permutation(learned[turn])[: learning.batch]
         loss = _step_loss(fusions, episodes[turn], rows, learning, rng, device)
@@ -145,6 +156,14 @@ def accuracy(fusions: Mapping[Side, Fusion], episode: Episode, rows: np.ndarray)
         image, text = (fusions[side](*episode.lookups[side].batch(rows, _everything(episode, side, rows), device)) for side in SIDES)
     nearest = (image @ text.T).argmax(1).cpu().numpy()  # (B,)
     return float(episode.same(rows)[np.arange(len(rows)), nearest].mean())
+
+
+def _optimiser(layers: nn.Module, learning: Learning) -> torch.optim.Optimizer:
+    """AdamW; the few numbers of the pool are far from where they start and need longer steps than a matrix bears."""
+    named = list(layers.named_parameters())
+    pool, others = ([value for name, value in named if (".pool." in name) is wanted] for wanted in (True, False))
+    groups = [{"params": others, "lr": learning.learning_rate, "weight_decay": learning.weight_decay}]
+    return torch.optim.AdamW([*groups, {"params": pool, "lr": learning.pool_learning_rate, "weight_decay": 0.0}])
 
 
 def _step_loss(

@@ -38,6 +38,7 @@ class TrainConfig:
     """What to learn and from what. Paths are relative to the working directory.
 
     k: neighbours looked up; each step uses a random number of them up to k.  terms: which of the three terms of the loss are on.
+    pool_learning_rate: for the few numbers of the training-free rule, learning_rate for all the rest.
     drop: share of the neighbours hidden in each step.  held_out: share of the photos kept for the accuracy before and after.
     """
 
@@ -52,7 +53,8 @@ class TrainConfig:
     k: int = 10
     steps: int = 500
     batch: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-4
+    pool_learning_rate: float = 0.05
     weight_decay: float = 0.01
     seed: int = 0
     terms: tuple[str, ...] = TERMS

@@ -137,6 +137,7 @@ class Batcher(Generic[T, R]):
                 while batch := await self._next_batch():
                     task = tasks.create_task(self._answer(batch))
                     task.add_done_callback(partial(self._release, batch))  # runs even where the task was cancelled before it started
+                    del batch, task  # or the last batch, and the memory its items pin, would live until the next one comes
                     await self._slots.acquire()
         finally:
             self._end()

@@ -28,9 +28,10 @@ Args = argparse.Namespace
 
 def serve(args: Args) -> None:
     """reco serve."""
+    settings = read(vars(args), args.config)
     from service.server import serve as answer
 
-    answer(read(vars(args), args.config))
+    answer(settings)
 
 
 def info(args: Args) -> None:

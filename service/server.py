@@ -8,13 +8,15 @@ import signal
 import socket
 import time
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
-from service.app import create_app
-from service.engine import Engine
 from service.errors import UsageError
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.engine import Engine
 
 log = logging.getLogger("reco")
 
@@ -76,8 +78,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 def serve(settings: Settings) -> None:
     """Open everything, then answer until told to stop. Raises what cannot be opened, in one line."""
-    taken = bind(settings.host, settings.port)
-    with taken:
+    with bind(settings.host, settings.port) as taken:
+        from service.app import create_app  # torch takes seconds: only now that the port is ours
+        from service.engine import Engine
+
         engine = Engine.open(settings)
         config = uvicorn.Config(
             create_app(engine), log_config=None, access_log=False, proxy_headers=False, server_header=False, lifespan="on", loop="uvloop",

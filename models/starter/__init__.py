@@ -46,6 +46,7 @@ class StarterMemory:
         """Write both files, each in one move."""
         arrays = {"label": self.label.astype(np.int16), "image": self.image, "image_key": self.image_key, "text": self.text}
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "memory.partial")
+        (folder / "memory.partial").chmod(0o644)
         (folder / "memory.partial").replace(folder / "memory.safetensors")
         names = {"encoder": self.encoder, "classes": list(self.classes), "ids": list(self.ids)}
         (folder / "memory.json").write_text(json.dumps(names, indent=1) + "\n")

@@ -55,3 +55,15 @@ def without_text(known: Photos, photos: Photos, keys: Mapping[str, tuple[np.ndar
         found[f"1-NN, {name}"] = 100 * float((target[(here @ there.T).argmax(1)] == wanted).mean())
         found[f"class means, {name}"] = 100 * top_k_accuracy(here @ class_means(there, target, len(labels)).T, wanted, 1)
     return found
+
+
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """A Markdown table of per cents, one row per name, all with the same columns."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"|{name}|" + "|".join(f"{found[column]:.1f}" for column in columns) + "|" for name, found in rows.items()]
+    return "\n".join([f"| |{'|'.join(columns)}|", "|---|" + "--:|" * len(columns), *lines])
+
+
+def listed(figures: Mapping[str, float]) -> str:
+    """The figures in one line."""
+    return " · ".join(f"{name} {value:.1f}" for name, value in figures.items())

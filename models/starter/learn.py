@@ -20,7 +20,8 @@ __all__ = ["Source", "encode_tokens", "learn", "pseudo_features"]
 
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 1e-3, 0.1, 40
 MAX_SCALE = 100.0  # CLIP's own ceiling on the inverse temperature
-PARTS = 6
+PARTS = 6  # of similar length, in which the texts of a batch are encoded
+FEATURE_DROP, WORD_DROP = 0.15, 0.1  # without them the pairs are learned by heart: Flickr8k val I2T R@1 14.0 instead of 15.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +38,12 @@ class Source:
     share: int
 
     def draw(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """(B, Dt) a random blend of two views and (B, L) one caption, of `share` items from different groups."""
+        """(B, Dt) one view and (B, L) one caption each of `share` items from different groups."""
         order = rng.permutation(len(self.group))
         _, first = np.unique(self.group[order], return_index=True)
         rows = order[rng.permutation(first)[: self.share]]
-        views, blend = rng.integers(self.features.shape[1], size=(2, len(rows))), torch.from_numpy(rng.random((len(rows), 1), np.float32))
-        features = blend * self.features[rows, views[0]] + (1 - blend) * self.features[rows, views[1]]
-        return features, self.tokens[rows, rng.integers(self.tokens.shape[1], size=len(rows))]
+        view, caption = rng.integers(self.features.shape[1], size=len(rows)), rng.integers(self.tokens.shape[1], size=len(rows))
+        return self.features[rows, view], self.tokens[rows, caption]
 
 
 def learn(model: Any, sources: Sequence[Source], steps: int, seed: int) -> None:
@@ -60,8 +60,9 @@ def learn(model: Any, sources: Sequence[Source], steps: int, seed: int) -> None:
     for step in bar:
         optimiser.param_groups[0]["lr"] = LEARNING_RATE * min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         features, tokens = (torch.cat(part) for part in zip(*(source.draw(rng) for source in sources), strict=True))
-        image = F.normalize(projection((features - centre) / spread), dim=-1)  # (B, D)
-        loss = info_nce(image, F.normalize(encode_tokens(model, tokens), dim=-1), model.logit_scale.exp())
+        image = F.normalize(projection(F.dropout((features - centre) / spread, FEATURE_DROP)), dim=-1)  # (B, D)
+        text = F.normalize(encode_tokens(model, shortened(tokens, WORD_DROP, rng)), dim=-1)  # (B, D)
+        loss = info_nce(image, text, model.logit_scale.exp())
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -90,6 +91,14 @@ def _encode_part(model: Any, tokens: Tensor) -> Tensor:
     return vectors
 
 
+def shortened(tokens: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+    """(B, L) the same texts, each word piece left out with the given chance."""
+    ends = (tokens == tokens.max()) | (tokens == tokens.max() - 1) | (tokens == 0)  # start, end and padding stay
+    kept = ends | torch.from_numpy(rng.random(tuple(tokens.shape), np.float32) >= share)
+    order = (~kept).int().argsort(dim=1, stable=True)  # what is left out goes behind the padding
+    return (tokens * kept).gather(1, order)
+
+
 def project(model: Any, features: np.ndarray) -> np.ndarray:
     """(N, D) float32 unit: what the image tower makes of these trunk features (N, Dt)."""
     with torch.inference_mode():
@@ -113,7 +122,8 @@ def pseudo_features(weight: Tensor, photos: Tensor) -> Tensor:
 
 def _moments(sources: Sequence[Source]) -> tuple[Tensor, Tensor]:
     seen = torch.cat([source.features[:, 0] for source in sources])
-    return seen.mean(dim=0), seen.std(dim=0) + 1e-3
+    centre = seen.mean(dim=0)
+    return centre, (seen - centre).std()
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ encoder these say nothing, as the names of a shop's own goods will, and only the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,13 @@ BLOCK = 512  # captions encoded at once
 Naming = str | None  # None = the classes' own names, otherwise a seed word for invented ones
 
 
-@dataclass(frozen=True, slots=True)
 class Classroom:
     """Makes episodes. reco: any fusion on the starter's encoder, for its search.  folder: where the memories are built."""
 
-    reco: Reco
-    folder: Path
+    def __init__(self, reco: Reco, folder: Path) -> None:
+        self.reco = reco
+        self.folder = folder
+        self._known: dict[str, np.ndarray] = {}  # (D,) of every caption encoded so far: the same ones come back with each kind of key
 
     def classes(self, name: str, photos: Photos, key: KeyKind, naming: Naming) -> Episode:
         """Half the photos of every class are the memory, the other half the queries."""
@@ -43,14 +44,17 @@ class Classroom:
         queries = self.pairs(photos, [QUERY_CAPTION.format(label) for label in called], key, np.flatnonzero(~half))
         return self.episode(f"{name}, {'own' if naming is None else 'invented'} names, {key} keys", queries, self.snapshot(memory, key))
 
-    def sentences(self, name: str, memory: Photos, photos: Photos, key: KeyKind) -> Episode:
-        """Photos with their first caption, over a memory of other photos with two captions each."""
-        twice = memory.take(np.repeat(np.arange(len(memory)), 2).tolist())
+    def sentence_memory(self, photos: Photos, key: KeyKind) -> Snapshot:
+        """Photos with two captions each."""
+        twice = photos.take(np.repeat(np.arange(len(photos)), 2).tolist())
         numbered = [f"{photo}#{row % 2}" for row, photo in enumerate(twice.ids)]
         said = [captions[row % 2] for row, captions in enumerate(twice.captions)]
-        known = self.pairs(replace(twice, ids=numbered), said, key, np.arange(len(twice)))
+        return self.snapshot(self.pairs(replace(twice, ids=numbered), said, key, np.arange(len(twice))), key)
+
+    def sentences(self, name: str, photos: Photos, memory: Snapshot, key: KeyKind) -> Episode:
+        """Photos with their first caption, over a memory of other photos."""
         queries = self.pairs(photos, [captions[0] for captions in photos.captions], key, np.arange(len(photos)))
-        return self.episode(f"{name}, sentences, {key} keys", queries, self.snapshot(known, key))
+        return self.episode(f"{name}, sentences, {key} keys", queries, memory)
 
     def episode(self, name: str, queries: Pairs, memory: Snapshot) -> Episode:
         """The queries with their neighbours in the memory; the photos differ, so nothing has to be excluded by likeness."""
@@ -61,10 +65,17 @@ class Classroom:
         some = photos.take(rows.tolist())
         said = [captions[row] for row in rows]
         image = project(self.reco.encoder.module, some.features[:, 0])
-        blocks = [encode_texts(said[at : at + BLOCK], self.reco.encoder).vectors for at in range(0, len(said), BLOCK)]
-        text = np.concatenate(blocks)
+        text = self._texts(said)
         records = [{"caption": caption} for caption in said]
         return Pairs(np.array(some.ids), image, text, records, some.keys if key == "trunk" else None)
+
+    def _texts(self, captions: Sequence[str]) -> np.ndarray:
+        """(N, D) float32 unit."""
+        new = sorted(set(captions) - self._known.keys(), key=len)
+        for at in range(0, len(new), BLOCK):
+            block = new[at : at + BLOCK]
+            self._known.update(zip(block, encode_texts(block, self.reco.encoder).vectors, strict=True))
+        return np.stack([self._known[caption] for caption in captions])
 
     def snapshot(self, pairs: Pairs, key: KeyKind) -> Snapshot:
         """The pairs as a memory on disk, opened."""

@@ -46,6 +46,11 @@ class Photos:
         captions, fields = [self.captions[row] for row in chosen], [self.fields[row] for row in chosen]
         return Photos([self.ids[row] for row in chosen], captions, fields, self.features[chosen])
 
+    def with_(self, others: "Photos") -> "Photos":
+        """These photos, then the others."""
+        features = np.concatenate([self.features, others.features])
+        return Photos([*self.ids, *others.ids], [*self.captions, *others.captions], [*self.fields, *others.fields], features)
+
     def column(self, field: str) -> np.ndarray:
         """(N,) one field of every photo."""
         return np.array([record[field] for record in self.fields])

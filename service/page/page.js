@@ -188,9 +188,8 @@ function bar({ label, score }, tag) {
 function showAnswer(plain, enhanced) {
   const [before, after] = [plain.data[0], enhanced.data[0]];
   const changed = before[0].label !== after[0].label;
-  const seen = new Set(before.map(({ label }) => label));
   at("plain").replaceChildren(...before.map((row) => bar(row)));
-  at("enhanced").replaceChildren(...after.map((row, i) => bar(row, i === 0 && changed ? "new answer" : seen.has(row.label) ? "" : "new")));
+  at("enhanced").replaceChildren(...after.map((row, i) => bar(row, i === 0 && changed ? "new answer" : "")));
   at("results").dataset.changed = changed;
   at("answered-by").textContent = `with ${enhanced.memory ?? "no memory"}`;
   at("verdict").replaceChildren(...(changed
