@@ -17,7 +17,7 @@ from index_store import Side, Snapshot, Store
 from models.checkpoint import load_fusions, untrained_fusions
 from models.clip import Encoder, EncoderSpec
 from models.reco import Reco
-from models.starter import FUSION, MEMORY, install_starter
+from models.starter import FUSION, MEMORY, install_starter, starter_labels
 from service.batcher import Answer, Batcher, DeadlinePassed, QueueFull
 from service.decode import Decoder
 from service.errors import InvalidValue, ItemRefused
@@ -76,7 +76,10 @@ class Engine:
         if settings.model == "starter":
             install_starter(store)
         metrics = Metrics(version=version("reco-serve"), torch=torch.__version__, faiss=faiss.__version__)
-        return cls(settings, reco, store, metrics)
+        engine = cls(settings, reco, store, metrics)
+        if settings.model == "starter" and not engine.label_sets.names():
+            engine.label_sets.put(MEMORY, LabelSet(tuple(starter_labels())))
+        return engine
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

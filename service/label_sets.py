@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from index_store import Snapshot
+from index_store.durable import replace_text, writing
 from index_store.errors import NameRefused
 from index_store.store import plain
 from service.errors import BadRequest, InvalidValue, NotFound, TooLarge
@@ -92,17 +92,13 @@ class LabelSets:
         return LabelSet(tuple(body["labels"]), tuple(body["templates"]))
 
     def put(self, name: str, labels: LabelSet) -> None:
-        """Store or replace a set; a reader sees the old one or the new one, never a part."""
+        """Store or replace a set; a reader sees the old one or the new one, never a part. Raises TooLarge, StoreUnwritable."""
         path = self._path(name)
         if not path.exists() and len(self.names()) >= self._max_sets:
             raise TooLarge(f"{self._max_sets} label sets are stored, the limit: delete one first", "label_set")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(asdict(labels), file, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with writing(f"label set {name}"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            replace_text(path, json.dumps(asdict(labels), ensure_ascii=False))
 
     def delete(self, name: str) -> None:
         """Raises NotFound."""

@@ -17,7 +17,7 @@ from index_store.errors import UnknownVersion
 from index_store.pairs import Pairs
 from index_store.store import Store
 
-__all__ = ["CONFIG", "FOLDER", "FUSION", "MEMORY", "VERSIONS", "StarterMemory", "install_starter"]
+__all__ = ["CONFIG", "FOLDER", "FUSION", "MEMORY", "VERSIONS", "StarterMemory", "install_starter", "starter_labels"]
 
 FOLDER = Path(__file__).parent
 CONFIG, FUSION = FOLDER / "clip.json", FOLDER / "fusion.safetensors"
@@ -68,6 +68,11 @@ class StarterMemory:
             records=[self.classes[label] for label in self.label[rows]],
             image_key=self.image_key[rows],
         )
+
+
+def starter_labels(folder: Path = FOLDER) -> list[str]:
+    """The names of the 81 classes, sorted: the label set that goes with the memory."""
+    return sorted({record["class"] for record in StarterMemory.load(folder).classes})
 
 
 def install_starter(store: Store, folder: Path = FOLDER) -> None:

@@ -18,7 +18,7 @@ from models.train import Learning, accuracy, learn
 
 ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 SERVED_K = 10
-STEPS, BATCH, LEARNING_RATE, POOL_LEARNING_RATE, WEIGHT_DECAY, DROP = 400, 256, 3e-5, 0.1, 0.05, 0.2
+STEPS, BATCH, LEARNING_RATE, POOL_LEARNING_RATE, WEIGHT_DECAY, DROP = 400, 256, 2e-5, 0.2, 0.05, 0.2
 NAMINGS = (None, "one", "two", "three")
 
 

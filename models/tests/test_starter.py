@@ -31,7 +31,16 @@ def test_the_bundled_parts_belong_together() -> None:
 
 def test_the_weights_are_small_and_half_precision() -> None:
     assert (FOLDER / "clip.safetensors").stat().st_size <= 20_000_000
-    assert (FOLDER / "CARD.md").stat().st_size > 0
+    header = (FOLDER / "clip.safetensors").read_bytes()[:100_000]
+    assert b'"dtype":"F16"' in header
+    assert b'"dtype":"F32"' not in header
+
+
+def test_the_card_tells_what_a_user_must_know() -> None:
+    card = (FOLDER / "CARD.md").read_text(encoding="utf-8")
+    assert "{" not in card
+    for needed in ("not for production", "WACV 2019", "CC BY 4.0", "python -m models.make_starter", "1-NN", StarterMemory.load().encoder):
+        assert needed in card
 
 
 def test_the_first_start_builds_two_versions_and_the_second_nothing(tmp_path: Path) -> None:

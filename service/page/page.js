@@ -6,7 +6,7 @@ const POLL_MS = 250;
 const TOP = 5; // bars a column
 
 // All the state there is: what was chosen, what the service offers, and the request under way.
-const state = { photo: null, preview: null, memories: [], sets: [], classes: [], request: null, swapping: false, answered: false };
+const state = { photo: null, preview: null, memories: [], sets: [], request: null, swapping: false, answered: false };
 
 class Refused extends Error {
   constructor(status, message) { super(message); this.status = status; }
@@ -39,7 +39,7 @@ async function loadOffers() {
   const memories = await call("memories", { admin: true }).catch(menuRefused);
   state.memories = memories.data;
   fill(at("memory"), state.memories.map(({ name }) => [name, name]), at("memory").value || memories.default);
-  await showMemory();
+  showMemory();
 }
 
 // Without the admin key there is no menu, and the default memory still answers.
@@ -49,21 +49,14 @@ function menuRefused(error) {
   return { data: [] };
 }
 
-async function showMemory() {
+function showMemory() {
   const memory = chosenMemory();
   fill(at("version"), (memory?.versions ?? []).map((version) => [version, version === memory.current ? `${version} · live` : version]), memory?.current);
   const serving = memory?.current ? `${memory.name}@${memory.current} · ${memory.pairs.toLocaleString("en")} pairs` : `${memory?.name} is not live`;
   at("serving").textContent = memory ? serving : "default memory";
-  state.classes = memory ? ((await call(memoryPath(memory), { admin: true })).labels ?? []) : [];
-  at("memory-labels").textContent = summary(state.classes);
   offerSources();
   offerSwap();
 }
-
-const summary = (classes) => {
-  const first = classes.slice(0, 12).join(", ");
-  return classes.length > 12 ? `${first} and ${classes.length - 12} more.` : `${first}.`;
-};
 
 function fill(select, options, chosen) {
   select.replaceChildren(...options.map(([value, text]) => new Option(text, value, false, value === chosen)));
@@ -77,10 +70,9 @@ const source = () => document.querySelector("input[name=source]:checked").value;
 let sourceChosen = false; // once the user has picked a source, none is picked for them
 
 function offerSources() {
-  sourceInput("memory").disabled = state.classes.length === 0;
   sourceInput("set").disabled = state.sets.length === 0;
   if (!sourceChosen || sourceInput(source()).disabled) {
-    sourceInput(state.classes.length ? "memory" : "own").checked = true;
+    sourceInput(state.sets.length ? "set" : "own").checked = true;
   }
   showSource();
 }
@@ -96,7 +88,7 @@ function ownLabels() {
 
 function addLabels(form) {
   if (source() === "set") return form.append("label_set", at("label-set").value);
-  const labels = source() === "memory" ? state.classes : ownLabels();
+  const labels = ownLabels();
   if (labels.length === 0) throw new Refused(0, "There are no labels to choose from: write one a line.");
   return form.append("labels", JSON.stringify(labels));
 }
@@ -277,7 +269,7 @@ function listen() {
   document.addEventListener("paste", (event) => takePhoto(event.clipboardData.files[0]));
   at("sources").addEventListener("change", () => { sourceChosen = true; showSource(); if (source() !== "own") again(); });
   for (const id of ["labels", "label-set"]) at(id).addEventListener("change", again);
-  at("memory").addEventListener("change", () => showMemory().then(again, showError));
+  at("memory").addEventListener("change", () => { showMemory(); again(); });
   at("version").addEventListener("change", offerSwap);
   at("swap").addEventListener("click", swap);
   for (const id of ["api-key", "admin-key"]) at(id).addEventListener("change", () => { at("swap-note").textContent = ""; loadOffers().then(again, showError); });

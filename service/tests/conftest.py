@@ -22,7 +22,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("RECO_DATA", ROOT.parent / "shared" / "data"))
-START_S = 180
+START_S = 300
 
 
 @dataclass

@@ -176,6 +176,7 @@ def test_enhancing_helps_on_grocery(http: httpx.Client, grocery: list[tuple[byte
             count += sum(found[0]["label"] == name for found, (_, name) in zip(reply.json()["data"], part, strict=True))
         return count
 
+    assert set(labels) <= set(http.get("/label-sets/grocery").json()["labels"])  # the starter brings its label set
     plain, both = right("none"), right("both")
     assert both > plain + len(sample) // 5, (plain, both, len(sample))
 
