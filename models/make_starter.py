@@ -41,8 +41,8 @@ CLASS_CAPTIONS = ("a photo of a {}.", "a photo of {}", "a photo of the {}.", "{}
 
 NAMES = {"rule": "training-free rule", "learned": "learned fusion"}
 VERDICTS = {
-    "rule": "the training-free rule, because the learned fusion did not beat it on Grocery with both kinds of keys",
-    "learned": "learned; it beats the training-free rule it started from on Grocery with both kinds of keys",
+    "rule": "the training-free rule, because the learned fusion did not beat it on Grocery (figures below)",
+    "learned": "learned, because it beats the training-free rule that it started from on Grocery (figures below)",
 }
 
 
