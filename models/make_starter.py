@@ -6,10 +6,8 @@ Nothing of the Grocery photos is learned from: they fill the memory and measure 
 
 import argparse
 import copy
-import os
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,7 +76,6 @@ def main() -> None:
 
 def make_starter(data: Path, work: Path, out: Path) -> None:
     """Everything, top to bottom. What an earlier run kept in `work`, features and encoder, is not made again."""
-    start = time.monotonic()
     raw = Encoder.load(EncoderSpec("starter", "random", device="cpu"))
     load_trunk(raw, data)
     everything = read_all(raw, data, work / "features")
@@ -104,8 +101,6 @@ def make_starter(data: Path, work: Path, out: Path) -> None:
         verdict=VERDICTS[shipped],
         alpha=candidates["rule"].card["alpha"],
         pairs=len(memory.ids),
-        minutes=(time.monotonic() - start) / 60,
-        cores=os.cpu_count(),
         seed=SEED,
         retrieval=table(flickr(encoder, everything.flickr_test)),
         classification=table({f"{NAMES[name]}, {key} keys": found for name in figures for key, found in figures[name].items()}),

@@ -1,6 +1,7 @@
 """A small HTTP server that behaves as told: the oracle of what the load tests must report."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -68,3 +69,11 @@ class Stall:
         if self._start < now < self._end:
             time.sleep(self._end - now)
         return 200, {"data": []}, {"Server-Timing": "queue;dur=1.5, encode;dur=20.0"}
+
+
+@pytest.fixture
+def nowhere() -> str:
+    """A URL at which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"

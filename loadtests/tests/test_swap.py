@@ -120,9 +120,8 @@ def test_the_exit_code_is_the_verdict(scripted: Scripted, tmp_path: Path, monkey
     assert bool(report["mixed"]) is mixing
 
 
-def test_no_service_is_one_line(scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted.server_close()
-    options = ["--memory", "m", "--versions", "a", "b", "--url", scripted.url, "--out", str(tmp_path / "swap.json")]
+def test_no_service_is_one_line(nowhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--memory", "m", "--versions", "a", "b", "--url", nowhere, "--out", str(tmp_path / "swap.json")]
     monkeypatch.setattr("sys.argv", ["swap.py", *options])
     with pytest.raises(SystemExit, match="ConnectError"):
         swap.main()
