@@ -65,11 +65,6 @@ async def read_either(request: Request, options: type[O], settings: Settings) ->
     return _from_json(await _json(request), options, request, settings, allowed={"images", "texts", "inputs"})
 
 
-async def read_body(request: Request) -> dict[str, Any]:
-    """A JSON object without items, for the administrative routes."""
-    return await _json(request)
-
-
 def _content_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 

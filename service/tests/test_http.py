@@ -309,7 +309,9 @@ def test_a_declared_length_beyond_the_limit_is_refused_unread(server: Server) ->
         raw.sendall(
             b"POST /embed/image HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: 10737418240\r\n\r\nthe beginning"
         )
-        reply = raw.recv(65536)
+        reply = b""
+        while not reply.endswith(b"}") and (part := raw.recv(65536)):  # head and body may come apart
+            reply += part
     assert reply.startswith(b"HTTP/1.1 413")
     assert b"10737418240" in reply
 
