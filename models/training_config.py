@@ -53,7 +53,7 @@ class TrainConfig:
     k: int = 10
     steps: int = 500
     batch: int = 256
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-5
     pool_learning_rate: float = 0.05
     weight_decay: float = 0.01
     seed: int = 0

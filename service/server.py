@@ -79,6 +79,7 @@ def bind(host: str, port: int) -> socket.socket:
 def serve(settings: Settings) -> None:
     """Open everything, then answer until told to stop. Raises what cannot be opened, in one line."""
     with bind(settings.host, settings.port) as taken:
+        print(f"loading {settings.model}: this takes some seconds…", flush=True)
         from service.app import create_app  # torch takes seconds: only now that the port is ours
         from service.engine import Engine
 
