@@ -19,13 +19,18 @@ from models.clip import Encoder, EncoderSpec
 from models.reco import Reco
 from models.starter import FUSION, MEMORY, install_starter, starter_labels
 from service.batcher import Answer, Batcher, DeadlinePassed, QueueFull
+from service.budget import allowed_bytes
 from service.decode import Decoder
+from service.editing import Editing
 from service.errors import InvalidValue, ItemRefused
 from service.intake import Intake
 from service.label_sets import LabelSet, LabelSets
-from service.live import Job, LiveMemories
+from service.jobs import Jobs
+from service.live import LiveMemories
 from service.metrics import Metrics, Stage
+from service.recent import Recent, drift
 from service.settings import Settings
+from service.swaps import Swaps
 from service.wire import Options
 from service.work import Query, Row, Work, answer
 
@@ -54,10 +59,22 @@ class Engine:
         self.settings, self.reco, self.metrics = settings, reco, metrics
         encoder = reco.encoder
         default = settings.memory or (MEMORY if settings.model == "starter" else None)
-        self.memories = LiveMemories(store, encoder=encoder.fingerprint, fusion=reco.fusion_id, default=default, metrics=metrics)
+        budget = allowed_bytes(settings.memory_budget_bytes)
+        self.memories = LiveMemories(
+            store, encoder=encoder.fingerprint, fusion=reco.fusion_id, default=default, budget=budget, metrics=metrics
+        )
         self.label_sets = LabelSets(
             store.root / ".label-sets", reco.embed_labels, max_texts=settings.max_labels, max_sets=settings.max_label_sets, metrics=metrics
         )
+        self._recent, self.jobs = Recent(), Jobs(metrics)
+        self.swaps = Swaps(
+            self.memories,
+            self.jobs,
+            prepare=self.label_sets.warm,
+            drift=lambda old, new: drift(reco, self._recent, old, new),
+            metrics=metrics,
+        )
+        self.editing = Editing(self.memories, self.swaps, self._encoded, settings)
         self._decoder = Decoder(encoder.preprocess, max_pixels=settings.max_pixels, workers=settings.decode_workers)
         self._batchers: dict[Side, Batcher[Work, Row]] = {"image": self._batcher("image"), "text": self._batcher("text")}
         self._admitted: dict[Side, int] = {"image": 0, "text": 0}
@@ -88,14 +105,17 @@ class Engine:
         for side in self._batchers:
             await self._pulse(side)  # the first batch of each tower: warm before ready
         pulse = asyncio.create_task(self._keep_pulse())
+        for name in self.memories.names():
+            self.swaps.verify(name)
         try:
             yield
         finally:
             self.draining = True
             pulse.cancel()
-            await self.memories.close()
+            await self.swaps.close()
             await asyncio.gather(*(batcher.close() for batcher in self._batchers.values()))
             self._decoder.close()
+            self.memories.close()
 
     def not_live(self) -> str | None:
         """None, or that a worker has ended."""
@@ -153,9 +173,11 @@ class Engine:
         exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
         return np.asarray(exponents / exponents.sum(axis=1, keepdims=True), np.float32)
 
-    def swap(self, name: str, to: str, *, dry_run: bool = False) -> Job:
-        """Start replacing what `name` serves by version `to`; the stored label sets are embedded anew before it is published."""
-        return self.memories.swap(name, to, self.label_sets.warm, dry_run=dry_run)
+    async def _encoded(self, images: Sequence[bytes | ItemRefused], texts: Sequence[str], deadline: float) -> Sequence[Row | ItemRefused]:
+        """Plain rows of images or of texts."""
+        plain = Query(None, self.reco.k, np.inf, frozenset(), neighbors=False)
+        found = await (self._embed_images(images, plain, deadline) if images else self._embed_texts(texts, plain, deadline))
+        return found.rows
 
     def info(self) -> dict[str, Any]:
         """What is running, for /info: versions, model, memories and limits; no path and no key."""
@@ -191,7 +213,7 @@ class Engine:
 
     def _run(self, side: Side, batch: list[Work]) -> list[Row]:
         """In the model thread."""
-        rows = answer(self.reco, side, batch)
+        rows = answer(self.reco, side, batch, self._recent)
         for row in {id(row.timings): row for row in rows}.values():  # once per snapshot of the batch
             self.observe("retrieve", side, row.timings.retrieve)
             self.observe("fuse", side, row.timings.fuse)

@@ -105,6 +105,7 @@ STATUS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (UnsupportedType, 415, "invalid_request_error", "unsupported_type"),
     (model.UnsupportedImage, 415, "invalid_request_error", "unsupported_image"),
     (model.BrokenImage, 422, "invalid_request_error", "undecodable_image"),
+    (store.PairsRefused, 422, "invalid_request_error", "invalid_value"),
     (store.QueryRefused, 422, "invalid_request_error", "invalid_value"),
     (InvalidValue, 422, "invalid_request_error", "invalid_value"),
     (batcher.QueueFull, 429, "rate_limit_error", "queue_full"),

@@ -137,6 +137,11 @@ def _refusable(read: Any, item: Any, index: int, settings: Settings) -> bytes | 
         return ItemRefused(f"images[{index}]", error)
 
 
+def image_bytes(item: object, index: int, settings: Settings) -> bytes | ItemRefused:
+    """The bytes of one image given as base64 or data URI, or its refusal."""
+    return _refusable(_from_base64, item, index, settings)
+
+
 def _limited(data: bytes, index: int, settings: Settings) -> bytes:
     if not data:
         raise BadRequest("the image is empty: send the bytes of an image file", f"images[{index}]")

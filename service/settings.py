@@ -45,6 +45,8 @@ class Settings(BaseModel):
     max_text_chars: int = Field(100_000, ge=1)
     max_labels: int = Field(10_000, ge=1)  # texts of one label set: labels x templates
     max_label_sets: int = Field(1_000, ge=0)
+    memory_budget_bytes: int = Field(0, ge=0)  # resident bytes of all memories together; 0 = 80 % of the machine's or container's
+    compact_after: int = Field(10_000, ge=0)  # rows added or removed online, after which they are folded into a new version; 0 = never
     max_queue: int = Field(1024, ge=1)  # items admitted and not yet answered, per modality
     max_batch: int = Field(32, ge=1)
     max_wait_s: float = Field(0.0, ge=0, le=1)  # how long a batch may wait to fill; 0 = never

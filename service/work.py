@@ -12,6 +12,7 @@ import numpy as np
 from index_store import Side, Snapshot
 from index_store.pairs import Id
 from models.reco import Embeddings, Reco, Timings
+from service.recent import Recent
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,11 +42,13 @@ class Work:
 class Row:
     """One item's answer.
 
-    vector, plain: (D,) float32 unit.  similarity: of the nearest neighbour, None without one.  neighbors: as the wire shows them.
+    vector, plain: (D,) float32 unit.  trunk: (Dt,) float32 unit, where the encoder shows it.
+    similarity: of the nearest neighbour, None without one.  neighbors: as the wire shows them.
     """
 
     vector: np.ndarray
     plain: np.ndarray
+    trunk: np.ndarray | None
     searched: bool  # a memory was asked
     similarity: float | None
     neighbors: list[dict[str, Any]]
@@ -57,8 +60,8 @@ class Row:
         return self.similarity is not None
 
 
-def answer(reco: Reco, side: Side, batch: Sequence[Work]) -> list[Row]:
-    """One row per item, in order. Items may pin different snapshots, or none."""
+def answer(reco: Reco, side: Side, batch: Sequence[Work], recent: Recent) -> list[Row]:
+    """One row per item, in order. Items may pin different snapshots, or none; `recent` remembers those that asked one."""
     start = time.perf_counter()
     encoded = reco.encode(np.stack([work.array for work in batch]), side)
     encode_s = time.perf_counter() - start
@@ -67,9 +70,11 @@ def answer(reco: Reco, side: Side, batch: Sequence[Work]) -> list[Row]:
         by_snapshot.setdefault(work.query.snapshot, []).append(i)
     rows: dict[int, Row] = {}
     for snapshot, members in by_snapshot.items():
-        queries = [batch[i].query for i in members]
+        queries, mine = [batch[i].query for i in members], encoded.take(members)
+        if snapshot is not None:
+            recent.add(snapshot.manifest.name, side, mine)
         found = reco.enhance(
-            encoded.take(members),
+            mine,
             side,
             snapshot,
             np.array([query.k for query in queries]),
@@ -77,11 +82,12 @@ def answer(reco: Reco, side: Side, batch: Sequence[Work]) -> list[Row]:
             exclude=[query.exclude for query in queries],
         )
         found = replace(found, timings=replace(found.timings, encode=encode_s))
-        rows.update((i, _row(found, j, query)) for j, (i, query) in enumerate(zip(members, queries, strict=True)))
+        trunks = [None] * len(members) if mine.trunk is None else list(mine.trunk)
+        rows.update((i, _row(found, j, query, trunks[j])) for j, (i, query) in enumerate(zip(members, queries, strict=True)))
     return [rows[i] for i in range(len(batch))]
 
 
-def _row(found: Embeddings, j: int, query: Query) -> Row:
+def _row(found: Embeddings, j: int, query: Query, trunk: np.ndarray | None) -> Row:
     shown: list[dict[str, Any]] = []
     if query.neighbors and found.neighbors is not None and found.weights is not None:
         weights, scores = found.weights[j], found.neighbors.scores[j]
@@ -90,4 +96,4 @@ def _row(found: Embeddings, j: int, query: Query) -> Row:
             for record, score, weight in zip(found.neighbors.records(j), scores, weights, strict=False)  # records: the present ones, first
         ]
     nearest = float(found.neighbors.scores[j, 0]) if found.neighbors is not None and found.enhanced[j] else None
-    return Row(found.vectors[j], found.plain[j], found.neighbors is not None, nearest, shown, found.timings)
+    return Row(found.vectors[j], found.plain[j], trunk, found.neighbors is not None, nearest, shown, found.timings)
