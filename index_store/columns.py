@@ -59,7 +59,7 @@ class ShardWriter:
     def append(self, pairs: Pairs, rows: slice) -> None:
         """Add some rows of a block."""
         names = pairs.ids[rows]
-        lines = [_line(name, record) for name, record in zip(names.tolist(), pairs.records[rows], strict=True)]
+        lines = [record_line(name, record) for name, record in zip(names.tolist(), pairs.records[rows], strict=True)]
         with writing(self.folder):
             for side, column in self._values.items():
                 column.append(pairs.values(side)[rows])
@@ -73,11 +73,13 @@ class ShardWriter:
     def finish(self) -> list[str]:
         """Complete every file; their names relative to the version."""
         ids = np.concatenate(self._ids)
+        ids = np.char.encode(ids, "utf-8") if ids.dtype.kind == "U" else ids
         with writing(self.folder):
             for column in (*self._values.values(), *self._keys.values()):
                 column.finish()
             self._records.close()
-            np.save(self._path / "ids.npy", np.char.encode(ids, "utf-8") if ids.dtype.kind == "U" else ids, allow_pickle=False)
+            np.save(self._path / "ids.npy", ids, allow_pickle=False)
+            np.save(self._path / "order.npy", np.argsort(ids, kind="stable").astype(np.int64, copy=False), allow_pickle=False)
             np.save(self._path / "records.npy", np.cumsum([0, *self._lengths], dtype=np.int64), allow_pickle=False)
         return sorted(f"{self.folder}/{file.name}" for file in self._path.iterdir())
 
@@ -89,7 +91,7 @@ class ShardWriter:
                 file.close()
 
 
-def _line(name: str | int, record: Mapping[str, Any]) -> bytes:
+def record_line(name: str | int, record: Mapping[str, Any]) -> bytes:
     """One record as one line of JSON."""
     try:
         return json.dumps(dict(record), ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass") + b"\n"

@@ -1,5 +1,6 @@
 """Bytes that are certain: digests read back, files and folders synced, one pointer replaced in one step."""
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -47,3 +48,14 @@ def writing(what: str) -> Iterator[None]:
     except RuntimeError as error:  # faiss reports a short write so
         reason = str(error).rpartition("Error: ")[2].splitlines()[0]
         raise StoreUnwritable(f"cannot write {what}: {reason}; free some room or grant permission, then run it again") from error
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One writer of a folder's names at a time, across processes; the kernel lets go when its holder dies."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,34 +1,18 @@
-"""Several shards searched as one, and the rule that decides which of the rows found a caller may see."""
+"""Several shards searched as one, and how far a search must reach until k rows are left that a caller may see."""
 
-import re
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 
 import faiss
 import numpy as np
 
-from index_store.errors import QueryRefused
-from index_store.pairs import Id, Side
+from index_store.hits import ABSENT, Hits, Part, Searched, best
+from index_store.limits import Limits
+from index_store.pairs import Side
 from index_store.shard import Shard
 
 SCAN_ROWS = 8_192  # rows scored at a time by an exact scan: 16 MiB of scores for 512 queries
 WIDEST_SEARCH = 2_048  # beyond this many rows per query a scan is cheaper than an index, and on a GPU the only way
-ABSENT = np.float32(-np.inf)
-WHOLE_NUMBER = re.compile(r"-?[0-9]{1,19}")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Hits:
-    """Rows found, best first. rows: (B, K) int64, -1 = none.  scores: (B, K) float32, inner product."""
-
-    rows: np.ndarray
-    scores: np.ndarray
-
-    @property
-    def mask(self) -> np.ndarray:
-        """(B, K) bool, True where a row was found."""
-        return self.rows >= 0
 
 
 class Fan:
@@ -37,7 +21,7 @@ class Fan:
     def __init__(self, shards: Sequence[Shard], side: Side) -> None:
         self.shards, self.side = shards, side
         self.starts = np.array([0, *accumulate(shard.pairs for shard in shards)], np.int64)  # (shards + 1,)
-        self.pairs = int(self.starts[-1])
+        self.rows = self.pairs = int(self.starts[-1])
         self.width = shards[0].keys[side].shape[1]
         self._index = _joined([shard.indexes[side] for shard in shards])
         self._wrapped = any(isinstance(shard.indexes[side], faiss.IndexPreTransform) for shard in shards)
@@ -62,131 +46,99 @@ class Fan:
 
         queries: (B, Dk) float32.  ceiling: (B, 1) float32 or None.
         """
-        best = Hits(np.full((len(queries), 0), -1, np.int64), np.zeros((len(queries), 0), np.float32))
-        for start, keys in self._blocks():
-            scores = queries @ keys.T  # (B, rows)
-            if ceiling is not None:
-                scores[scores > ceiling] = ABSENT
-            rows = np.broadcast_to(np.arange(start, start + len(keys)), scores.shape)
-            best = _best(np.hstack([best.rows, rows]), np.hstack([best.scores, scores]), k)
-        return Hits(np.where(best.scores > ABSENT, best.rows, -1), best.scores)
+        return scanned(self.blocks(), queries, k, ceiling)
 
-    def take(self, rows: np.ndarray, column: Callable[[Shard], np.ndarray]) -> np.ndarray:
+    def take(self, rows: np.ndarray, column: Callable[[Part], np.ndarray]) -> np.ndarray:
         """(R, …) the rows of one column, wherever they lie.  rows: (R,) int64, all present."""
         if len(self.shards) == 1:
             only: np.ndarray = column(self.shards[0])[rows]
             return only
-        owner = np.searchsorted(self.starts, rows, side="right") - 1  # (R,)
-        columns = [column(shard) for shard in self.shards]
-        taken = np.empty((len(rows), *columns[0].shape[1:]), np.result_type(*columns))
-        for i in np.unique(owner):
-            mine = owner == i
-            taken[mine] = columns[i][rows[mine] - self.starts[i]]
-        return taken
+        return taken(self.shards, self.starts, rows, column)
 
-    def place(self, row: int) -> tuple[Shard, int]:
+    def place(self, row: int) -> tuple[Part, int]:
         """The shard that holds a row, and the row's number there."""
         owner = int(np.searchsorted(self.starts, row, side="right")) - 1
         return self.shards[owner], row - int(self.starts[owner])
 
-    def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+    def alive(self, rows: np.ndarray) -> np.ndarray:
+        """All of them: what a version holds never dies, only edits on top of it can say so."""
+        return np.ones(rows.shape, bool)
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, (rows, Dk) float32) of every block."""
         for first, shard in zip(self.starts.tolist(), self.shards, strict=False):
-            keys = shard.keys[self.side]
-            for start in range(0, len(keys), SCAN_ROWS):
-                yield first + start, keys[start : start + SCAN_ROWS].astype(np.float32)
+            yield from blocks_of(shard.keys[self.side], first)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Limits:
-    """What callers refuse to see.  ceiling: (B, 1) float32 or None.  floor: least score.  exclude: per query, ids as stored, or None."""
-
-    ceiling: np.ndarray | None = None
-    floor: float | None = None
-    exclude: Sequence[np.ndarray] | None = None
-
-    @property
-    def none(self) -> bool:
-        """True where everything found may be seen."""
-        return self.ceiling is None and self.floor is None and not self.spare
-
-    @property
-    def spare(self) -> int:
-        """The most rows that exclusion by id can take from one query."""
-        return max((len(ids) for ids in self.exclude), default=0) if self.exclude is not None else 0
-
-    def of(self, chosen: np.ndarray) -> "Limits":
-        """The limits of some of the queries.  chosen: (b,) int64."""
-        ceiling = None if self.ceiling is None else self.ceiling[chosen]
-        return Limits(ceiling, self.floor, None if self.exclude is None else [self.exclude[i] for i in chosen])
-
-    def allowed(self, hits: Hits, fan: Fan) -> np.ndarray:
-        """(B, K) bool, True where the row exists and the caller may see it."""
-        allowed = hits.mask
-        if self.ceiling is not None:
-            allowed &= hits.scores <= self.ceiling
-        if self.floor is not None:
-            allowed &= hits.scores >= self.floor
-        if self.exclude is not None and self.spare:
-            names = fan.take(np.maximum(hits.rows, 0).ravel(), lambda shard: shard.ids).reshape(hits.rows.shape)
-            for query, ids in enumerate(self.exclude):
-                if len(ids):
-                    allowed[query] &= ~np.isin(names[query], ids)
-        return allowed
+def blocks_of(keys: np.ndarray, first: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, (rows, Dk) float32) of every block of one part.  keys: (N, Dk) float16, whose first row is number `first`."""
+    for start in range(0, len(keys), SCAN_ROWS):
+        yield first + start, keys[start : start + SCAN_ROWS].astype(np.float32)
 
 
-def limits_of(
-    queries: int,
-    id_kind: str,
-    *,
-    max_similarity: float | np.ndarray | None,
-    exclude: Sequence[Collection[Id]] | None,
-    min_score: float | None,
-) -> Limits:
-    """Check what the callers ask for and bring it into the memory's own terms."""
-    ceiling = None
-    if max_similarity is not None:
-        ceiling = np.asarray(max_similarity, np.float32)
-        if ceiling.shape not in ((), (queries,)) or np.isnan(ceiling).any():
-            raise QueryRefused(f"max_similarity must be one number, or one for each of {queries} queries, not {max_similarity!r}")
-        ceiling = np.broadcast_to(ceiling.reshape(-1, 1), (queries, 1)) if (ceiling < np.inf).any() else None
-    if exclude is not None and len(exclude) != queries:
-        raise QueryRefused(f"exclude must hold one collection of ids for each of {queries} queries, not {len(exclude)}")
-    stored = None if exclude is None else [_as_stored(ids, id_kind) for ids in exclude]
-    return Limits(ceiling, min_score, stored)
+def scanned(
+    blocks: Iterable[tuple[int, np.ndarray]],
+    queries: np.ndarray,
+    k: int,
+    ceiling: np.ndarray | None = None,
+    alive: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Hits:
+    """The exact k best living rows at or below a ceiling per query: every block compared in turn."""
+    found = Hits(np.full((len(queries), 0), -1, np.int64), np.zeros((len(queries), 0), np.float32))
+    for start, keys in blocks:
+        scores, rows = queries @ keys.T, np.arange(start, start + len(keys))  # (B, rows), (rows,)
+        if ceiling is not None:
+            scores[scores > ceiling] = ABSENT
+        if alive is not None:
+            scores[:, ~alive(rows)] = ABSENT
+        found = best(np.hstack([found.rows, np.broadcast_to(rows, scores.shape)]), np.hstack([found.scores, scores]), k)
+    return Hits(np.where(found.scores > ABSENT, found.rows, -1), found.scores)
 
 
-def nearest(fan: Fan, queries: np.ndarray, k: int, probes: int, limits: Limits) -> Hits:
+def taken(parts: Sequence[Part], starts: np.ndarray, rows: np.ndarray, column: Callable[[Part], np.ndarray]) -> np.ndarray:
+    """(R, …) the rows of one column of several parts.  starts: (parts + 1,) int64.  rows: (R,) int64, all present."""
+    owner = np.searchsorted(starts, rows, side="right") - 1  # (R,)
+    columns = [column(part) for part in parts]
+    found = np.empty((len(rows), *columns[0].shape[1:]), np.result_type(*columns))
+    for i in np.unique(owner):
+        mine = owner == i
+        found[mine] = columns[i][rows[mine] - starts[i]]
+    return found
+
+
+def nearest(fan: Searched, queries: np.ndarray, k: int, probes: int, limits: Limits) -> Hits:
     """The k best allowed rows of each query: first from the index, wider where limits left too few, at last by a scan.
 
     queries: (B, Dk) float32.  A flat memory is answered exactly under any limits.  An index with lists is exact once it scans.
     """
-    if limits.none and k <= fan.pairs:
+    if limits.none and k <= fan.pairs == fan.rows:
         hits = fan.search(queries, k, probes)
         if hits.mask.all():
             return hits
     hits = Hits(np.full((len(queries), k), -1, np.int64), np.zeros((len(queries), k), np.float32))
     waiting = np.arange(len(queries))
-    for width in _widths(k, limits, fan.pairs):
+    for width in _widths(k, limits, fan):
         found = fan.search(queries[waiting], width, probes)
         waiting = waiting[~_settle(hits, waiting, found, limits.of(waiting), fan)]
         if not len(waiting):
             return hits
     mine = limits.of(waiting)
-    _settle(hits, waiting, fan.scan(queries[waiting], min(k + mine.spare, fan.pairs), mine.ceiling), mine, fan)
+    _settle(hits, waiting, fan.scan(queries[waiting], min(k + mine.spare, fan.rows), mine.ceiling), mine, fan)
     return hits
 
 
-def _widths(k: int, limits: Limits, pairs: int) -> Iterator[int]:
+def _widths(k: int, limits: Limits, fan: Searched) -> Iterator[int]:
     """How many rows to ask the index for: enough for every exclusion, then eight times more, while an index is the cheaper way."""
-    width = k + limits.spare + (k if limits.ceiling is not None else 0)
-    yield min(width, pairs)
-    while limits.ceiling is not None and width < pairs and width * 8 <= WIDEST_SEARCH:
+    dead = fan.rows - fan.pairs
+    crowd = limits.ceiling is not None or dead > 0  # nobody knows how many rows of these lie nearest
+    width = k + limits.spare + (k if limits.ceiling is not None else min(k, dead))
+    yield min(width, fan.rows)
+    while crowd and width < fan.rows and width * 8 <= WIDEST_SEARCH:
         width *= 8
-        yield min(width, pairs)
+        yield min(width, fan.rows)
 
 
-def _settle(hits: Hits, chosen: np.ndarray, found: Hits, limits: Limits, fan: Fan) -> np.ndarray:
+def _settle(hits: Hits, chosen: np.ndarray, found: Hits, limits: Limits, fan: Searched) -> np.ndarray:
     """Write the allowed rows of `found` into the chosen rows of `hits`; (b,) bool, True where no wider search could add one."""
     k = hits.rows.shape[1]
     allowed = limits.allowed(found, fan)  # (b, width)
@@ -195,20 +147,10 @@ def _settle(hits: Hits, chosen: np.ndarray, found: Hits, limits: Limits, fan: Fa
     hits.rows[chosen, : order.shape[1]] = np.where(kept, np.take_along_axis(found.rows, order, axis=1), -1)
     hits.scores[chosen, : order.shape[1]] = np.where(kept, np.take_along_axis(found.scores, order, axis=1), 0)
     present = found.mask
-    settled: np.ndarray = (kept.sum(axis=1) >= min(k, fan.pairs)) | (present.sum(axis=1) >= fan.pairs)  # (b,)
+    settled: np.ndarray = (kept.sum(axis=1) >= min(k, fan.pairs)) | (present.sum(axis=1) >= fan.rows)  # (b,)
     if limits.floor is not None:
         settled |= (present & (found.scores < limits.floor)).any(axis=1)
     return settled
-
-
-def _best(rows: np.ndarray, scores: np.ndarray, k: int) -> Hits:
-    """The k highest scores of each row, highest first; among equals the lowest row number."""
-    if scores.shape[1] > 4 * k:  # partition first: sorting a whole block costs ten times the product itself
-        first = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-        first.sort(axis=1)
-        rows, scores = np.take_along_axis(rows, first, axis=1), np.take_along_axis(scores, first, axis=1)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return Hits(np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1))
 
 
 def _joined(indexes: Sequence[faiss.Index]) -> faiss.Index:
@@ -219,15 +161,3 @@ def _joined(indexes: Sequence[faiss.Index]) -> faiss.Index:
     for index in indexes:
         joined.add_shard(index)
     return joined
-
-
-def _as_stored(ids: Collection[Id], kind: str) -> np.ndarray:
-    """Excluded ids as the memory stores them; (E,) int64 or bytes. One that cannot be an id here excludes nothing.
-
-    A form or a query string can only say "12": a memory has one type of id, so 12 and "12" can mean nothing else.
-    """
-    names = [str(name) for name in ids]
-    if kind == "S":
-        return np.array([name.encode("utf-8", "replace") for name in names if "\0" not in name], np.bytes_)
-    numbers = [int(name) for name in names if WHOLE_NUMBER.fullmatch(name)]
-    return np.array([number for number in numbers if -(2**63) <= number < 2**63], np.int64)

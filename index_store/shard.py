@@ -30,6 +30,7 @@ class Shard:
         self._root, self._folder, self._manifest = root, folder, manifest
         self.pairs = pairs
         self.ids = self._rows("ids.npy", (pairs,))
+        self._order = self._rows("order.npy", (pairs,))
         self.values = {side: self._rows(f"{side}.npy", (pairs, manifest.dim)) for side in SIDES}
         self.keys = {side: self._keys(side) for side in SIDES}
         self._offsets = self._rows("records.npy", (pairs + 1,))
@@ -47,6 +48,13 @@ class Shard:
         record: dict[str, Any] = json.loads(bytes(self._records[self._offsets[row] : self._offsets[row + 1]]))
         return record
 
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """(n,) int64 rows of these ids, -1 = none, by bisection in the mapped file.  ids: (n,) as stored."""
+        places = np.searchsorted(self.ids, ids.astype(self.ids.dtype), sorter=self._order)  # a longer id is cut here, and differs below
+        rows = self._order[np.minimum(places, self.pairs - 1)]
+        found: np.ndarray = np.where(self.ids[rows] == ids, rows, -1)
+        return found
+
     def _keys(self, side: Side) -> np.ndarray:
         if self._manifest.key_kind(side) == "vector":
             return self.values[side]
@@ -57,7 +65,7 @@ class Shard:
         rows: np.ndarray = self._read(name, lambda path: np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)))
         if rows.shape != shape:
             raise self._damaged(name, f"holds {rows.shape}, the manifest says {shape}")
-        kinds = {"ids.npy": ("i8", "S"), "records.npy": ("i8",)}.get(name, ("f2",))
+        kinds = {"ids.npy": ("i8", "S"), "order.npy": ("i8",), "records.npy": ("i8",)}.get(name, ("f2",))
         if rows.dtype.str[1:] not in kinds and rows.dtype.kind not in kinds:
             raise self._damaged(name, f"holds {rows.dtype}, not {' or '.join(kinds)}")
         return rows

@@ -1,9 +1,10 @@
 """One version of a memory, verified and open: two searches over mapped rows."""
 
+import copy
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,18 @@ import numpy as np
 
 from index_store.durable import digest
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, QueryRefused, RecallTooLow
+from index_store.hits import Hits, Searched
+from index_store.limits import limits_of
 from index_store.manifest import Manifest, read_manifest, same_encoder
 from index_store.neighbors import Neighbors
-from index_store.pairs import SIDES, Id, KeyKind, Side, other
+from index_store.pairs import SIDES, Id, KeyKind, Pairs, Side, other
 from index_store.probes import Probes
-from index_store.search import Fan, Hits, limits_of, nearest
+from index_store.search import Fan, nearest
 from index_store.shard import Shard
+from index_store.tail import Edited, Tail
 
 VERIFY_THREADS = 4  # sha256 releases the interpreter lock; more threads than this wait for the disk
+BLOCK = 8_192  # pairs handed out at a time: 40 MB at D = 512
 
 _living: "weakref.WeakSet[Snapshot]" = weakref.WeakSet()
 _living_lock = threading.Lock()
@@ -34,9 +39,11 @@ class Snapshot:
     def __init__(self, manifest: Manifest, shards: Sequence[Shard], probes: dict[Side, Probes]) -> None:
         self.manifest = manifest
         self._fans = {side: Fan(shards, side) for side in SIDES}
+        self._searched: Mapping[Side, Searched] = self._fans
+        self._tail: Tail | None = None
         self._probes = probes
         self._resident = sum(shard.resident_bytes() for shard in shards)
-        self._id_kind = shards[0].ids.dtype.kind
+        self.id_kind = shards[0].ids.dtype.kind  # "i" or "S"
         with _living_lock:
             _living.add(self)
 
@@ -55,6 +62,15 @@ class Snapshot:
         shards = [Shard(path, shard["folder"], shard["pairs"], manifest) for shard in manifest.shards]
         return cls(manifest, shards, {side: Probes.read(path, side, manifest) for side in SIDES})
 
+    def with_tail(self, tail: Tail) -> "Snapshot":
+        """The same version with these edits on top: a snapshot of its own that shares every file and index with this one."""
+        edited = copy.copy(self)
+        edited._tail = tail
+        edited._searched = {side: Edited(fan, tail) for side, fan in self._fans.items()}
+        with _living_lock:
+            _living.add(edited)
+        return edited
+
     @staticmethod
     def alive() -> dict[str, int]:
         """How many snapshots of each memory are still held by anyone: more than one after a swap's last batch is a leak."""
@@ -62,12 +78,17 @@ class Snapshot:
             return dict(Counter(snapshot.manifest.name for snapshot in _living))
 
     def __len__(self) -> int:
-        return self.manifest.pairs
+        return self._searched["image"].pairs
+
+    @property
+    def edits(self) -> int:
+        """How many changes stand on top of the version."""
+        return self._tail.edits if self._tail else 0
 
     @property
     def ref(self) -> str:
-        """name@version."""
-        return self.manifest.ref
+        """name@version, and +N where N edits stand on top of it."""
+        return f"{self.manifest.ref}+{self.edits}" if self.edits else self.manifest.ref
 
     @property
     def dim(self) -> int:
@@ -76,8 +97,9 @@ class Snapshot:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """{"mapped": bytes of files that the system pages in and out, "resident": bytes held by flat indexes}."""
-        return {"mapped": sum(file["bytes"] for file in self.manifest.files.values()), "resident": self._resident}
+        """{"mapped": bytes of files that the system pages in and out, "resident": bytes held by flat indexes and edits}."""
+        tail = self._tail.resident_bytes() if self._tail else 0
+        return {"mapped": sum(file["bytes"] for file in self.manifest.files.values()), "resident": self._resident + tail}
 
     def key_kind(self, side: Side) -> KeyKind:
         """What a query on `side` must be: the CLIP vector, or the tower's features before projection."""
@@ -100,9 +122,9 @@ class Snapshot:
         exclude: ids to pass over, one collection per query.  min_score: farther ones are masked.
         k neighbours still come back where k remain, and no others. probes: index lists to visit, the manifest's where None.
         """
-        fan = self._fans[side]
+        fan = self._searched[side]
         queries = self._checked(queries, fan, k)
-        limits = limits_of(len(queries), self._id_kind, max_similarity=max_similarity, exclude=exclude, min_score=min_score)
+        limits = limits_of(len(queries), self.id_kind, max_similarity=max_similarity, exclude=exclude, min_score=min_score)
         lists = self.manifest.index["probes"]
         return self._gathered(nearest(fan, queries, k, (probes or lists) if lists else 0, limits), fan)
 
@@ -117,7 +139,37 @@ class Snapshot:
                 )
         return proven
 
-    def _checked(self, queries: np.ndarray, fan: Fan, k: int) -> np.ndarray:
+    def rows_of(self, ids: np.ndarray) -> np.ndarray:
+        """(n,) int64 rows of the version itself that have these ids, -1 = none; edits are not looked at.  ids: (n,) as stored."""
+        fan = self._fans["image"]
+        rows = np.full(len(ids), -1, np.int64)
+        for start, shard in zip(fan.starts.tolist(), fan.shards, strict=False):
+            found = shard.find(ids)
+            rows[found >= 0] = start + found[found >= 0]
+        return rows
+
+    def blocks(self, rows: int = BLOCK) -> Iterator[Pairs]:
+        """Every pair that is there, at most `rows` at a time, as a builder takes them."""
+        fan = self._searched["image"]
+        for start in range(0, fan.rows, rows):
+            numbers = np.arange(start, min(start + rows, fan.rows))
+            numbers = numbers[fan.alive(numbers)]
+            if len(numbers):
+                yield self._pairs(fan, numbers)
+
+    def _pairs(self, fan: Searched, rows: np.ndarray) -> Pairs:
+        """Some rows as they were given.  rows: (R,) int64, all present."""
+
+        def values(side: Side) -> np.ndarray:
+            return fan.take(rows, lambda part: part.values[side])
+
+        def own_keys(side: Side) -> np.ndarray | None:
+            return None if self.key_kind(side) == "vector" else fan.take(rows, lambda part: part.keys[side])
+
+        ids, records = _readable(fan.take(rows, lambda part: part.ids)), [self._record(row) for row in rows.tolist()]
+        return Pairs(ids, values("image"), values("text"), records, own_keys("image"), own_keys("text"))
+
+    def _checked(self, queries: np.ndarray, fan: Searched, k: int) -> np.ndarray:
         if k < 1:
             raise QueryRefused(f"k is {k}: ask for at least one neighbour")
         if queries.ndim != 2 or queries.shape[1] != fan.width:
@@ -127,20 +179,20 @@ class Snapshot:
             raise QueryRefused("a query holds a value that is not finite: check the encoder's precision")
         return np.ascontiguousarray(queries, np.float32)
 
-    def _gathered(self, hits: Hits, fan: Fan) -> Neighbors:
+    def _gathered(self, hits: Hits, fan: Searched) -> Neighbors:
         """Bring ids and values of the rows found; zeros where none was."""
         mask = hits.mask
         rows = np.maximum(hits.rows, 0).ravel()  # (B * K,)
-        ids = _readable(fan.take(rows, lambda shard: shard.ids)).reshape(mask.shape)
-        values = fan.take(rows, lambda shard: shard.values[other(fan.side)]).astype(np.float32).reshape(*mask.shape, self.dim)
+        ids = _readable(fan.take(rows, lambda part: part.ids)).reshape(mask.shape)
+        values = fan.take(rows, lambda part: part.values[other(fan.side)]).astype(np.float32).reshape(*mask.shape, self.dim)
         if not mask.all():
             ids[~mask] = ids.dtype.type()
             values[~mask] = 0
         return Neighbors(ids, hits.scores, values, mask, hits.rows, self._record)
 
     def _record(self, row: int) -> dict[str, Any]:
-        shard, place = self._fans["image"].place(row)
-        return shard.record(place)
+        part, place = self._searched["image"].place(row)
+        return part.record(place)
 
 
 def verify(path: Path, manifest: Manifest) -> None:

@@ -1,16 +1,14 @@
 """A directory of named memories, their finished versions, and which one of each is current."""
 
-import fcntl
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from index_store.durable import replace_text, writing
+from index_store.durable import alone, replace_text, writing
 from index_store.errors import DamagedVersion, NameRefused, StoreUnwritable, UnknownMemory, UnknownVersion
+from index_store.journal import SUFFIX, read_records
 from index_store.manifest import FILE_NAME, Manifest, read_manifest
+from index_store.overlay import replayed, seal_of
 from index_store.snapshot import Snapshot
 
 CURRENT = "CURRENT"  # first line the version that serves, second line the one before it
@@ -59,15 +57,28 @@ class Store:
         return read_manifest(self.path(name, self.current(name) if version is None else version))
 
     def open(self, name: str, version: str | None = None, *, encoder: str) -> Snapshot:
-        """A verified snapshot of a version, the current one where none is named."""
-        return Snapshot.open(self.path(name, self.current(name) if version is None else version), encoder=encoder)
+        """A verified snapshot of a version with the edits made on it, the current one where none is named."""
+        version = self.current(name) if version is None else version
+        base = Snapshot.open(self.path(name, version), encoder=encoder)
+        return replayed(base, self.journal(name, version))[0].snapshot
 
-    def activate(self, name: str, version: str) -> None:
-        """Make a version the current one, in one step; the one it replaces becomes the previous."""
+    def journal(self, name: str, version: str) -> Path:
+        """Where the edits of a version are written; there is no file before the first."""
+        return self.path(name, version).with_name(version + SUFFIX)
+
+    def edits(self, name: str, version: str) -> int:
+        """How many edits stand on a version."""
+        return sum(1 for _ in read_records(self.journal(name, version), seal_of(self.manifest(name, version))))
+
+    def activate(self, name: str, version: str, *, instead_of: str | None = None) -> None:
+        """Make a version the current one, in one step; the one it replaces becomes the previous.
+
+        instead_of: only where this version is the current one, otherwise nothing changes.
+        """
         self.path(name, version)  # refused here if unknown
-        with writing(f"{name}/{CURRENT}"), self._held(name):
+        with writing(f"{name}/{CURRENT}"), alone(self.root / name):
             before = self._pointer_if_whole(name)
-            if before[:1] != [version]:
+            if before[:1] != [version] and instead_of in (None, *before[:1]):
                 replace_text(self.root / name / CURRENT, "\n".join([version, *before[:1]]) + "\n")
 
     def next_version(self, name: str, today: datetime | None = None) -> str:
@@ -109,16 +120,6 @@ class Store:
         except OSError as error:
             raise StoreUnwritable(f"the folder of {folder.name} cannot be read: {error.strerror}; grant permission") from error
 
-    @contextmanager
-    def _held(self, name: str) -> Iterator[None]:
-        """One writer of CURRENT at a time, across processes; the kernel lets go when its holder dies."""
-        folder = os.open(self.root / name, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(folder)
-
 
 def plain(name: str) -> str:
     """The name itself where it is a plain one; NameRefused for anything that could be a path."""
@@ -129,7 +130,9 @@ def plain(name: str) -> str:
 
 
 def plain_version(version: str) -> str:
-    """The same for a version, which also must not be called like the pointer file beside it."""
+    """The same for a version, which also must not be called like a file beside it."""
+    if version.lower().endswith(SUFFIX):
+        raise NameRefused(f"{version!r} ends like the edits of another version: choose another name")
     if plain(version).upper() == CURRENT:
         raise NameRefused(f"{version!r} is the name of the pointer file, no version can have it: choose another")
     return version

@@ -22,7 +22,10 @@ FILES = [
     *(
         f"shard-000{shard}/{name}"
         for shard in (0, 1)
-        for name in ("ids.npy", "image.npy", "text.npy", "image_key.npy", "records.jsonl", "records.npy", "image.faiss", "text.faiss")
+        for name in (
+            *("ids.npy", "order.npy", "image.npy", "text.npy", "image_key.npy"),
+            *("records.jsonl", "records.npy", "image.faiss", "text.faiss"),
+        )
     ),
 ]
 
