@@ -55,6 +55,12 @@ class Manifest:
         """Dk of one side."""
         return int(self.keys[side]["dim"])
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that opening it takes and keeps: float32 rows of every flat side. Everything else is mapped."""
+        sides = [(shard, side) for shard in self.shards for side in SIDES if f"{shard['folder']}/{side}.faiss" not in self.files]
+        return sum(4 * shard["pairs"] * self.key_dim(side) for shard, side in sides)
+
     def to_json(self) -> str:
         """The canonical text, sealed with its own digest: another text of the same content is refused."""
         fields = json.loads(_canonical({entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}))

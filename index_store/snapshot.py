@@ -86,6 +86,11 @@ class Snapshot:
         return self._tail.edits if self._tail else 0
 
     @property
+    def overlaid(self) -> int:
+        """How many rows edits have added or removed: what a compaction folds away."""
+        return self._tail.pairs + self._tail.dead if self._tail else 0
+
+    @property
     def ref(self) -> str:
         """name@version, and +N where N edits stand on top of it."""
         return f"{self.manifest.ref}+{self.edits}" if self.edits else self.manifest.ref

@@ -1,17 +1,19 @@
 """A directory of named memories, their finished versions, and which one of each is current."""
 
 import re
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
 from index_store.durable import alone, replace_text, writing
-from index_store.errors import DamagedVersion, NameRefused, StoreUnwritable, UnknownMemory, UnknownVersion
+from index_store.errors import DamagedVersion, NameRefused, StoreBusy, StoreUnwritable, UnknownMemory, UnknownVersion
 from index_store.journal import SUFFIX, read_records
 from index_store.manifest import FILE_NAME, Manifest, read_manifest
 from index_store.overlay import replayed, seal_of
 from index_store.snapshot import Snapshot
 
 CURRENT = "CURRENT"  # first line the version that serves, second line the one before it
+DELETED = ".deleted"  # behind a leading dot: what is being removed
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 
 
@@ -80,6 +82,28 @@ class Store:
             before = self._pointer_if_whole(name)
             if before[:1] != [version] and instead_of in (None, *before[:1]):
                 replace_text(self.root / name / CURRENT, "\n".join([version, *before[:1]]) + "\n")
+
+    def delete(self, name: str, version: str) -> None:
+        """Remove a version and its edits; never the current one. Whoever serves it still goes on: the files stay mapped.
+
+        The one rename makes it stop existing; what a kill leaves behind afterwards is no version, and the next delete removes it.
+        """
+        path, journal = self.path(name, version), self.journal(name, version)
+        with writing(f"{name}/{version}"), alone(self.root / name):
+            if self._pointer_if_whole(name)[:1] == [version]:
+                raise StoreBusy(f"{name}@{version} is the current version: activate another one first")
+            path.rename(path.with_name(f".{version}{DELETED}"))
+            journal.unlink(missing_ok=True)
+            for leftover in path.parent.glob(f".*{DELETED}"):
+                shutil.rmtree(leftover)
+
+    def prune(self, name: str, keep: int) -> list[str]:
+        """Delete all but the newest `keep` versions, the current and the previous one aside; the names of those deleted."""
+        served = set(self._pointer_if_whole(name))
+        old = [version for version in self.versions(name)[: -keep or None] if version not in served]
+        for version in old:
+            self.delete(name, version)
+        return old
 
     def next_version(self, name: str, today: datetime | None = None) -> str:
         """A free version name of today (UTC), such as 2026-11-22a, then b …, z, za: later names sort after earlier ones."""

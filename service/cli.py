@@ -115,6 +115,11 @@ def _memory_parsers(commands: Any) -> None:
     verify = _with_settings(_command(commands, "verify", "verify", "read every byte of a version and answer its probe queries"), "store")
     for parser in (show, verify):
         parser.add_argument("ref", metavar="NAME[@VERSION]")
+    compact = _with_settings(_command(commands, "compact", "compact", "fold the online edits of a memory into a new version"), "store")
+    compact.add_argument("name")
+    compact.add_argument("--url", help="do it in the running service that edits it, e.g. http://127.0.0.1:8000")
+    delete = _with_settings(_command(commands, "delete", "delete", "remove a version that is not the current one"), "store")
+    delete.add_argument("ref", metavar="NAME@VERSION")
     activate = _with_settings(_command(commands, "activate", "activate", "choose the version to serve"), "store")
     activate.add_argument("ref", metavar="NAME@VERSION")
     activate.add_argument("--url", help="swap it in a running service as well, e.g. http://127.0.0.1:8000 (RECO_ADMIN_KEY is sent if set)")

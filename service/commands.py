@@ -135,14 +135,44 @@ def verify(args: Args) -> None:
 def activate(args: Args) -> None:
     """reco memory activate: choose what the next start serves; with --url, swap it in the running service."""
     store = Store(read(vars(args), args.config).store)
-    name, _, version = args.ref.partition("@")
-    if not version:
-        raise UsageError(f"{args.ref}: name the version too, as NAME@VERSION; `reco memory list` shows them")
+    name, version = _named(args.ref)
     if args.url:
-        _swap(args.url.rstrip("/"), name, version)
+        job = _job(args.url, f"/memories/{name}/activate", {"version": version})
+        print(f"{name}@{version} is being served" + (f", {job['retired']} was before" if job["retired"] else ""))
         return
     store.activate(name, version)
     print(f"{args.ref} is what the next start serves; add --url to swap it in a running service")
+
+
+def compact(args: Args) -> None:
+    """reco memory compact: fold online edits into a new version; with --url, in the running service."""
+    if args.url:
+        job = _job(args.url, f"/memories/{args.name}/compact", {})
+        print(f"{args.name}@{job['version']} is being served, with every edit of {job['retired']}")
+        return
+    from index_store.edits import Editor
+
+    store = Store(read(vars(args), args.config).store)
+    editor = Editor.open(store, args.name, encoder=store.manifest(args.name).encoder)
+    before = editor.snapshot
+    with _progress(len(before), f"compact {before.ref}") as done:
+        written = 0
+
+        def progress(now: int, _: int) -> None:
+            nonlocal written
+            done(now - written)
+            written = now
+
+        after = editor.compact(on_progress=progress)
+    editor.close()
+    print(f"{after.ref}: {len(after)} pairs, with every edit of {before.ref}; it is what the next start serves")
+
+
+def delete(args: Args) -> None:
+    """reco memory delete: remove one version, never the current one."""
+    name, version = _named(args.ref)
+    Store(read(vars(args), args.config).store).delete(name, version)
+    print(f"{args.ref} is deleted")
 
 
 def train(args: Args) -> None:
@@ -218,22 +248,30 @@ def _current(store: Store, name: str) -> str | None:
         return None
 
 
-def _swap(url: str, name: str, version: str) -> None:
-    """Ask a running service to swap, and wait for how it ends."""
+def _named(ref: str) -> tuple[str, str]:
+    """The two parts of NAME@VERSION."""
+    name, _, version = ref.partition("@")
+    if not version:
+        raise UsageError(f"{ref}: name the version too, as NAME@VERSION; `reco memory list` shows them")
+    return name, version
+
+
+def _job(url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Start a job in a running service, and wait for how it ends."""
     import httpx
 
     key = os.environ.get("RECO_ADMIN_KEY")
-    with httpx.Client(base_url=url, headers={"authorization": f"Bearer {key}"} if key else {}, timeout=30) as client:
+    with httpx.Client(base_url=url.rstrip("/"), headers={"authorization": f"Bearer {key}"} if key else {}, timeout=30) as client:
         try:
-            job = _answered(client.post(f"/memories/{name}/activate", json={"version": version}))
+            job = _answered(client.post(path, json=body))
             while job["state"] == "running":
                 time.sleep(0.1)
                 job = _answered(client.get(f"/jobs/{job['id']}"))
         except httpx.HTTPError as error:
             raise ServiceError(f"{url} does not answer ({error}): is it the service's address?") from error
     if job["state"] != "done":
-        raise ServiceError(f"{name}@{version} was not swapped in, what served goes on: {job['error']}")
-    print(f"{name}@{version} is being served" + (f", {job['retired']} was before" if job["retired"] else ""))
+        raise ServiceError(f"the {job['kind']} of {job['memory']} failed, what served goes on: {job['error']}")
+    return job
 
 
 def _answered(reply: Any) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from service.decode import Decoder
 from service.editing import Editing
 from service.errors import InvalidValue, ItemRefused
 from service.intake import Intake
-from service.label_sets import LabelSet, LabelSets
 from service.jobs import Jobs
+from service.label_sets import LabelSet, LabelSets
 from service.live import LiveMemories
 from service.metrics import Metrics, Stage
 from service.recent import Recent, drift

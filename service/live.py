@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from index_store import Memory, Snapshot, Store
 from index_store.edits import Editor
 from index_store.errors import DamagedVersion, StoreError, UnknownVersion
+from index_store.snapshot import verify
 from service.budget import afford
 from service.errors import NotServing, RetiredVersion
 from service.metrics import Metrics
@@ -113,6 +114,18 @@ class LiveMemories:
     def open(self, name: str, version: str) -> Editor:
         """A verified version with its edits, not served yet. Blocking."""
         return Editor.open(self._store, name, version, encoder=self._encoder)
+
+    def reverify(self, name: str, version: str) -> None:
+        """Read every byte of a version again. Blocking; raises DamagedVersion."""
+        verify(self._store.path(name, version), self._store.manifest(name, version))
+
+    def drop_compacted(self, name: str) -> None:
+        """Delete what earlier compactions made and nothing points at any more: they repeat, and a disk is finite. Blocking."""
+        served = {self._store.current(name), self._store.previous(name)}
+        for version in self._store.versions(name):
+            if version not in served and "compacted" in self._store.manifest(name, version).source:
+                self._store.delete(name, version)
+                log.info("%s@%s was made by a compaction and has been replaced since: deleted", name, version)
 
     def point(self, name: str, version: str) -> None:
         """Make it the one that the next start serves. Blocking."""

@@ -123,6 +123,7 @@ class Swaps:
             with self._jobs.phase(job.id, "publish"):
                 retired = self._live.publish(name, editor)
         self._jobs.note(job.id, retired=retired.ref if retired else None)
+        await asyncio.to_thread(self._live.drop_compacted, name)
 
     async def _proven(self, job: Job, snapshot: Snapshot) -> None:
         """Probes, label sets, drift: all that must hold, or be ready, before anybody is answered from `snapshot`."""
@@ -143,7 +144,7 @@ class Swaps:
         left = retired.edits if retired is not None and not again else 0
         self._jobs.note(job.id, retired=retired.ref if retired else None, edits_left=left)
         if left:
-            log.warning("%s@%s does not hold the %d online edits of %s; rolling back shows them again", job.memory, job.version, left, retired.ref)  # type: ignore[union-attr]
+            log.warning("%s@%s lacks the %d online edits of what it replaced; a rollback brings them back", job.memory, job.version, left)
         self.verify(job.memory)
 
     async def _verified(self, name: str) -> None:

@@ -1,0 +1,219 @@
+"""Online edits over HTTP: visible to the next request, there after `kill -9`, folded into a new version while they go on."""
+
+from __future__ import annotations
+
+import base64
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from service.tests.conftest import Server, one_line, reco, serving
+from service.tests.test_swap import wait
+
+PAIRS = "/memories/grocery/pairs"
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A service of our own; every test removes what it added."""
+    with serving(tmp_path_factory.mktemp("edits")) as server:
+        yield server
+
+
+@contextmanager
+def added(client: httpx.Client, **pair: Any) -> Iterator[dict[str, Any]]:
+    """One pair, there for a while."""
+    reply = client.post(PAIRS, json={"pairs": [pair]})
+    assert reply.status_code == 200, reply.text
+    yield reply.json()
+    client.delete(f"{PAIRS}/{pair['id']}")
+
+
+def encoded(photo: bytes) -> str:
+    return base64.b64encode(photo).decode()
+
+
+def nearest(client: httpx.Client, photo: bytes, **options: Any) -> dict[str, Any]:
+    """The reply's frame, and the item's nearest neighbour."""
+    reply = client.post("/embed/image", json={"images": [encoded(photo)], "neighbors": True, **options})
+    assert reply.status_code == 200, reply.text
+    body: dict[str, Any] = reply.json()
+    return {"memory": body["memory"], **body["data"][0]["neighbors"][0]}
+
+
+def test_a_pair_is_found_by_the_next_request_replaced_and_removed(running: Server, photos: dict[str, bytes]) -> None:
+    with running.client() as client:
+        before = client.get("/memories/grocery").json()
+        pair = {"id": "shop/astronaut.jpg", "image": encoded(photos["astronaut"]), "metadata": {"price": 3.5, "tags": ["space"]}}
+        told = client.post(PAIRS, json={"pairs": [{**pair, "caption": "a photo of an astronaut"}]}).json()
+        assert (told["added"], told["replaced"], told["pairs"]) == (1, 0, before["pairs"] + 1)
+        assert told["memory"] == f"grocery@all+{before['edits'] + 1}"
+        found = nearest(client, photos["astronaut"])
+        assert found["memory"] == told["memory"]
+        assert (found["id"], found["caption"], found["price"], found["tags"]) == (pair["id"], "a photo of an astronaut", 3.5, ["space"])
+        assert found["score"] == pytest.approx(1, abs=2e-3)
+
+        told = client.post(PAIRS, json={"pairs": [{**pair, "caption": "an astronaut in orange"}]}).json()
+        assert (told["added"], told["replaced"], told["pairs"]) == (0, 1, before["pairs"] + 1)
+        assert nearest(client, photos["astronaut"])["caption"] == "an astronaut in orange"
+        assert nearest(client, photos["astronaut"], exclude=[pair["id"]])["id"].startswith("train/")
+        assert nearest(client, photos["astronaut"], max_similarity=0.98)["id"] != pair["id"]
+
+        gone = client.delete(f"{PAIRS}/{pair['id']}")
+        assert gone.status_code == 200, gone.text
+        assert gone.json()["pairs"] == before["pairs"]
+        assert nearest(client, photos["astronaut"])["id"] != pair["id"]
+        again = client.delete(f"{PAIRS}/{pair['id']}")
+        assert (again.status_code, again.json()["error"]["param"]) == (404, "id")
+
+
+def test_a_pinned_version_takes_its_edits_and_an_older_state_is_gone(running: Server, photos: dict[str, bytes]) -> None:
+    with running.client() as client, added(client, id="cat", caption="a cat", image=encoded(photos["chelsea"])) as told:
+        assert nearest(client, photos["chelsea"], memory="grocery@all")["memory"] == told["memory"]
+        assert nearest(client, photos["chelsea"], memory=told["memory"])["id"] == "cat"
+        client.post(PAIRS, json={"pairs": [{"id": "cat", "caption": "another cat", "image": encoded(photos["chelsea"])}]})
+        old = client.post("/embed/image", json={"images": [encoded(photos["chelsea"])], "memory": told["memory"]})
+        assert (old.status_code, old.json()["error"]["code"]) == (410, "retired_version")
+
+
+def unit(rng: np.random.Generator, width: int) -> list[float]:
+    row = rng.standard_normal(width)
+    return list(row / np.linalg.norm(row))
+
+
+def test_vectors_may_be_given_instead(running: Server) -> None:
+    rng = np.random.default_rng(0)
+    image, key, text = unit(rng, 256), unit(rng, 1280), unit(rng, 256)
+    packed = base64.b64encode(np.array(text, "<f4").tobytes()).decode()
+    with running.client() as client:
+        pair = {"id": "given", "caption": "made elsewhere", "image_embedding": image, "image_key": key, "text_embedding": packed}
+        with added(client, **pair) as told:
+            assert told["added"] == 1
+            found = client.post("/embed/text", json={"texts": ["made elsewhere"], "neighbors": True, "k": 100}).json()
+            assert found["memory"] == told["memory"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "told"),
+    [
+        ({"image_embedding": None}, 400, "pairs[1].image_embedding"),
+        ({"image_key": None}, 400, "image_key is missing"),
+        ({"image_embedding": [1.0] * 3}, 422, "has 3 numbers, this memory's have 256"),
+        ({"image_embedding": [2.0] + [0.0] * 255}, 422, "length 2"),
+        ({"text_embedding": "not base64!"}, 422, "base64"),
+        ({"id": ""}, 422, "id ''"),
+        ({"caption": 7}, 422, "caption"),
+        ({"colour": "red"}, 400, "colour"),
+        ({"image_embedding": None, "image": encoded(b"\xff\xd8 no image")}, 422, "pairs[1]"),
+    ],
+)
+def test_a_bad_pair_is_named_and_none_of_its_batch_is_kept(running: Server, changes: dict[str, Any], status: int, told: str) -> None:
+    rng = np.random.default_rng(1)
+    good = {
+        "id": "good",
+        "caption": "fine",
+        "image_embedding": unit(rng, 256),
+        "image_key": unit(rng, 1280),
+        "text_embedding": unit(rng, 256),
+    }
+    with running.client() as client:
+        before = client.get("/memories/grocery").json()
+        bad = {name: value for name, value in {**good, "id": "bad", **changes}.items() if value is not None}
+        reply = client.post(PAIRS, json={"pairs": [good, bad]})
+        assert reply.status_code == status, reply.text
+        assert told in reply.json()["error"]["message"]
+        after = client.get("/memories/grocery").json()
+        assert (after["pairs"], after["edits"]) == (before["pairs"], before["edits"])
+
+
+def test_an_unknown_memory_an_empty_batch_and_too_many(running: Server) -> None:
+    with running.client() as client:
+        pair = {"id": "x", "caption": "x", "image_embedding": [1.0]}
+        assert client.post("/memories/nowhere/pairs", json={"pairs": [pair]}).status_code == 404
+        assert client.delete("/memories/nowhere/pairs/x").status_code == 404
+        assert client.post(PAIRS, json={"pairs": []}).status_code == 422
+        many = client.post(PAIRS, json={"pairs": [pair] * 257})
+        assert (many.status_code, many.json()["error"]["param"]) == (413, "pairs")
+
+
+def test_edits_stay_with_their_version_and_come_back_with_it(running: Server, photos: dict[str, bytes]) -> None:
+    with running.client() as client, added(client, id="coffee", caption="a cup of coffee", image=encoded(photos["coffee"])):
+        edits = client.get("/memories/grocery").json()["edits"]
+        away = wait(client, client.post("/memories/grocery/activate", json={"version": "fruit-and-vegetables"}).json())
+        assert (away["state"], away["edits_left"]) == ("done", edits)
+        assert set(away["drift"]) == {"image", "text"}
+        assert away["drift"]["image"]["mean"] <= 1 + 1e-5
+        assert away["drift"]["image"]["p5"] <= away["drift"]["image"]["mean"]
+        assert nearest(client, photos["coffee"])["id"] != "coffee"
+        back = wait(client, client.post("/memories/grocery/rollback").json())
+        assert (back["state"], back["edits_left"]) == ("done", 0)
+        assert nearest(client, photos["coffee"])["id"] == "coffee"
+        again = wait(client, client.post("/memories/grocery/activate", json={"version": "all"}).json())  # the very one that serves
+        assert again["state"] == "done", again
+        assert nearest(client, photos["coffee"])["id"] == "coffee"
+
+
+def test_compaction_keeps_what_is_added_while_it_runs(running: Server) -> None:
+    rng = np.random.default_rng(2)
+    kept: list[str] = []
+    stop = threading.Event()
+
+    def add() -> None:
+        with running.client() as own:
+            while not stop.is_set():
+                name = f"during-{len(kept)}"
+                pair = {"id": name, "caption": name, "image_embedding": unit(rng, 256), "image_key": unit(rng, 1280)}
+                reply = own.post(PAIRS, json={"pairs": [{**pair, "text_embedding": unit(rng, 256)}]})
+                assert reply.status_code == 200, reply.text
+                kept.append(name)
+
+    with running.client() as client:
+        before = client.get("/memories/grocery").json()
+        adding = threading.Thread(target=add)
+        adding.start()
+        try:
+            job = wait(client, client.post("/memories/grocery/compact").json())
+        finally:
+            stop.set()
+            adding.join(30)
+        assert job["state"] == "done", job
+        assert job["progress"] == 1
+        after = client.get("/memories/grocery").json()
+        assert after["current"] == job["version"] != before["current"]
+        assert after["pairs"] == before["pairs"] + len(kept)
+        assert len(kept) > 1
+        assert after["edits"] < len(kept)
+        for name in kept:
+            assert client.delete(f"{PAIRS}/{name}").status_code == 200
+        assert wait(client, client.post("/memories/grocery/activate", json={"version": "all"}).json())["state"] == "done"
+
+
+def test_what_was_acknowledged_survives_a_kill(tmp_path: Path, photos: dict[str, bytes]) -> None:
+    with serving(tmp_path) as server, server.client() as client:
+        for name, photo in photos.items():
+            assert client.post(PAIRS, json={"pairs": [{"id": name, "caption": name, "image": encoded(photo)}]}).status_code == 200
+        server.process.kill()
+        server.process.wait(10)
+    with serving(tmp_path) as server, server.client() as client:
+        for name, photo in photos.items():
+            assert nearest(client, photo)["id"] == name
+        assert server.url
+        busy = one_line(reco("memory", "compact", "grocery", "--store", str(tmp_path)), 1)
+        assert "another process" in busy or "--url" in busy
+        done = reco("memory", "compact", "grocery", "--store", str(tmp_path), "--url", server.url)
+        assert done.returncode == 0, done.stderr
+        assert client.get("/memories/grocery").json()["edits"] == 0
+    listed = reco("memory", "list", "--store", str(tmp_path)).stdout
+    assert "grocery" in listed
+
+
+def test_a_memory_beyond_the_budget_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    told = one_line(reco("serve", "--port", "0", "--store", str(tmp_path), RECO_MEMORY_BUDGET_BYTES="1000000"), 1)
+    assert "the budget is 1,000,000" in told
+    assert "memory_budget_bytes" in told
