@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from index_store import Memory, Snapshot, Store
 from index_store.edits import Editor
-from index_store.errors import DamagedVersion, StoreError, UnknownVersion
+from index_store.errors import DamagedVersion, StoreBusy, StoreError, UnknownVersion
 from index_store.snapshot import verify
 from service.budget import afford
 from service.errors import NotServing, RetiredVersion
@@ -176,10 +176,17 @@ class LiveMemories:
         async with self.editing(name):
             memory, editor = self._serving(name), self._editors[name]
             before = memory.current
+            self._refuse_unless_current(before)
             result = await asyncio.to_thread(change, editor)
             memory.swap(editor.snapshot)
             self._describe(editor.snapshot)
             return result, before, editor.snapshot
+
+    def _refuse_unless_current(self, served: Snapshot) -> None:
+        """An edit of a version that the next start will not serve would be acknowledged, and then be missed."""
+        name, version = served.manifest.name, self._store.current(served.manifest.name)
+        if version != served.manifest.version:
+            raise StoreBusy(f"another process made {name}@{version} current, {served.ref} is served here: activate {version} here, then edit")
 
     def _serving(self, name: str) -> Memory:
         if name in self._live:

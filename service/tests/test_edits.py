@@ -203,9 +203,15 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path, photos: dict[str,
     with serving(tmp_path) as server, server.client() as client:
         for name, photo in photos.items():
             assert nearest(client, photo)["id"] == name
-        assert server.url
-        busy = one_line(reco("memory", "compact", "grocery", "--store", str(tmp_path)), 1)
-        assert "another process" in busy or "--url" in busy
+        alone = reco("memory", "compact", "grocery", "--store", str(tmp_path))  # nobody edits yet
+        assert alone.returncode == 0, alone.stderr
+        pair = {"id": "later", "caption": "later", "image": encoded(photos["coffee"])}
+        stale = client.post(PAIRS, json={"pairs": [pair]})
+        assert (stale.status_code, stale.json()["error"]["code"]) == (409, "store_busy")
+        version = alone.stdout.partition(":")[0]
+        assert reco("memory", "activate", version, "--store", str(tmp_path), "--url", server.url).returncode == 0
+        assert client.post(PAIRS, json={"pairs": [pair]}).status_code == 200
+        assert "another process" in one_line(reco("memory", "compact", "grocery", "--store", str(tmp_path)), 1)
         done = reco("memory", "compact", "grocery", "--store", str(tmp_path), "--url", server.url)
         assert done.returncode == 0, done.stderr
         assert client.get("/memories/grocery").json()["edits"] == 0
