@@ -33,7 +33,7 @@ from models.starter.photos import Photos, Reader, folded
 from models.starter.teach import SERVED_K, best_alpha, grades, learned_fusion, prepare
 
 SEED = 0
-STEPS = 700
+STEPS = 800
 SENTENCES_KEPT = 300  # photos of Flickr8k val that the encoder never sees, for the lessons of the fusion
 CLASS_CAPTIONS = ("a photo of a {}.", "a photo of {}", "a photo of the {}.", "{}", "a picture of a {}", "a close-up photo of a {}.")
 
