@@ -1,7 +1,6 @@
 """One edit as bytes and back: a batch of pairs to put, or of ids to delete."""
 
 import json
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -15,7 +14,7 @@ from index_store.limits import WHOLE_NUMBER
 from index_store.manifest import Manifest
 from index_store.pairs import SIDES, Id, Pairs, Side
 
-META = struct.Struct("<I")  # bytes of the JSON that opens a payload
+SIZE = 4  # bytes that say how long the JSON is that opens a payload
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,8 +57,8 @@ Change = Put | Delete
 
 def decode(payload: bytes) -> Change:
     """What encode() wrote; ValueError, KeyError or TypeError for anything else."""
-    (size,) = META.unpack_from(payload)
-    meta, body = json.loads(payload[META.size : META.size + size]), memoryview(payload)[META.size + size :]
+    end = SIZE + int.from_bytes(payload[:SIZE], "little")
+    meta, body = json.loads(payload[SIZE:end]), memoryview(payload)[end:]
     if "delete" in meta:
         return Delete(_stored(meta["delete"]))
     ids, columns = _stored(meta["put"]), dict(_columns(meta, body))
@@ -117,7 +116,7 @@ def _names(ids: np.ndarray) -> list[Id]:
 
 def _opening(meta: Mapping[str, Any]) -> bytes:
     text = json.dumps(meta).encode("ascii")
-    return META.pack(len(text)) + text
+    return len(text).to_bytes(SIZE, "little") + text
 
 
 def _lines(sizes: Sequence[int], body: memoryview) -> list[bytes]:

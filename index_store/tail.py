@@ -71,8 +71,8 @@ def _scan_codes(queries: np.ndarray, keys: np.ndarray, k: int) -> Hits:
     codes = keys.view(np.uint8)
     quantizer = faiss.ScalarQuantizer(keys.shape[1], faiss.ScalarQuantizer.QT_fp16)
     select = quantizer.select_InvertedListScanner  # type: ignore[attr-defined]  # missing from its stubs
-    scanner = select(faiss.METRIC_INNER_PRODUCT, None, True, None, False)  # no selection, rows numbered from 0, no residuals
-    scanner.set_list(0, 0.0)  # it numbers rows as list << 32 | place, and no list is set before
+    scanner = select(faiss.METRIC_INNER_PRODUCT, None, True, None, False)  # no selection, no residuals, and of "list and row" …
+    scanner.set_list(0, 0.0)  # … the list is 0, so that what remains is the row
     for i in range(len(queries)):
         scanner.set_query(faiss.swig_ptr(queries[i]))
         scanner.scan_codes(len(keys), faiss.swig_ptr(codes), None, faiss.swig_ptr(scores[i]), faiss.swig_ptr(rows[i]), k)
