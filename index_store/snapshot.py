@@ -15,7 +15,7 @@ from index_store.errors import DamagedVersion, IncompatibleSnapshot, QueryRefuse
 from index_store.manifest import Manifest, read_manifest, same_encoder
 from index_store.neighbors import Neighbors
 from index_store.pairs import SIDES, Id, KeyKind, Side, other
-from index_store.probes import Probes
+from index_store.probes import DEPTH, Probes
 from index_store.search import Fan, Hits, limits_of, nearest
 from index_store.shard import Shard
 
@@ -116,6 +116,15 @@ class Snapshot:
                     f"{self.ref}: {side} recall@{depth} is {recall:.4f}, the floor is {floor}: rebuild it with a finer index"
                 )
         return proven
+
+    def recall_of(self, queries: np.ndarray, side: Side) -> float:
+        """Share of the exact 10 best of `queries` that the index finds: reads every row, so ask it away from requests.
+
+        queries: (B, Dk) float32 unit rows.
+        """
+        fan = self._fans[side]
+        exact = fan.scan(self._checked(queries, fan, DEPTH), min(DEPTH, fan.pairs)).scores  # (B, k)
+        return Probes(queries, exact).recall(fan, self.manifest.index["probes"])
 
     def _checked(self, queries: np.ndarray, fan: Fan, k: int) -> np.ndarray:
         if k < 1:

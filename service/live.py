@@ -200,6 +200,7 @@ class LiveMemories:
         name, found = snapshot.manifest.name, snapshot.manifest
         self._metrics.memory_info.labels(name).info({"version": found.version, "encoder": found.encoder, "fusion": self._fusion})
         self._metrics.memory_pairs.labels(name).set(found.pairs)
+        self._metrics.memory_created_timestamp_seconds.labels(name).set(datetime.fromisoformat(found.created).timestamp())
         for tier, size in snapshot.bytes.items():
             self._metrics.memory_bytes.labels(name, tier).set(size)
 

@@ -42,6 +42,7 @@ class Row:
     """One item's answer.
 
     vector, plain: (D,) float32 unit.  similarity: of the nearest neighbour, None without one.  neighbors: as the wire shows them.
+    key: (Dk,) float32 unit, what the memory was searched with; None where none was asked.
     """
 
     vector: np.ndarray
@@ -50,6 +51,7 @@ class Row:
     similarity: float | None
     neighbors: list[dict[str, Any]]
     timings: Timings
+    key: np.ndarray | None
 
     @property
     def enhanced(self) -> bool:
@@ -77,11 +79,13 @@ def answer(reco: Reco, side: Side, batch: Sequence[Work]) -> list[Row]:
             exclude=[query.exclude for query in queries],
         )
         found = replace(found, timings=replace(found.timings, encode=encode_s))
-        rows.update((i, _row(found, j, query)) for j, (i, query) in enumerate(zip(members, queries, strict=True)))
+        keys = None if snapshot is None else encoded.key(snapshot.key_kind(side))  # (B, Dk)
+        for j, (i, query) in enumerate(zip(members, queries, strict=True)):
+            rows[i] = _row(found, j, query, None if keys is None else keys[i])
     return [rows[i] for i in range(len(batch))]
 
 
-def _row(found: Embeddings, j: int, query: Query) -> Row:
+def _row(found: Embeddings, j: int, query: Query, key: np.ndarray | None) -> Row:
     shown: list[dict[str, Any]] = []
     if query.neighbors and found.neighbors is not None and found.weights is not None:
         weights, scores = found.weights[j], found.neighbors.scores[j]
@@ -90,4 +94,4 @@ def _row(found: Embeddings, j: int, query: Query) -> Row:
             for record, score, weight in zip(found.neighbors.records(j), scores, weights, strict=False)  # records: the present ones, first
         ]
     nearest = float(found.neighbors.scores[j, 0]) if found.neighbors is not None and found.enhanced[j] else None
-    return Row(found.vectors[j], found.plain[j], found.neighbors is not None, nearest, shown, found.timings)
+    return Row(found.vectors[j], found.plain[j], found.neighbors is not None, nearest, shown, found.timings, key)
