@@ -5,12 +5,12 @@ import torch
 __all__ = ["gpu_memory"]
 
 
-def gpu_memory(device: torch.device) -> dict[str, int]:
+def gpu_memory(device: str) -> dict[str, int]:
     """Bytes by kind; {} where the device is not CUDA.
 
     allocated, reserved: torch's tensors and its pool, this process alone.  used, total: of the card, faiss and other processes included.
     """
-    if device.type != "cuda":
+    if not device.startswith("cuda"):
         return {}
     free, total = torch.cuda.mem_get_info(device)
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
