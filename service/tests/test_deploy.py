@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,24 @@ def test_the_image_is_pinned_by_hash_unprivileged_and_proves_readiness() -> None
     assert "/readyz" in instruction("HEALTHCHECK")[0]
     assert instruction("VOLUME") == ["/var/lib/reco"]
     assert "RECO_STORE=/var/lib/reco/" in text
+
+
+def test_the_cpu_image_leaves_out_cuda_and_nothing_else(tmp_path: Path) -> None:
+    """Runs the Dockerfile's own two programs on the lock."""
+    (text,) = (line for line in instruction("RUN") if "requirements.lock" in line)
+    kept, torch = (
+        subprocess.run(["awk", program, "requirements.lock"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for program in re.findall(r"awk '([^']+)'", text)
+    )
+    locked = {line.split()[0]: line for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line and line[0].isalpha()}
+    found = {line.split()[0]: line for line in kept.splitlines() if "==" in line and line[0].isalpha()}
+    gone = locked.keys() - found.keys()
+    assert {name for name in gone if not name.startswith(("cuda-", "nvidia-"))} == {
+        name for name in locked if name.partition("==")[0] in ("torch", "torchvision", "triton", "faiss-gpu")
+    }
+    assert ";" not in next(line for name, line in found.items() if name.startswith("faiss-cpu=="))  # on every machine
+    assert {line.removesuffix("+cpu") for line in torch.split()} <= gone
+    assert torch.count("+cpu") == 2
 
 
 def test_the_image_starts_a_command_that_exists() -> None:
