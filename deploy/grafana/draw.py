@@ -9,10 +9,12 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 import time
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +76,9 @@ def heatmap(axes: Any, panel: dict[str, Any], window: Window) -> bool:
     if not found:
         return False
     times = sorted({at for series in found for at, _ in series["values"]})
-    table = [[dict(map(tuple, series["values"])).get(at, "0") for at in times] for series in found]
-    totals = [[float(value) for value in row] for row in table]
-    counts = [
-        [max(0.0, b - a) for a, b in zip(below, above, strict=True)]
-        for below, above in zip([[0.0] * len(times), *totals], totals, strict=False)
-    ]
+    known = [{at: float(value) for at, value in series["values"]} for series in found]
+    totals = [[0.0] * len(times), *([each.get(at, 0.0) for at in times] for each in known)]  # at or below each bound
+    counts = [[max(0.0, b - a) for a, b in zip(*two, strict=True)] for two in pairwise(totals)]
     used = [i for i, row in enumerate(counts) if any(value > 0 for value in row)] or [0]
     low, high = max(0, used[0] - 1), used[-1] + 2
     axes.imshow(counts[low:high], origin="lower", aspect="auto", cmap="Oranges", interpolation="nearest")
@@ -104,10 +103,9 @@ def table(axes: Any, panel: dict[str, Any], window: Window) -> bool:
     axes.axis("off")
     rows = [series for series in ask(window, panel["targets"][0]["expr"]) if series["values"][-1][0] >= window.end - 3 * window.step]
     for i, series in enumerate(rows[:SHOWN]):
-        labels = [f"{k}={v}" for k, v in series["metric"].items() if k not in ("__name__", "job", "instance")]
-        axes.text(
-            0, 0.85 - 0.25 * i, "\n".join(["  ".join(labels), f"= {series['values'][-1][1]}"]), fontsize=6, va="top", family="monospace"
-        )
+        labels = "  ".join(f"{k}={v}" for k, v in series["metric"].items() if k not in ("__name__", "job", "instance"))
+        text = f"{textwrap.fill(labels, 90)}\n= {series['values'][-1][1]}"
+        axes.text(0, 0.95 - 0.3 * i, text, fontsize=6, va="top", family="monospace")
     return bool(rows)
 
 
@@ -129,19 +127,18 @@ def draw(board: dict[str, Any], window: Window, path: Path) -> list[str]:
 
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in board["panels"])
     figure = plt.figure(figsize=(16, height * 0.36 + 0.6))
-    grid = figure.add_gridspec(height, 24, wspace=3.5, hspace=2.2, left=0.04, right=0.99, top=1 - 0.7 / (height * 0.36 + 0.6), bottom=0.04)
+    grid = figure.add_gridspec(height, 24, wspace=3.5, hspace=0.9, left=0.04, right=0.99, top=1 - 0.7 / (height * 0.36 + 0.6), bottom=0.04)
     figure.suptitle(board["title"], fontsize=12)
     empty = []
     for panel in board["panels"]:
         at = panel["gridPos"]
-        axes = figure.add_subplot(grid[at["y"] : at["y"] + at["h"], at["x"] : at["x"] + at["w"]])
+        axes = figure.add_subplot(grid[at["y"] : at["y"] + at["h"] - 1, at["x"] : at["x"] + at["w"]])
         axes.set_title(panel["title"], fontsize=8)
         axes.tick_params(labelsize=6)
         if not DRAW[panel["type"]](axes, panel, window):
             empty.append(panel["title"])
-            axes.text(
-                0.5, 0.5, f"no data\n{panel['description']}", ha="center", va="center", fontsize=6, transform=axes.transAxes, wrap=True
-            )
+            text = f"no data\n{textwrap.fill(panel['description'], 40)}"
+            axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=6, transform=axes.transAxes)
         elif panel["type"] == "timeseries":
             marks(axes, board, window)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,13 +32,14 @@ def variable(name: str, label: str, query: str) -> dict[str, Any]:
 def target(panel: Panel, place: int) -> dict[str, Any]:
     """One query of a panel."""
     query, legend = panel.queries[place]
-    shape = {"stat": {}, "timeseries": {}, "heatmap": {"format": "heatmap"}, "table": {"format": "table", "instant": True}}[panel.kind]
+    shapes: dict[str, dict[str, Any]] = {"heatmap": {"format": "heatmap"}, "table": {"format": "table", "instant": True}}
+    shape = shapes.get(panel.kind, {})
     return {"refId": "ABCDEF"[place], "datasource": SOURCE, "expr": written(query), "legendFormat": legend, **shape}
 
 
 def options(kind: str) -> dict[str, Any]:
     """How a kind of panel shows its data."""
-    return {
+    known: dict[str, dict[str, Any]] = {
         "stat": {
             "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False}, "colorMode": "value", "graphMode": "area",
             "textMode": "auto",
@@ -52,7 +53,8 @@ def options(kind: str) -> dict[str, Any]:
             "rowsFrame": {"layout": "auto"}, "tooltip": {"mode": "single", "yHistogram": True}, "legend": {"show": True},
         },
         "table": {"showHeader": True, "cellHeight": "sm"},
-    }[kind]  # fmt: skip
+    }  # fmt: skip
+    return known[kind]
 
 
 def drawn(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
