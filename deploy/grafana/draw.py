@@ -115,7 +115,10 @@ DRAW = {"timeseries": lines, "heatmap": heatmap, "stat": stat, "table": table}
 def marks(axes: Any, board: dict[str, Any], window: Window) -> None:
     """Where a memory version begins."""
     for series in ask(window, board["annotations"]["list"][0]["expr"]):
-        axes.axvline(points(series, window)[0][0], color="purple", lw=0.8, ls="--")
+        times, _ = points(series, window)
+        for before, at in pairwise([-1.0, *times]):
+            if at - before > 1.5 * window.step / 60:  # the first point after a gap
+                axes.axvline(at, color="purple", lw=0.8, ls="--")
 
 
 def draw(board: dict[str, Any], window: Window, path: Path) -> list[str]:
