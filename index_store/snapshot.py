@@ -18,7 +18,7 @@ from index_store.limits import limits_of
 from index_store.manifest import Manifest, read_manifest, same_encoder
 from index_store.neighbors import Neighbors
 from index_store.pairs import SIDES, Id, KeyKind, Pairs, Side, other
-from index_store.probes import Probes
+from index_store.probes import DEPTH, Probes
 from index_store.search import Fan, nearest
 from index_store.shard import Shard
 from index_store.tail import Edited, Tail
@@ -173,6 +173,15 @@ class Snapshot:
 
         ids, records = _readable(fan.take(rows, lambda part: part.ids)), [self._record(row) for row in rows.tolist()]
         return Pairs(ids, values("image"), values("text"), records, own_keys("image"), own_keys("text"))
+
+    def recall_of(self, queries: np.ndarray, side: Side) -> float:
+        """Share of the exact 10 best of `queries` that the index finds: reads every row, so ask it away from requests.
+
+        queries: (B, Dk) float32 unit rows.  Edits do not count: they are searched exactly.
+        """
+        fan = self._fans[side]
+        exact = fan.scan(self._checked(queries, fan, DEPTH), min(DEPTH, fan.pairs)).scores  # (B, k)
+        return Probes(queries, exact).recall(fan, self.manifest.index["probes"])
 
     def _checked(self, queries: np.ndarray, fan: Searched, k: int) -> np.ndarray:
         if k < 1:

@@ -16,6 +16,7 @@ import numpy as np
 from index_store import Side, Snapshot, Store
 from models.checkpoint import load_fusions, untrained_fusions
 from models.clip import Encoder, EncoderSpec
+from models.gpu import gpu_memory
 from models.reco import Reco
 from models.starter import FUSION, MEMORY, install_starter, starter_labels
 from service.batcher import Answer, Batcher, DeadlinePassed, QueueFull
@@ -28,6 +29,7 @@ from service.jobs import Jobs
 from service.label_sets import LabelSet, LabelSets
 from service.live import LiveMemories
 from service.metrics import Metrics, Stage
+from service.recall import RecallSampler
 from service.recent import Recent, drift
 from service.settings import Settings
 from service.swaps import Swaps
@@ -75,6 +77,7 @@ class Engine:
             metrics=metrics,
         )
         self.editing = Editing(self.memories, self.swaps, self._encoded, settings)
+        self._recall = RecallSampler(self.memories.resolve, metrics, share=settings.recall_share)
         self._decoder = Decoder(encoder.preprocess, max_pixels=settings.max_pixels, workers=settings.decode_workers)
         self._batchers: dict[Side, Batcher[Work, Row]] = {"image": self._batcher("image"), "text": self._batcher("text")}
         self._admitted: dict[Side, int] = {"image": 0, "text": 0}
@@ -104,14 +107,15 @@ class Engine:
         self._tasks = [asyncio.create_task(batcher.serve()) for batcher in self._batchers.values()]
         for side in self._batchers:
             await self._pulse(side)  # the first batch of each tower: warm before ready
-        pulse = asyncio.create_task(self._keep_pulse())
+        background = [asyncio.create_task(self._keep_pulse()), asyncio.create_task(self._recall.run())]
         for name in self.memories.names():
             self.swaps.verify(name)
         try:
             yield
         finally:
             self.draining = True
-            pulse.cancel()
+            for task in background:
+                task.cancel()
             await self.swaps.close()
             await asyncio.gather(*(batcher.close() for batcher in self._batchers.values()))
             self._decoder.close()
@@ -199,6 +203,9 @@ class Engine:
             self.metrics.queue_depth.labels(side).set(batcher.depth)
         for name, alive in Snapshot.alive().items():
             self.metrics.snapshots_alive.labels(name).set(alive)
+        for kind, size in gpu_memory(self.reco.encoder.device).items():
+            self.metrics.gpu_memory_bytes.labels(kind).set(size)
+        self.metrics.ready.set(self.not_ready() is None)
 
     def _batcher(self, side: Side) -> Batcher[Work, Row]:
         chosen = self.settings
@@ -229,6 +236,7 @@ class Engine:
         answers = await self._batchers[side].submit([Work(array, query) for array in good.values()], deadline)
         outcomes = dict(zip(good, answers, strict=True))
         rows = [array if isinstance(array, ItemRefused) else self._outcome(side, i, outcomes[i]) for i, array in enumerate(arrays)]
+        self._recall.note(query.snapshot, side, rows)
         slowest: dict[Stage, float] = {"queue": max((found.queued_s for found in answers if isinstance(found, Answer)), default=0.0)}
         timings = [row.timings for row in rows if isinstance(row, Row)]
         for stage in ("encode", "retrieve", "fuse"):

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from datetime import datetime
 from typing import Any, TypeVar
 
 from index_store import Memory, Snapshot, Store
@@ -186,7 +187,9 @@ class LiveMemories:
         """An edit of a version that the next start will not serve would be acknowledged, and then be missed."""
         name, version = served.manifest.name, self._store.current(served.manifest.name)
         if version != served.manifest.version:
-            raise StoreBusy(f"another process made {name}@{version} current, {served.ref} is served here: activate {version} here, then edit")
+            raise StoreBusy(
+                f"another process made {name}@{version} current, {served.ref} is served here: activate that here, then edit"
+            )
 
     def _serving(self, name: str) -> Memory:
         if name in self._live:
@@ -213,5 +216,6 @@ class LiveMemories:
         name, found = snapshot.manifest.name, snapshot.manifest
         self._metrics.memory_info.labels(name).info({"version": found.version, "encoder": found.encoder, "fusion": self._fusion})
         self._metrics.memory_pairs.labels(name).set(len(snapshot))
+        self._metrics.memory_created_timestamp_seconds.labels(name).set(datetime.fromisoformat(found.created).timestamp())
         for tier, size in snapshot.bytes.items():
             self._metrics.memory_bytes.labels(name, tier).set(size)

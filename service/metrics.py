@@ -1,4 +1,4 @@
-"""Every Prometheus series of the service, declared once: CONTRACT's Metrics section as code.
+"""Every Prometheus series of the service, declared once: CONTRACT's Metrics section as code, and two more that alerts need.
 
 Each attribute of `Metrics` is a series' name without its `reco_`. Durations are seconds. A series shows up at /metrics
 once something has written to it, so a dashboard never plots a zero that nobody measured.
@@ -60,6 +60,9 @@ class Metrics:
         self.memory_info = Info("reco_memory", "The version being served", ["name"], registry=r)
         self.memory_pairs = Gauge("reco_memory_pairs", "Pairs in the snapshot being served", ["name"], registry=r)
         self.memory_bytes = Gauge("reco_memory_bytes", "Size of the snapshot being served", ["name", "tier"], registry=r)
+        self.memory_created_timestamp_seconds = Gauge(
+            "reco_memory_created_timestamp_seconds", "When the version being served was built, Unix time", ["name"], registry=r
+        )
         self.memory_swaps_total = Counter("reco_memory_swaps_total", "Swaps asked for, by how they ended", ["name", "outcome"], registry=r)
         self.memory_swap_duration_seconds = Histogram(
             "reco_memory_swap_duration_seconds", "Time a swap spent in one phase", ["phase"], buckets=SWAP_S, registry=r
@@ -69,6 +72,7 @@ class Metrics:
         self.drift_cosine = Gauge("reco_drift_cosine", "Mean cosine of recent vectors under the old and new memory", ["name"], registry=r)
         self.label_cache_total = Counter("reco_label_cache_total", "Look-ups of embedded label sets", ["result"], registry=r)
         self.gpu_memory_bytes = Gauge("reco_gpu_memory_bytes", "GPU memory of this process", ["kind"], registry=r)
+        self.ready = Gauge("reco_ready", "1 while /readyz answers 200, else 0", [], registry=r)
         self.build_info = Info("reco_build", "Versions of what is running", registry=r)
         self.build_info.info({"version": version, "torch": torch, "faiss": faiss})
 

@@ -53,6 +53,7 @@ class Settings(BaseModel):
     decode_workers: int = Field(default_factory=lambda: max(2, os.cpu_count() or 2), ge=1)
     timeout_s: float = Field(30.0, gt=0)
     drain_s: float = Field(30.0, ge=0)
+    recall_share: float = Field(0.01, ge=0, le=1)  # of the clock, spent on measuring recall with live queries; 0 = never
 
     @field_validator("max_queue")
     @classmethod

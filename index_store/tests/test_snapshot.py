@@ -220,3 +220,19 @@ def test_blocks_of_any_size_make_the_same_memory(tmp_path: Path) -> None:
     pieces = opened(tmp_path, blocks, "v2", shard_pairs=30)
     assert whole.manifest.files == pieces.manifest.files
     assert [shard["pairs"] for shard in whole.manifest.shards] == [30, 30, 30, 10]
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_recall_of_live_queries_is_the_share_of_the_exact_ten_best(tmp_path: Path, side: Side) -> None:
+    pairs = some_pairs(500)
+    coarse = opened(tmp_path, pairs, index="SQ4", recall_floor=0.01)  # four bits a number: it misses some
+    queries = unit_rows(8, 16, seed=5)
+    best = pairs.ids[ranking(pairs, queries, side)[0][:, :10]]  # (B, 10)
+    found = coarse.retrieve(queries, side, 10).ids  # (B, 10)
+    share = np.mean([len({*mine} & {*exact}) / 10 for mine, exact in zip(found, best, strict=True)])
+    assert share < 1
+    assert coarse.recall_of(queries, side) == pytest.approx(share)
+
+
+def test_recall_of_live_queries_in_a_memory_smaller_than_ten(tmp_path: Path) -> None:
+    assert opened(tmp_path, some_pairs(3)).recall_of(unit_rows(2, 16, seed=5), "image") == 1.0
