@@ -69,7 +69,7 @@ def learn(model: Any, sources: Sequence[Source], steps: int, seed: int) -> None:
         text = F.normalize(encode_tokens(model, shortened(tokens.flatten(0, 1), WORD_DROP, rng)), dim=-1)  # (2B, D)
         one, another = text.unflatten(0, (-1, 2)).unbind(1)  # (B, D) each
         pairs = ((image, one), (image, another), (one, another))
-        loss = torch.stack([info_nce(*pair, model.logit_scale.exp()) for pair in pairs]).mean()
+        loss = torch.stack([info_nce(left, right, model.logit_scale.exp()) for left, right in pairs]).mean()
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trained, 1.0)
