@@ -67,7 +67,7 @@ def learn(model: Any, sources: Sequence[Source], steps: int, seed: int) -> None:
         features, tokens = (torch.cat(part) for part in zip(*(source.draw(rng) for source in sources), strict=True))
         image = F.normalize(projection(F.dropout((features - centre) / spread, FEATURE_DROP)), dim=-1)  # (B, D)
         text = F.normalize(encode_tokens(model, shortened(tokens.flatten(0, 1), WORD_DROP, rng)), dim=-1)  # (2B, D)
-        one, another = text.unflatten(0, (-1, 2)).unbind(1)  # (B, D) each
+        one, another = text.view(len(image), 2, -1).unbind(1)  # (B, D) each
         pairs = ((image, one), (image, another), (one, another))
         loss = torch.stack([info_nce(left, right, model.logit_scale.exp()) for left, right in pairs]).mean()
         optimiser.zero_grad()
