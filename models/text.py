@@ -42,10 +42,10 @@ class TrimmedText:
         """(B, L) int64 -> (B, D), in order."""
         import torch
 
-        end = tokens.argmax(-1) if self.pool == "argmax" else (tokens == self.eos_id).int().argmax(-1)  # (B,)
+        end = tokens.argmax(-1) if self.pool == "argmax" else tokens.eq(self.eos_id or 0).int().argmax(-1)  # (B,)
         order = end.argsort()
         sizes = _sizes([int(place) + 1 for place in end[order].tolist()], PASS_TOKENS.get(tokens.device.type, PASS_TOKENS["cuda"]))
-        parts = [self._part(tokens[rows], end[rows]) for rows in order.split(sizes)]
+        parts = [self._part(tokens[rows], end[rows]) for rows in torch.split(order, sizes)]
         return torch.cat(parts)[order.argsort()]
 
     def _part(self, tokens: "Tensor", end: "Tensor") -> "Tensor":
