@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -24,7 +25,7 @@ KEYS = {"RECO_API_KEYS": "alpha-key,beta-key", "RECO_ADMIN_KEY": "gamma-key"}
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> object:
     """A service with keys and narrow limits."""
     flags = ("--max-queue", "4", "--max-items", "4", "--max-batch", "2")
-    with serving(tmp_path_factory.mktemp("guarded"), *flags, **KEYS) as server:
+    with serving(tmp_path_factory.mktemp("guarded"), *flags, RECO_RECEIVE_S="2", **KEYS) as server:
         yield server
 
 
@@ -77,6 +78,25 @@ def test_a_deadline_is_a_504(guarded: Server, photos: dict[str, bytes]) -> None:
     headers = {**bearer("alpha-key"), "x-request-timeout-ms": "0.001"}
     reply = httpx.post(f"{guarded.url}/embed/image", files={"file": photos["coffee"]}, headers=headers)
     assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_passed")
+
+
+def test_a_body_that_trickles_in_is_a_408(guarded: Server) -> None:
+    host, port = guarded.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as raw:
+        key = "authorization: Bearer alpha-key\r\ncontent-length: 999\r\n\r\n"
+        raw.sendall(f"POST /embed/image HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\n{key}".encode())
+        raw.settimeout(0.2)
+        reply, started = b"", time.monotonic()
+        while not reply and time.monotonic() < started + 60:
+            raw.sendall(b"x")
+            with suppress(TimeoutError):
+                reply = raw.recv(65536)
+        raw.settimeout(60)
+        while part := raw.recv(65536):  # to the end: the service closes the connection
+            reply += part
+    assert reply.startswith(b"HTTP/1.1 408"), reply
+    assert b"slow_sender" in reply
+    assert time.monotonic() > started + 1.9
 
 
 def test_admin_without_a_key_is_for_this_machine_alone(server: Server) -> None:
