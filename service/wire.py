@@ -90,7 +90,7 @@ class ClassifyOptions(Options):
     labels: list[str] | None = Field(None, description="candidate labels; or name a stored set in label_set")
     label_set: str | None = Field(None, description="a stored label set")
     templates: list[str] = Field(default_factory=lambda: ["a photo of a {}."], min_length=1, description="each with one {}")
-    top_k: int = Field(5, ge=1, description="labels returned per item")
+    top_k: int = Field(5, ge=1, description="labels returned per item; scores are a softmax over all labels, returned or not")
 
     @model_validator(mode="after")
     def _one_source_of_labels(self) -> Self:
