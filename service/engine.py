@@ -22,7 +22,8 @@ from service.batcher import Answer, Batcher, DeadlinePassed, QueueFull
 from service.decode import Decoder
 from service.errors import InvalidValue, ItemRefused
 from service.intake import Intake
-from service.label_sets import LabelSet, LabelSets
+from service.label_sets import LabelSets
+from service.labels import LabelSet
 from service.live import Job, LiveMemories
 from service.metrics import Metrics, Stage
 from service.ranking import Ranked, rank
@@ -160,8 +161,7 @@ class Engine:
         except TimeoutError as error:
             done = max((each["done"] for each in self.label_sets.vectors.progress(labels)), default=0)
             raise DeadlinePassed(f"{done} of {len(labels.labels)} labels are embedded: ask again, what is done stays done") from error
-        vectors = np.stack([row.vector for row in rows])  # (rows, D)
-        return await asyncio.to_thread(rank, vectors, candidates, self.reco.encoder.logit_scale, top_k)
+        return await asyncio.to_thread(rank, np.stack([row.vector for row in rows]), candidates, self.reco.encoder.logit_scale, top_k)
 
     def swap(self, name: str, to: str, *, dry_run: bool = False) -> Job:
         """Start replacing what `name` serves by version `to`; the stored label sets are embedded anew before it is published."""

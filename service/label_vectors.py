@@ -7,16 +7,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from index_store import Snapshot
 from service.errors import NotFound, NotServing
+from service.labels import LabelSet
 from service.metrics import Metrics
-
-if TYPE_CHECKING:
-    from service.label_sets import LabelSet
 
 CACHED_LISTS = 64
 CACHED_BYTES = 5 * 2**30  # two versions of one set of 1 000 000 labels at D = 512, as a swap needs, and room for others

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from service.engine import Answered, Engine
 from service.errors import ItemRefused, refusal
 from service.intake import Intake, read_either
-from service.label_sets import LabelSet
+from service.labels import LabelSet
 from service.ranking import Ranked
 from service.routes.deps import EngineDep, WithAdmin, WithKey, deadline, failing, frame, reply, unless_gone
 from service.wire import ClassifyOptions, LabelSetBody, documented

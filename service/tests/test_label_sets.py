@@ -12,7 +12,8 @@ import pytest
 
 from index_store import Snapshot
 from service.errors import InvalidValue, NotFound, ServiceError, TooLarge
-from service.label_sets import LabelSet, LabelSets
+from service.label_sets import LabelSets
+from service.labels import LabelSet
 from service.metrics import Metrics
 
 LARGE = tuple(f"label {i}" for i in range(2000))
