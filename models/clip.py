@@ -20,6 +20,7 @@ from PIL import Image
 from index_store.pairs import KeyKind, Side
 from models.crop import Crop
 from models.errors import ConfigError, EncoderUnavailable
+from models.text import text_encoder
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +78,7 @@ class Encoder:
         self.device = _device(spec.device)
         self.logit_scale = math.exp(model.logit_scale.item())  # before any rounding to half precision
         self._model = _frozen(model, self.device, spec.precision)
+        self._encode_text = text_encoder(self._model)
         self._tokenizer = tokenizer
         self._crop = _crop(model.visual.preprocess_cfg)
         self.image_size = self._crop.size  # (H, W)
@@ -116,7 +118,7 @@ class Encoder:
         with torch.inference_mode():
             tensor = torch.from_numpy(batch).to(self.device)
             if side == "text":
-                return Encoded(_unit(self._model.encode_text(tensor)), None)
+                return Encoded(_unit(self._encode_text(tensor)), None)
             vectors, trunk = _see(self._model, tensor)
             return Encoded(_unit(vectors), None if trunk is None else _unit(trunk))
 

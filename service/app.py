@@ -21,7 +21,7 @@ from service.batcher import BatcherError
 from service.engine import Engine
 from service.errors import BadRequest, InvalidValue, Refusal, ServiceError
 from service.gate import Gate, error_response
-from service.routes import classify, embed, health, memories
+from service.routes import classify, embed, health, memories, openai
 from service.wire import dump
 
 log = logging.getLogger("reco")
@@ -38,7 +38,7 @@ def create_app(engine: Engine) -> FastAPI:
 
     app = FastAPI(title="RECO Serve", version=version("reco-serve"), lifespan=lifespan, summary="Retrieval-enhanced CLIP embeddings")
     app.state.engine = engine
-    for family in (embed, classify, memories, health):
+    for family in (embed, openai, classify, memories, health):
         app.include_router(family.router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.add_api_route("/", _index, include_in_schema=False)

@@ -26,9 +26,11 @@ from service.editing import Editing
 from service.errors import InvalidValue, ItemRefused
 from service.intake import Intake
 from service.jobs import Jobs
-from service.label_sets import LabelSet, LabelSets
+from service.label_sets import LabelSets
+from service.labels import LabelSet
 from service.live import LiveMemories
 from service.metrics import Metrics, Stage
+from service.ranking import Ranked, rank
 from service.recall import RecallSampler
 from service.recent import Recent, drift
 from service.settings import Settings
@@ -53,8 +55,7 @@ class Answered:
 class Engine:
     """Opened once per process; what cannot be opened is refused in one line.
 
-    State: the counts of items admitted and not yet answered, the time of each tower's last good batch, and whether it is draining,
-    and the requests inside.
+    State: the counts of items admitted and not yet answered, each tower's last good batch, whether it is draining, the requests inside.
     """
 
     def __init__(self, settings: Settings, reco: Reco, store: Store, metrics: Metrics) -> None:
@@ -66,7 +67,12 @@ class Engine:
             store, encoder=encoder.fingerprint, fusion=reco.fusion_id, default=default, budget=budget, metrics=metrics
         )
         self.label_sets = LabelSets(
-            store.root / ".label-sets", reco.embed_labels, max_texts=settings.max_labels, max_sets=settings.max_label_sets, metrics=metrics
+            store.root / ".label-sets",
+            reco.embed_labels,
+            max_texts=settings.max_labels,
+            max_stored=settings.max_stored_labels,
+            max_sets=settings.max_label_sets,
+            metrics=metrics,
         )
         self._recent, self.jobs = Recent(), Jobs(metrics)
         self.swaps = Swaps(
@@ -118,6 +124,7 @@ class Engine:
                 task.cancel()
             await self.swaps.close()
             await asyncio.gather(*(batcher.close() for batcher in self._batchers.values()))
+            self.label_sets.vectors.close()
             self._decoder.close()
             self.memories.close()
 
@@ -135,6 +142,10 @@ class Engine:
             if now - last > STALE_S:
                 return f"no {side} batch has passed in the last {STALE_S:.0f} s"
         return self.not_live() or self.memories.not_ready()
+
+    def default_snapshot(self) -> Snapshot | None:
+        """What answers a request that names no memory, if anything does."""
+        return None if self.memories.not_ready() else self.memories.resolve(None)
 
     def query(self, options: Options, snapshot: Snapshot | None) -> Query:
         """What a request asks of its items, which `snapshot` enhances. Raises InvalidValue for k."""
@@ -166,16 +177,15 @@ class Engine:
             answered = await self._embed("text", list(tokens), query, deadline, {"tokenize": spent})
         return replace(answered, tokens=int(np.count_nonzero(tokens)))
 
-    async def scores(self, rows: Sequence[Row], labels: LabelSet, snapshot: Snapshot | None, deadline: float) -> np.ndarray:
-        """(rows, labels) float32: softmax of the cosines at the model's own temperature. Raises DeadlinePassed."""
+    async def rank(self, rows: Sequence[Row], labels: LabelSet, snapshot: Snapshot | None, top_k: int, deadline: float) -> Ranked:
+        """The best labels of each row, their scores a softmax over all labels at the model's own temperature. Raises DeadlinePassed."""
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                candidates = await self.label_sets.vectors(labels, snapshot)  # (labels, D)
+                candidates = await self.label_sets.vectors.get(labels, snapshot)  # (labels, D)
         except TimeoutError as error:
-            raise DeadlinePassed(f"{len(labels.labels)} labels were not embedded in time: ask again, they will be cached") from error
-        logits = self.reco.encoder.logit_scale * np.stack([row.vector for row in rows]) @ candidates.T  # (rows, labels)
-        exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return np.asarray(exponents / exponents.sum(axis=1, keepdims=True), np.float32)
+            done = max((each["done"] for each in self.label_sets.vectors.progress(labels)), default=0)
+            raise DeadlinePassed(f"{done} of {len(labels.labels)} labels are embedded: ask again, what is done stays done") from error
+        return await asyncio.to_thread(rank, np.stack([row.vector for row in rows]), candidates, self.reco.encoder.logit_scale, top_k)
 
     async def _encoded(self, images: Sequence[bytes | ItemRefused], texts: Sequence[str], deadline: float) -> Sequence[Row | ItemRefused]:
         """Plain rows of images or of texts."""
@@ -184,7 +194,7 @@ class Engine:
         return found.rows
 
     def info(self) -> dict[str, Any]:
-        """What is running, for /info: versions, model, memories and limits; no path and no key."""
+        """What is running, for /info; no path and no key."""
         encoder, chosen = self.reco.encoder, self.settings
         limits = {name: value for name, value in chosen.model_dump().items() if name.startswith("max_") or name.endswith("_s")}
         live = [row for row in self.memories.table() if row["live"]]
@@ -283,7 +293,7 @@ class Engine:
     async def _pulse(self, side: Side) -> None:
         """One real item through the whole of one tower, a memory's search included where there is one."""
         encoder = self.reco.encoder
-        snapshot = None if self.memories.not_ready() else self.memories.resolve(None)
+        snapshot = self.default_snapshot()
         array = np.zeros((3, *encoder.image_size), np.uint8) if side == "image" else encoder.tokenize(["pulse"])[0]
         work = Work(array, Query(snapshot, self.reco.k, np.inf, frozenset(), neighbors=False))
         for outcome in await self._batchers[side].submit([work], time.monotonic() + STALE_S):
@@ -299,6 +309,13 @@ class Engine:
                         await self._pulse(side)
                     except QueueFull:
                         log.warning("the %s queue is full: no room for the test item", side)
+
+    @contextmanager
+    def timed(self, stage: Stage, side: Side) -> Iterator[None]:
+        """Observe how long the block takes."""
+        start = time.perf_counter()
+        yield
+        self.observe(stage, side, time.perf_counter() - start)
 
     def observe(self, stage: Stage, side: Side, seconds: float) -> None:
         """Add one duration to a stage's histogram."""

@@ -9,6 +9,7 @@
     ├── NotFound             no label set, job or route by that name
     ├── RetiredVersion       the version asked for exists but is not the one being served
     ├── SwapInProgress       another swap of the same memory is running
+    ├── SlowSender           the body did not arrive in time
     ├── TooLarge             too many bytes or items
     ├── UnsupportedType      a content type, or a file type, that is not read here
     └── NotServing           starting up, shutting down, or without a memory
@@ -65,6 +66,10 @@ class SwapInProgress(ServiceError):
     """A swap of this memory is already running."""
 
 
+class SlowSender(ServiceError):
+    """The body did not arrive in time; the caller's fault, so not a 504, which operators count against the service."""
+
+
 class TooLarge(ServiceError):
     """Too many bytes or items."""
 
@@ -95,6 +100,7 @@ STATUS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (store.UnknownMemory, 404, "not_found_error", "unknown_memory"),
     (store.UnknownVersion, 404, "not_found_error", "unknown_version"),
     (store.NameRefused, 422, "invalid_request_error", "invalid_name"),
+    (SlowSender, 408, "timeout_error", "slow_sender"),
     (SwapInProgress, 409, "conflict_error", "swap_in_progress"),
     (store.IncompatibleSnapshot, 409, "conflict_error", "encoder_mismatch"),
     (model.IncompatibleFusion, 409, "conflict_error", "encoder_mismatch"),

@@ -1,7 +1,11 @@
-"""The gate every request passes: its id, the body limit, draining, and the two request metrics. Pure ASGI, so bodies stream through."""
+"""The gate every request passes: its id, the body's limits in bytes and seconds, draining, and the two request metrics.
+
+Pure ASGI, so bodies stream through.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
@@ -10,7 +14,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.engine import Engine
-from service.errors import NotServing, Refusal, TooLarge, refusal
+from service.errors import NotServing, Refusal, SlowSender, TooLarge, refusal
+from service.settings import Settings
 from service.wire import dump
 
 PLAIN_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
@@ -20,7 +25,7 @@ UNGUARDED = frozenset({"/health", "/livez", "/readyz", "/v2/health/live", "/v2/h
 def error_response(error: Exception) -> Response:
     """The one error body, with Retry-After where trying again may help."""
     told = refusal(error)
-    return Response(dump(told.body), told.status, headers=_retry(told), media_type="application/json")
+    return Response(dump(told.body), told.status, headers=_further(told), media_type="application/json")
 
 
 class Gate:
@@ -34,7 +39,7 @@ class Gate:
         if scope["type"] != "http" or scope["path"] in UNGUARDED:
             await self._app(scope, receive, send)
             return
-        visit = _Visit(scope, receive, send, self._engine.settings.max_body_bytes)
+        visit = _Visit(scope, receive, send, self._engine.settings)
         scope.setdefault("state", {})["modality"] = "none"
         self._engine.inside += 1
         try:
@@ -42,7 +47,7 @@ class Gate:
                 raise NotServing("shutting down: send the request to another instance, or retry later")
             visit.check_declared_length()
             await self._app(scope, visit.receive, visit.send)
-        except (NotServing, TooLarge) as error:
+        except (NotServing, SlowSender, TooLarge) as error:
             if visit.status:  # the reply had begun
                 raise
             self._engine.metrics.rejected_total.labels(refusal(error).code).inc()
@@ -63,14 +68,16 @@ class Gate:
 class _Visit:
     """One request's way through the gate."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
         self.start = time.perf_counter()
         self.status = 0
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         self._id = given if PLAIN_ID.fullmatch(given) else uuid.uuid4().hex
         self._declared = headers.get(b"content-length", b"0")
-        self._receive, self._send, self._max_bytes, self._read = receive, send, max_bytes, 0
+        self._receive, self._send = receive, send
+        self._max_bytes, self._receive_s = settings.max_body_bytes, settings.receive_s
+        self._read, self._whole = 0, False  # the body so far
 
     def check_declared_length(self) -> None:
         """Refuse by the header, before a byte is read."""
@@ -78,8 +85,15 @@ class _Visit:
             raise self._too_large(int(self._declared))
 
     async def receive(self) -> Message:
-        """Count what really comes, whatever was declared."""
-        message = await self._receive()
+        """Count what really comes, whatever was declared, and wait no longer for it than allowed."""
+        if self._whole:  # what is awaited now is the caller hanging up
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self.start + self._receive_s - time.perf_counter()):
+                message = await self._receive()
+        except TimeoutError as error:
+            raise SlowSender(f"{self._read} bytes of the body came in {self._receive_s:g} s: send it faster, or in parts") from error
+        self._whole = not message.get("more_body", False)
         self._read += len(message.get("body", b""))
         if self._read > self._max_bytes:
             raise self._too_large(self._read)
@@ -96,5 +110,8 @@ class _Visit:
         return TooLarge(f"the body has {found} bytes or more, at most {self._max_bytes}: send fewer or smaller items")
 
 
-def _retry(told: Refusal) -> dict[str, str]:
-    return {"Retry-After": "1"} if told.status in (429, 503) else {}
+def _further(told: Refusal) -> dict[str, str]:
+    """When to come back, and for a body that never came whole, the end of its connection."""
+    if told.status in (429, 503):
+        return {"Retry-After": "1"}
+    return {"Connection": "close"} if told.status == 408 else {}

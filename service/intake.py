@@ -43,7 +43,7 @@ async def read_images(request: Request, options: type[O], settings: Settings) ->
     if kind == "multipart/form-data":
         found = await _form(request, options, settings)
     elif kind == "application/json":
-        body = await _json(request)
+        body = await read_json(request)
         found = _from_json(body, options, request, settings, allowed={"images"})
     elif kind.startswith("image/") or kind == "application/octet-stream":
         image = _limited(await request.body(), 0, settings)
@@ -55,21 +55,22 @@ async def read_images(request: Request, options: type[O], settings: Settings) ->
 
 async def read_texts(request: Request, options: type[O], settings: Settings) -> Intake[O]:
     """Texts of JSON {"texts": […]} or {"inputs": …}."""
-    return _from_json(await _json(request), options, request, settings, allowed={"texts", "inputs"})
+    return _from_json(await read_json(request), options, request, settings, allowed={"texts", "inputs"})
 
 
 async def read_either(request: Request, options: type[O], settings: Settings) -> Intake[O]:
     """Images in any shape, or JSON with texts."""
     if _content_type(request) != "application/json":
         return await read_images(request, options, settings)
-    return _from_json(await _json(request), options, request, settings, allowed={"images", "texts", "inputs"})
+    return _from_json(await read_json(request), options, request, settings, allowed={"images", "texts", "inputs"})
 
 
 def _content_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-async def _json(request: Request) -> dict[str, Any]:
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body as an object. Raises UnsupportedType, BadRequest."""
     if _content_type(request) != "application/json":
         raise UnsupportedType(f"content type {_content_type(request) or '(none)'!r}: this route reads application/json")
     try:
@@ -89,7 +90,7 @@ async def _form(request: Request, options: type[O], settings: Settings) -> Intak
             for name, value in fields:
                 if isinstance(value, UploadFile):
                     raise BadRequest(f"a file in field {name!r}: images belong in the field 'file'", name)
-            _counted(files, "file", settings)
+            counted(files, "file", settings)
             read = [await value.read() if isinstance(value, UploadFile) else value.encode() for value in files]
     except HTTPException as error:
         too_many = "too many" in str(error.detail).lower() or "exceeded" in str(error.detail).lower()
@@ -108,25 +109,32 @@ def _from_json(body: dict[str, Any], options: type[O], request: Request, setting
     items = [body[name]] if name == "inputs" and isinstance(body[name], str) else body[name]
     if not isinstance(items, list):
         raise InvalidValue(f"{name} is a {type(items).__name__}: send a list of strings", name)
-    _counted(items, name, settings)
+    counted(items, name, settings)
     if name == "images":
-        return Intake([_refusable(_from_base64, item, i, settings) for i, item in enumerate(items)], [], chosen)
-    return Intake([], [_text(item, f"{name}[{i}]", settings) for i, item in enumerate(items)], chosen)
+        return Intake([read_image(item, i, settings) for i, item in enumerate(items)], [], chosen)
+    return Intake([], [read_text(item, f"{name}[{i}]", settings) for i, item in enumerate(items)], chosen)
 
 
-def _counted(items: Sequence[object], name: str, settings: Settings) -> None:
+def counted(items: Sequence[object], name: str, settings: Settings) -> None:
+    """Raises BadRequest for no item, TooLarge for too many."""
     if not items:
         raise BadRequest(f"{name} is empty: send at least one item", name)
     if len(items) > settings.max_items:
         raise TooLarge(f"{len(items)} items in {name}, at most {settings.max_items} a request: send several requests", name)
 
 
-def _text(item: object, param: str, settings: Settings) -> str:
+def read_text(item: object, param: str, settings: Settings) -> str:
+    """One text. Raises InvalidValue, TooLarge."""
     if not isinstance(item, str):
         raise InvalidValue(f"{param} is a {type(item).__name__}: send a string", param)
     if len(item) > settings.max_text_chars:
         raise TooLarge(f"{param} has {len(item)} characters, at most {settings.max_text_chars}: shorten it", param)
     return item
+
+
+def read_image(item: object, index: int, settings: Settings) -> bytes | ItemRefused:
+    """The bytes of base64 or a data URI, or the refusal that belongs to this item alone."""
+    return _refusable(_from_base64, item, index, settings)
 
 
 def _refusable(read: Any, item: Any, index: int, settings: Settings) -> bytes | ItemRefused:

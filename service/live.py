@@ -187,9 +187,7 @@ class LiveMemories:
         """An edit of a version that the next start will not serve would be acknowledged, and then be missed."""
         name, version = served.manifest.name, self._store.current(served.manifest.name)
         if version != served.manifest.version:
-            raise StoreBusy(
-                f"another process made {name}@{version} current, {served.ref} is served here: activate that here, then edit"
-            )
+            raise StoreBusy(f"another process made {name}@{version} current, {served.ref} is served here: activate that here, then edit")
 
     def _serving(self, name: str) -> Memory:
         if name in self._live:

@@ -43,7 +43,8 @@ class Settings(BaseModel):
     max_pixels: int = Field(64_000_000, ge=1)
     max_items: int = Field(256, ge=1)  # images or texts of one request
     max_text_chars: int = Field(100_000, ge=1)
-    max_labels: int = Field(10_000, ge=1)  # texts of one label set: labels x templates
+    max_labels: int = Field(10_000, ge=1)  # texts of one list sent with a request: labels x templates
+    max_stored_labels: int = Field(1_000_000, ge=1)  # texts of one stored label set
     max_label_sets: int = Field(1_000, ge=0)
     memory_budget_bytes: int = Field(0, ge=0)  # resident bytes of all memories together; 0 = 80 % of the machine's or container's
     compact_after: int = Field(10_000, ge=0)  # rows added or removed online, after which they are folded into a new version; 0 = never
@@ -51,7 +52,8 @@ class Settings(BaseModel):
     max_batch: int = Field(32, ge=1)
     max_wait_s: float = Field(0.0, ge=0, le=1)  # how long a batch may wait to fill; 0 = never
     decode_workers: int = Field(default_factory=lambda: max(2, os.cpu_count() or 2), ge=1)
-    timeout_s: float = Field(30.0, gt=0)
+    timeout_s: float = Field(30.0, gt=0)  # of a request once its body is here
+    receive_s: float = Field(30.0, gt=0)  # for the body to arrive
     drain_s: float = Field(30.0, ge=0)
     recall_share: float = Field(0.01, ge=0, le=1)  # of the clock, spent on measuring recall with live queries; 0 = never
 

@@ -7,6 +7,7 @@ Replies are built as plain dictionaries holding numpy rows and written by orjson
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from service.errors import BadRequest, InvalidValue
 
+NPY = "application/x-npy"
 Enhance = Literal["both", "image", "text", "none"]
 
 
@@ -72,6 +74,15 @@ class EmbedOptions(Options):
     encoding_format: Literal["float", "base64"] = Field("float", description="base64 = little-endian float32")
 
 
+class OpenAIOptions(EmbedOptions):
+    """Options of /v1/embeddings: ours, and OpenAI's own."""
+
+    model: str | None = Field(None, description="any name: the reply tells which model answered")
+    modality: Literal["text", "image"] = Field("text", description="what a bare string of input is; image: base64 or a data URI")
+    dimensions: int | None = Field(None, description="the model's own width, or left out: CLIP vectors cannot be shortened")
+    user: str | None = Field(None, description="ignored")
+
+
 class ClassifyOptions(Options):
     """Options of /classify."""
 
@@ -79,7 +90,7 @@ class ClassifyOptions(Options):
     labels: list[str] | None = Field(None, description="candidate labels; or name a stored set in label_set")
     label_set: str | None = Field(None, description="a stored label set")
     templates: list[str] = Field(default_factory=lambda: ["a photo of a {}."], min_length=1, description="each with one {}")
-    top_k: int = Field(5, ge=1, description="labels returned per item")
+    top_k: int = Field(5, ge=1, description="labels returned per item; scores are a softmax over all labels, returned or not")
 
     @model_validator(mode="after")
     def _one_source_of_labels(self) -> Self:
@@ -106,12 +117,13 @@ class ActivateBody(BaseModel):
     dry_run: bool = False
 
 
-def documented(options: type[Options], *items: Literal["images", "texts"]) -> dict[str, Any]:
+def documented(options: type[Options], *items: Literal["images", "texts", "input"]) -> dict[str, Any]:
     """The request body for /docs: routes read several shapes by hand, which FastAPI cannot see."""
     known = options.model_json_schema()["properties"]
     strings = {"type": "array", "items": {"type": "string"}}
-    told = {"images": "base64 or data URIs", "texts": "texts"}
-    given = {name: {**strings, "description": told[name]} for name in items}
+    told = {"images": "base64 or data URIs", "texts": "texts", "input": "strings, or objects {text} and {image}"}
+    shapes = {"input": {"type": "array", "items": {}}}  # not strings alone
+    given = {name: {**shapes.get(name, strings), "description": told[name]} for name in items}
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object", "properties": {**given, **known}}}}
     if "images" in items:
         files = {"type": "array", "items": {"type": "string", "format": "binary"}}
@@ -136,6 +148,13 @@ def _listed(name: str, found: list[Any]) -> list[Any]:
 def vector(row: np.ndarray, encoding: str) -> np.ndarray | str:
     """(D,) float32 as orjson writes it, or base64 of its little-endian bytes."""
     return row if encoding == "float" else base64.b64encode(row.astype("<f4").tobytes()).decode("ascii")
+
+
+def npy(vectors: np.ndarray) -> bytes:
+    """(n, D) float32 as an .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, vectors, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def dump(body: object) -> bytes:

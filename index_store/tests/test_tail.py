@@ -1,6 +1,7 @@
 """Edits in memory: each snapshot is one state for ever, whatever is written behind it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def delete(overlay: Overlay, ids: list[Id]) -> Snapshot:
 
 @pytest.mark.parametrize("options", LIST, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("queries", [1, 4, 5, 40])
-def test_added_replaced_and_deleted(tmp_path: Path, options: dict[str, object], queries: int) -> None:
+def test_added_replaced_and_deleted(tmp_path: Path, options: dict[str, Any], queries: int) -> None:
     """Few queries and many take different ways through the tail; both are exact."""
     base = some_pairs(60, key_width=24)
     overlay, oracle = Overlay(opened(tmp_path, base, **options)), Oracle(base)

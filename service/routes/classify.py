@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import asyncio
 from typing import Annotated, Any
 
-import numpy as np
 from fastapi import APIRouter, Body, Request
 from starlette.responses import Response
 
 from service.engine import Answered, Engine
 from service.errors import ItemRefused, refusal
 from service.intake import Intake, read_either
-from service.label_sets import LabelSet
+from service.labels import LabelSet
+from service.ranking import Ranked
 from service.routes.deps import EngineDep, WithAdmin, WithKey, deadline, failing, frame, reply, unless_gone
 from service.wire import ClassifyOptions, LabelSetBody, documented
 from service.work import Row
@@ -25,9 +25,10 @@ async def classify(request: Request, engine: EngineDep) -> Response:
     """Score images or texts against labels; `enhance`: which side the memory refines: image (the items), text (the labels), both, none."""
     intake = await read_either(request, ClassifyOptions, engine.settings)
     request.state.modality = intake.side
-    labels = _labels(engine, intake.options)
+    labels = await asyncio.to_thread(_labels, engine, intake.options)  # a large stored set takes a second to read and check
     body, answered = await unless_gone(request, _classified(request, engine, intake, labels))
-    return reply(engine, intake.side, body, answered)
+    with engine.timed("serialize", intake.side):
+        return reply(body, answered)
 
 
 async def _classified(
@@ -40,8 +41,7 @@ async def _classified(
     rows = failing(answered.rows, options.on_error)
     good = [row for row in rows if isinstance(row, Row)]
     refined = snapshot if options.enhance in ("both", "text") else None
-    scores = await engine.scores(good, labels, refined, until) if good else np.empty((0, 0))
-    ranked = iter(_ranked(scores, labels, options.top_k))
+    ranked = iter(_named(await engine.rank(good, labels, refined, options.top_k, until), labels) if good else [])
     body = {**frame(engine, snapshot), "data": [None if isinstance(row, ItemRefused) else next(ranked) for row in rows]}
     if options.neighbors:
         body["neighbors"] = [[] if isinstance(row, ItemRefused) else row.neighbors for row in rows]
@@ -56,10 +56,10 @@ def _labels(engine: Engine, options: ClassifyOptions) -> LabelSet:
     return engine.label_sets.checked(options.labels or [], options.templates)
 
 
-def _ranked(scores: np.ndarray, labels: LabelSet, top_k: int) -> list[list[dict[str, Any]]]:
-    """The best top_k labels of each row of (B, labels) scores."""
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]  # (B, top_k)
-    return [[{"label": labels.labels[j], "score": float(row[j])} for j in order] for row, order in zip(scores, best, strict=True)]
+def _named(ranked: Ranked, labels: LabelSet) -> list[list[dict[str, Any]]]:
+    """The best labels of each row, as the wire shows them."""
+    rows = zip(ranked.labels.tolist(), ranked.scores.tolist(), strict=True)
+    return [[{"label": labels.labels[j], "score": score} for j, score in zip(best, scores, strict=True)] for best, scores in rows]
 
 
 @router.get("/label-sets", dependencies=[WithKey])
@@ -71,16 +71,17 @@ async def list_label_sets(engine: EngineDep) -> dict[str, Any]:
 
 @router.get("/label-sets/{name}", dependencies=[WithKey])
 async def get_label_set(name: str, engine: EngineDep) -> dict[str, Any]:
-    """One stored set, whole."""
-    return {"name": name, **asdict(engine.label_sets.get(name))}
+    """One stored set, whole, and how much of it is embedded under which memory."""
+    found = await asyncio.to_thread(engine.label_sets.get, name)
+    return {"name": name, **found.body, "embedded": engine.label_sets.vectors.progress(found)}
 
 
 @router.put("/label-sets/{name}", dependencies=[WithAdmin])
 async def put_label_set(name: str, body: Annotated[LabelSetBody, Body()], engine: EngineDep) -> dict[str, Any]:
-    """Store or replace a set; its embeddings are made at its first use and at each swap."""
-    found = engine.label_sets.checked(body.labels, body.templates)
-    engine.label_sets.put(name, found)
-    return {"name": name, **asdict(found)}
+    """Store or replace a set. It is embedded at its first use and at each swap; a large one from now on, and GET tells how far that is."""
+    found = await asyncio.to_thread(engine.label_sets.checked, body.labels, body.templates, stored=True)
+    await engine.label_sets.replace(name, found, engine.default_snapshot())
+    return {"name": name, **found.body}
 
 
 @router.delete("/label-sets/{name}", dependencies=[WithAdmin])

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from index_store import Side, Snapshot
+from index_store import Snapshot
 from service.engine import Answered, Engine
 from service.errors import InvalidValue, ItemRefused, MissingKey, WrongKey
 from service.wire import dump
@@ -138,12 +138,9 @@ def frame(engine: Engine, snapshot: Snapshot | None) -> dict[str, Any]:
     }
 
 
-def reply(engine: Engine, side: Side, body: dict[str, Any], answered: Answered) -> Response:
+def reply(body: dict[str, Any], answered: Answered) -> Response:
     """JSON with the stages' times and the memory's version as headers."""
-    start = time.perf_counter()
-    content = dump(body)
-    engine.observe("serialize", side, time.perf_counter() - start)
-    return Response(content, media_type="application/json", headers=headers(answered, body["memory"]))
+    return Response(dump(body), media_type="application/json", headers=headers(answered, body["memory"]))
 
 
 def headers(answered: Answered, memory: str | None) -> dict[str, str]:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.engine import Answered
+from index_store import Side
+from service.engine import Answered, Engine
 from service.errors import BadRequest, ItemRefused, refusal
 from service.intake import Intake, read_images, read_texts
 from service.routes.deps import EngineDep, WithKey, deadline, failing, frame, headers, reply, unless_gone
-from service.wire import EmbedOptions, documented, vector
+from service.wire import NPY, EmbedOptions, documented, npy, vector
 from service.work import Query, Row
 
 router = APIRouter(dependencies=[WithKey], tags=["embed"])
-NPY = "application/x-npy"
 
 
 @router.post("/embed/image", response_class=Response, openapi_extra=documented(EmbedOptions, "images"))
@@ -37,18 +36,33 @@ async def embed_text(request: Request, engine: EngineDep) -> Response:
 
 
 async def _embed(request: Request, engine: EngineDep, intake: Intake[EmbedOptions]) -> Response:
-    options, until = intake.options, deadline(request, engine)
-    npy = NPY in request.headers.get("accept", "")
-    if npy and options.on_error == "null":
+    query = asked(request, engine, intake.options)
+    answered = await unless_gone(request, engine.embed(intake, query, deadline(request, engine)))
+    return told(request, engine, intake.side, intake.options, query, answered)
+
+
+def asked(request: Request, engine: Engine, options: EmbedOptions) -> Query:
+    """What a request wants of its items, its snapshot pinned here. Raises BadRequest, InvalidValue, NotServing, StoreError."""
+    if _wants_npy(request) and options.on_error == "null":
         raise BadRequest("on_error=null cannot be told in one npy array: ask for JSON", "on_error")
-    query = engine.query(options, engine.memories.resolve(options.memory) if options.enhance else None)
-    answered = await unless_gone(request, engine.embed(intake, query, until))
+    return engine.query(options, engine.memories.resolve(options.memory) if options.enhance else None)
+
+
+def told(request: Request, engine: Engine, side: Side, options: EmbedOptions, query: Query, answered: Answered) -> Response:
+    """The vectors in the form the caller asked for. Raises the first refusal unless on_error=null."""
     rows = failing(answered.rows, options.on_error)
-    if npy:
-        return _npy(answered, query)
-    data = [_item(i, row, options) for i, row in enumerate(rows)]
-    usage = {"prompt_tokens": answered.tokens, "total_tokens": answered.tokens}
-    return reply(engine, intake.side, {**frame(engine, query.snapshot), "data": data, "usage": usage}, answered)
+    memory = query.snapshot.ref if query.snapshot is not None else None
+    with engine.timed("serialize", side):
+        if _wants_npy(request):
+            vectors = np.stack([row.vector for row in rows if isinstance(row, Row)])
+            return Response(npy(vectors), media_type=NPY, headers=headers(answered, memory))
+        data = [_item(i, row, options) for i, row in enumerate(rows)]
+        usage = {"prompt_tokens": answered.tokens, "total_tokens": answered.tokens}
+        return reply({**frame(engine, query.snapshot), "data": data, "usage": usage}, answered)
+
+
+def _wants_npy(request: Request) -> bool:
+    return NPY in request.headers.get("accept", "")
 
 
 def _item(index: int, row: Row | ItemRefused, options: EmbedOptions) -> dict[str, Any]:
@@ -61,11 +75,3 @@ def _item(index: int, row: Row | ItemRefused, options: EmbedOptions) -> dict[str
     if options.neighbors:
         item["neighbors"] = row.neighbors
     return item
-
-
-def _npy(answered: Answered, query: Query) -> Response:
-    """One (n, D) float32 array, and nothing else."""
-    buffer = io.BytesIO()
-    np.save(buffer, np.stack([row.vector for row in answered.rows if isinstance(row, Row)]), allow_pickle=False)
-    memory = query.snapshot.ref if query.snapshot is not None else None
-    return Response(buffer.getvalue(), media_type=NPY, headers=headers(answered, memory))

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -24,7 +25,7 @@ KEYS = {"RECO_API_KEYS": "alpha-key,beta-key", "RECO_ADMIN_KEY": "gamma-key"}
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> object:
     """A service with keys and narrow limits."""
     flags = ("--max-queue", "4", "--max-items", "4", "--max-batch", "2")
-    with serving(tmp_path_factory.mktemp("guarded"), *flags, **KEYS) as server:
+    with serving(tmp_path_factory.mktemp("guarded"), *flags, RECO_RECEIVE_S="2", RECO_MAX_LABELS="100", **KEYS) as server:
         yield server
 
 
@@ -77,6 +78,45 @@ def test_a_deadline_is_a_504(guarded: Server, photos: dict[str, bytes]) -> None:
     headers = {**bearer("alpha-key"), "x-request-timeout-ms": "0.001"}
     reply = httpx.post(f"{guarded.url}/embed/image", files={"file": photos["coffee"]}, headers=headers)
     assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_passed")
+
+
+def test_a_body_that_trickles_in_is_a_408(guarded: Server) -> None:
+    host, port = guarded.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as raw:
+        key = "authorization: Bearer alpha-key\r\ncontent-length: 999\r\n\r\n"
+        raw.sendall(f"POST /embed/image HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\n{key}".encode())
+        raw.settimeout(0.2)
+        reply, started = b"", time.monotonic()
+        while not reply and time.monotonic() < started + 60:
+            raw.sendall(b"x")
+            with suppress(TimeoutError):
+                reply = raw.recv(65536)
+        raw.settimeout(60)
+        while part := raw.recv(65536):  # to the end: the service closes the connection
+            reply += part
+    assert reply.startswith(b"HTTP/1.1 408"), reply
+    assert b"slow_sender" in reply
+    assert time.monotonic() > started + 1.9
+
+
+def test_a_large_label_set_is_embedded_in_the_background(guarded: Server) -> None:
+    labels = [f"shelf number {i}" for i in range(3000)] + ["banana"]
+    with guarded.client(headers=bearer("gamma-key")) as client:
+        assert client.post("/classify", json={"texts": ["a"], "labels": labels}).status_code == 413
+        assert client.put("/label-sets/large", json={"labels": labels}).status_code == 200
+        asked = {"texts": ["a photo of a banana."], "label_set": "large", "enhance": "both", "top_k": 2}
+        early = client.post("/classify", json=asked, headers={"x-request-timeout-ms": "30"})
+        if early.status_code != 200:  # a fast machine may be done
+            assert (early.status_code, early.json()["error"]["code"]) == (504, "deadline_passed")
+        assert client.post("/embed/text", json={"texts": ["nobody waits behind it"]}).status_code == 200
+        give_up = time.monotonic() + 300
+        while (state := client.get("/label-sets/large").json()["embedded"])[0]["done"] < 3001 and time.monotonic() < give_up:
+            time.sleep(0.1)
+        assert state == [{"memory": "grocery@all", "done": 3001, "of": 3001}]
+        ranked = client.post("/classify", json=asked).json()["data"][0]
+        assert ranked[0]["label"] == "banana"
+        assert ranked[0]["score"] + ranked[1]["score"] < 1  # the rest has its share
+        assert client.delete("/label-sets/large").status_code == 200
 
 
 def test_admin_without_a_key_is_for_this_machine_alone(server: Server) -> None:

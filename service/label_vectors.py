@@ -1,0 +1,123 @@
+"""Embedded label lists, one per content and memory version: computed once however many ask at once, large ones in the background."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from index_store import Snapshot
+from service.errors import NotFound, NotServing
+from service.labels import LabelSet
+from service.metrics import Metrics
+
+CACHED_LISTS = 64
+CACHED_BYTES = 5 * 2**30  # two versions of one set of 1 000 000 labels at D = 512, as a swap needs, and room for others
+STEP = 512  # labels embedded between two looks at whether they are still wanted
+
+Embed = Callable[[Sequence[str], Sequence[str], Snapshot | None], np.ndarray]
+
+
+@dataclass(slots=True)
+class _Progress:
+    """done: labels embedded so far, written by the thread.  unwanted: why to stop, written on the loop."""
+
+    done: int = 0
+    unwanted: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Entry:
+    """One list under one memory version."""
+
+    memory: str | None
+    count: int
+    progress: _Progress
+    rows: asyncio.Future[np.ndarray]
+
+    @property
+    def bytes(self) -> int:
+        """Held by the finished rows; 0 while they are made, or where that failed."""
+        made = self.rows.done() and not self.rows.cancelled() and self.rows.exception() is None
+        return self.rows.result().nbytes if made else 0
+
+
+class LabelVectors:
+    """The cache: an entry per content and memory version, so that all callers wait for one computation. Touched on the event loop only.
+
+    embed: `Reco.embed_labels`, blocking.  large: lists of more labels are embedded one after the other in a thread of their own, so that
+    a list sent with a request never waits behind an hour's work.
+    """
+
+    def __init__(self, embed: Embed, *, large: int, metrics: Metrics) -> None:
+        self._embed, self._large, self._metrics = embed, large, metrics
+        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
+        self._slow = ThreadPoolExecutor(1, thread_name_prefix="labels")
+
+    async def get(self, labels: LabelSet, snapshot: Snapshot | None) -> np.ndarray:
+        """(labels, D) float32 unit vectors: the mean over the templates, of enhanced texts where a snapshot is given."""
+        key = (labels.digest, _version(snapshot))
+        self._metrics.label_cache_total.labels("hit" if key in self._entries else "miss").inc()
+        entry = self._entries.get(key) or self._begin(key, labels, snapshot)
+        self._entries.move_to_end(key)
+        return await asyncio.shield(entry.rows)  # a caller who leaves must not take the computation from those who wait
+
+    def prepare(self, labels: LabelSet, snapshot: Snapshot | None) -> None:
+        """Begin to embed a large list; a small one is made when it is first asked for."""
+        key = (labels.digest, _version(snapshot))
+        if len(labels.labels) > self._large and key not in self._entries:
+            self._begin(key, labels, snapshot)
+
+    def progress(self, labels: LabelSet) -> list[dict[str, Any]]:
+        """How far the embedding is, under each memory version it was asked for."""
+        found = [entry for (digest, _), entry in self._entries.items() if digest == labels.digest]
+        return [{"memory": entry.memory, "done": entry.progress.done, "of": entry.count} for entry in found]
+
+    def drop(self, labels: LabelSet) -> None:
+        """Forget a list, and stop embedding it."""
+        reason = NotFound("the label set was replaced or deleted while it was embedded: ask again", "label_set")
+        for key in [key for key in self._entries if key[0] == labels.digest]:
+            self._entries.pop(key).progress.unwanted = reason
+
+    def close(self) -> None:
+        """Stop what is being embedded."""
+        for entry in self._entries.values():
+            entry.progress.unwanted = NotServing("shutting down: send the request to another instance, or retry later")
+        self._slow.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, key: tuple[str, str], labels: LabelSet, snapshot: Snapshot | None) -> _Entry:
+        pool, progress = self._slow if len(labels.labels) > self._large else None, _Progress()
+        rows = asyncio.get_running_loop().run_in_executor(pool, self._in_steps, labels, snapshot, progress)
+        entry = self._entries[key] = _Entry(snapshot.ref if snapshot is not None else None, len(labels.labels), progress, rows)
+        rows.add_done_callback(lambda _: self._settled(key, entry))
+        return entry
+
+    def _in_steps(self, labels: LabelSet, snapshot: Snapshot | None, progress: _Progress) -> np.ndarray:
+        """In a thread: all rows, as long as they are wanted."""
+        rows = np.empty((0, 0), np.float32)
+        for at in range(0, len(labels.labels), STEP):
+            if progress.unwanted is not None:
+                raise progress.unwanted
+            some = self._embed(labels.labels[at : at + STEP], labels.templates, snapshot)  # (STEP, D)
+            if at == 0:
+                rows = np.empty((len(labels.labels), some.shape[1]), np.float32)  # (labels, D)
+            rows[at : at + len(some)] = some
+            progress.done = at + len(some)
+        return rows
+
+    def _settled(self, key: tuple[str, str], entry: _Entry) -> None:
+        """Keep what was made, within the bounds; what failed is tried again by the next who asks."""
+        if self._entries.get(key) is entry and entry.bytes == 0:
+            del self._entries[key]
+        while len(self._entries) > CACHED_LISTS or (len(self._entries) > 1 and sum(e.bytes for e in self._entries.values()) > CACHED_BYTES):
+            self._entries.popitem(last=False)
+
+
+def _version(snapshot: Snapshot | None) -> str:
+    """A name that a rebuilt version does not share with the one it replaced."""
+    return f"{snapshot.ref}/{snapshot.manifest.created}" if snapshot is not None else ""

@@ -1,0 +1,44 @@
+"""POST /v1/embeddings: the OpenAI shape, so that clients which speak it need no change. GET /v1/models is in `health`: it takes no key."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from service.engine import Answered, Engine
+from service.errors import BadRequest
+from service.mixed import Mixed, read_input
+from service.routes.deps import EngineDep, WithKey, deadline, unless_gone
+from service.routes.embed import asked, told
+from service.wire import OpenAIOptions, documented
+from service.work import Query
+
+router = APIRouter(dependencies=[WithKey], tags=["openai"])
+
+
+@router.post("/v1/embeddings", response_class=Response, openapi_extra=documented(OpenAIOptions, "input"))
+async def embeddings(request: Request, engine: EngineDep) -> Response:
+    """Embed texts, images or both as OpenAI's API does, each refined by its neighbours in memory; our own options are further fields."""
+    mixed = await read_input(request, engine.settings)
+    request.state.modality = mixed.modality
+    _same_width(mixed.options, engine.reco.encoder.dim)
+    query = asked(request, engine, mixed.options)
+    answered = await unless_gone(request, _embedded(engine, mixed, query, deadline(request, engine)))
+    return told(request, engine, mixed.parts[0].side, mixed.options, query, answered)
+
+
+async def _embedded(engine: Engine, mixed: Mixed, query: Query, until: float) -> Answered:
+    """Both towers at once; where one refuses its part, the other's is withdrawn."""
+    tasks = [asyncio.ensure_future(engine.embed(part, query, until)) for part in mixed.parts]
+    try:
+        return mixed.join(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _same_width(options: OpenAIOptions, dim: int) -> None:
+    if options.dimensions not in (None, dim):
+        raise BadRequest(f"dimensions = {options.dimensions}: these vectors have {dim} and cannot be shortened, leave it out", "dimensions")

@@ -1,0 +1,123 @@
+"""Stored sets and the cache of embedded lists, with an embedding that can be held up."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from index_store import Snapshot
+from service.errors import InvalidValue, NotFound, ServiceError, TooLarge
+from service.label_sets import LabelSets
+from service.labels import LabelSet
+from service.metrics import Metrics
+
+LARGE = tuple(f"label {i}" for i in range(2000))
+FEW = LabelSet(("a", "b"))
+
+
+class Held:
+    """An embedding of width 1, each row the label's length, which goes on only as far as it is let."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+        self.go = threading.Semaphore(0)
+
+    def __call__(self, labels: Sequence[str], templates: Sequence[str], snapshot: Snapshot | None) -> np.ndarray:
+        if len(labels) > 2:
+            assert self.go.acquire(timeout=20)
+        self.calls.append(len(labels))
+        return np.array([[len(label)] for label in labels], np.float32)
+
+
+@pytest.fixture
+def held() -> Held:
+    return Held()
+
+
+@pytest.fixture
+def sets(tmp_path: Path, held: Held) -> LabelSets:
+    return LabelSets(tmp_path, held, max_texts=10, max_stored=2000, max_sets=3, metrics=Metrics(version="0", torch="0", faiss="0"))
+
+
+async def until(sets: LabelSets, labels: LabelSet, done: int) -> None:
+    async with asyncio.timeout(20):
+        while sets.vectors.progress(labels) != [{"memory": None, "done": done, "of": len(labels.labels)}]:  # noqa: ASYNC110  the thread tells nobody
+            await asyncio.sleep(0.005)
+
+
+def test_sent_and_stored_lists_have_limits_of_their_own(sets: LabelSets) -> None:
+    assert sets.checked(LARGE, ["a {}"], stored=True).labels == LARGE
+    for labels, stored in ((LARGE, False), ((*LARGE, "one more"), True)):
+        with pytest.raises(TooLarge):
+            sets.checked(labels, ["a {}"], stored=stored)
+
+
+def test_a_set_is_read_once_until_it_changes(sets: LabelSets) -> None:
+    sets.put("s", FEW)
+    assert sets.get("s") == FEW
+    assert sets.get("s") is sets.get("s")
+    sets.put("s", LabelSet(("c",)))
+    assert sets.get("s").labels == ("c",)
+    sets.delete("s")
+    with pytest.raises(NotFound):
+        sets.get("s")
+    with pytest.raises(InvalidValue):
+        sets.get("../s")
+
+
+def test_a_large_set_is_embedded_in_the_background_and_once(sets: LabelSets, held: Held) -> None:
+    async def run() -> None:
+        large = sets.checked(LARGE, ["{}"], stored=True)
+        await sets.replace("large", large, None)
+        await until(sets, large, 0)
+        callers = [asyncio.create_task(sets.vectors.get(large, None)) for _ in range(3)]
+        held.go.release()
+        await until(sets, large, 512)
+        np.testing.assert_array_equal(await sets.vectors.get(FEW, None), [[1], [1]])  # nobody waits behind it
+        callers[0].cancel()
+        held.go.release(9)
+        rows = [await caller for caller in callers[1:]]
+        assert rows[0] is rows[1]
+        np.testing.assert_array_equal(rows[0][:, 0], [len(label) for label in LARGE])
+        assert sorted(held.calls) == [2, 464, 512, 512, 512]
+
+    asyncio.run(run())
+
+
+def test_a_set_replaced_or_deleted_is_embedded_no_further(sets: LabelSets, held: Held) -> None:
+    async def run() -> None:
+        large = sets.checked(LARGE, ["{}"], stored=True)
+        await sets.replace("large", large, None)
+        waiting = asyncio.create_task(sets.vectors.get(large, None))
+        await asyncio.sleep(0)
+        await sets.replace("large", FEW, None)
+        held.go.release(1)
+        with pytest.raises(NotFound, match="replaced"):
+            await waiting
+        assert sets.vectors.progress(large) == []
+        assert held.calls == [512]
+        await sets.replace("large", large, None)  # the same content again is begun again
+        held.go.release(9)
+        await until(sets, large, 2000)
+        sets.delete("large")
+        assert sets.vectors.progress(large) == []
+
+    asyncio.run(run())
+
+
+def test_closing_ends_it(sets: LabelSets, held: Held) -> None:
+    async def run() -> None:
+        large = sets.checked(LARGE, ["{}"], stored=True)
+        waiting = asyncio.create_task(sets.vectors.get(large, None))
+        await until(sets, large, 0)
+        sets.vectors.close()
+        held.go.release(9)
+        with pytest.raises(ServiceError, match="shutting down"):
+            await waiting
+
+    asyncio.run(run())
