@@ -29,9 +29,8 @@ def stored_manifest(path: Path, *, encoder: str, kinds: Mapping[Side, KeyKind]) 
         raise IncompatibleSnapshot(f"{manifest.ref} was built by {manifest.encoder}, not by {encoder}: build it from its images instead")
     for side in SIDES:
         if kinds[side] not in ("vector", manifest.key_kind(side)):
-            raise PairsRefused(
-                f"{manifest.ref} holds {manifest.key_kind(side)} {side} keys, {kinds[side]} are asked for: build from the images"
-            )
+            held = manifest.key_kind(side)
+            raise PairsRefused(f"{manifest.ref} holds {held} {side} keys, {kinds[side]} keys are asked for: build it from its images")
     return manifest
 
 
