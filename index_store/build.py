@@ -1,37 +1,32 @@
 """Pairs in, a finished version out: everything beside the store's eyes, the manifest last, then one rename."""
 
 import dataclasses
-import fcntl
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from index_store.columns import ShardWriter
 from index_store.durable import digest, replace_text, sync, writing
-from index_store.errors import PairsRefused, StoreBusy, VersionExists
-from index_store.indexing import check_recipe, measure, recipe_for, write_index
+from index_store.filling import Content, Filling, fill, fill_from
+from index_store.indexing import measure, recipe_for, write_index
+from index_store.ledger import unfinished_version
 from index_store.manifest import FILE_NAME, Manifest
-from index_store.pairs import SIDES, Id, KeyKind, Pairs, Side
+from index_store.pairs import SIDES, KeyKind, Pairs, Side
 from index_store.probes import DEPTH
 from index_store.search import Fan
 from index_store.shard import Shard
+from index_store.steps import Job
 from index_store.store import Store, plain, plain_version
-
-LOCK = ".lock"  # held by the living builder; the kernel lets go when it dies, so a dead one's leftover is told apart
+from index_store.workplace import forget_notes, workplace
 
 
 def build_version(
     store: Store,
     name: str,
     version: str | None,
-    blocks: Iterable[Pairs],
+    blocks: Iterable[Pairs] | Job,
     *,
     encoder: str,
     kinds: Mapping[Side, KeyKind],
@@ -43,13 +38,18 @@ def build_version(
 ) -> Manifest:
     """Write the pairs of all blocks as one new version of a memory, and return its manifest; it is not activated.
 
-    version: None takes the next free name of today.  kinds: what each side's search compares.  index: "auto" or a faiss factory string.
+    blocks: the pairs, or a Job: then a second run of the same job goes on where this one was stopped, and what was left out is listed
+    in rejects-VERSION.jsonl beside the version.  version: None takes the next free name of today, or the one that the job was building.
+    kinds: what each side's search compares.  index: "auto" or a faiss factory string.
     source: free JSON for the manifest; a callable is asked once all blocks are read, when the counts are known.
     Whatever stops it, a kill included, leaves no version: neither listed nor openable, and a second run succeeds.
     """
-    version = store.next_version(name) if version is None else plain_version(version)
-    with _workplace(store.root / plain(name), version) as work:
-        content = _write_shards(work, blocks, kinds, index, shard_pairs)
+    job = blocks.digest(encoder=encoder, kinds=dict(kinds), shard_pairs=shard_pairs) if isinstance(blocks, Job) else ""
+    version = _chosen(store, name, job) if version is None else plain_version(version)
+    with workplace(store.root / plain(name), version) as work:
+        filling = Filling(work, kinds, index, shard_pairs)
+        content = fill_from(filling, blocks, job, version) if isinstance(blocks, Job) else fill(filling, blocks)
+        _index_shards(work, content, index)
         draft = Manifest(
             name=name,
             version=version,
@@ -67,62 +67,19 @@ def build_version(
     return manifest
 
 
-@dataclass(slots=True)
-class _Content:
-    """What the blocks turned out to hold."""
-
-    dim: int
-    keys: dict[Side, dict[str, Any]]
-    id_kind: str
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
-
-    @property
-    def pairs(self) -> int:
-        """N, as far as the shards are closed."""
-        return sum(shard["pairs"] for shard in self.shards)
-
-    def described(self) -> dict[str, Any]:
-        """What of it the manifest tells."""
-        return {"dim": self.dim, "keys": self.keys, "pairs": self.pairs, "shards": self.shards}
+def _chosen(store: Store, name: str, job: str) -> str:
+    """The version that an interrupted run of this job was building, else the next free name."""
+    return unfinished_version(store.root / plain(name), job) or store.next_version(name)
 
 
-def _write_shards(work: Path, blocks: Iterable[Pairs], kinds: Mapping[Side, KeyKind], index: str, shard_pairs: int) -> _Content:
-    """Stream the blocks into shards of at most `shard_pairs` rows, then index each shard."""
-    content, seen = None, set[Id]()
-    writer: ShardWriter | None = None
-    try:
-        for block in blocks:
-            if not len(block):
-                continue
-            _refuse_repeats(block, seen)
-            content = _agreeing(block, kinds, content, index)
-            for rows in _cuts(len(block), (writer.pairs if writer else 0), shard_pairs):
-                if writer is None:
-                    writer = ShardWriter(work, f"shard-{len(content.shards):04d}", content.dim, content.keys)
-                writer.append(block, rows)
-                if writer.pairs == shard_pairs:
-                    _close_shard(writer, content)
-                    writer = None
-        if content is None:
-            raise PairsRefused("the source holds no valid pair: a memory needs at least one")
-        if writer is not None:
-            _close_shard(writer, content)
-    finally:
-        if writer is not None:
-            writer.abandon()
+def _index_shards(work: Path, content: Content, index: str) -> None:
+    """Index every shard; one that an earlier run left is made again."""
     for number, shard in enumerate(content.shards):
         recipe = recipe_for(index, shard["pairs"], content.pairs)
         content.files += _write_indexes(work / shard["folder"], content, recipe, last=0 < number == len(content.shards) - 1)
-    return content
 
 
-def _close_shard(writer: ShardWriter, content: _Content) -> None:
-    content.files += writer.finish()
-    content.shards.append({"folder": writer.folder, "pairs": writer.pairs})
-
-
-def _write_indexes(path: Path, content: _Content, recipe: str, *, last: bool) -> list[str]:
+def _write_indexes(path: Path, content: Content, recipe: str, *, last: bool) -> list[str]:
     """One index per side of one shard; the names written."""
     names = []
     for side in SIDES:
@@ -130,41 +87,6 @@ def _write_indexes(path: Path, content: _Content, recipe: str, *, last: bool) ->
         keys = np.asarray(np.load(path / file, mmap_mode="r", allow_pickle=False))
         names += write_index(path, side, keys, recipe, may_stay_flat=last)
     return names
-
-
-def _agreeing(block: Pairs, kinds: Mapping[Side, KeyKind], content: _Content | None, index: str) -> _Content:
-    """What this block holds, which must be what the blocks before it held."""
-    keys: dict[Side, dict[str, Any]] = {side: {"kind": kinds[side], "dim": block.keys(side).shape[1]} for side in SIDES}
-    for side in SIDES:
-        if block.has_own_keys(side) != (kinds[side] != "vector"):
-            given = "are" if block.has_own_keys(side) else "are not"
-            raise PairsRefused(f"the search on {side} is to compare {kinds[side]} keys, but own keys {given} given: change one of the two")
-    found = _Content(block.image.shape[1], keys, block.ids.dtype.kind)
-    if content is None:
-        check_recipe(recipe_for(index, 1, 1), [keys[side]["dim"] for side in SIDES])
-        return found
-    for what in ("dim", "keys", "id_kind"):
-        if getattr(found, what) != getattr(content, what):
-            raise PairsRefused(
-                f"a block has {what} {getattr(found, what)}, those before it {getattr(content, what)}: one memory, one kind of pairs"
-            )
-    return content
-
-
-def _refuse_repeats(block: Pairs, seen: set[Id]) -> None:
-    for name in block.ids.tolist():
-        if name in seen:
-            raise PairsRefused(f"id {name!r} comes twice: every pair needs its own")
-        seen.add(name)
-
-
-def _cuts(pairs: int, filled: int, shard_pairs: int) -> Iterator[slice]:
-    """Cut a block where shards become full."""
-    start = 0
-    while start < pairs:
-        stop = min(pairs, start + shard_pairs - filled)
-        yield slice(start, stop)
-        start, filled = stop, 0
 
 
 def _measured(work: Path, draft: Manifest) -> Manifest:
@@ -197,58 +119,4 @@ def _publish(work: Path, manifest: Manifest) -> None:
         finished = work.with_name(manifest.version)
         work.rename(finished)
         sync(finished.parent)
-        with suppress(OSError):  # no part of the version: it may as well stay
-            (finished / LOCK).unlink()
-
-
-@contextmanager
-def _workplace(memory: Path, version: str) -> Iterator[Path]:
-    """The empty hidden folder that this builder alone owns; gone afterwards unless it was renamed into a version."""
-    work = memory / f".{version}.partial"
-    with writing(f"{memory.name}/{version}"):
-        work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        _own(lock, work, f"{memory.name}@{version}")
-        try:
-            if (memory / version).exists():
-                raise VersionExists(f"{memory.name}@{version} exists already, and a version is never overwritten: choose another name")
-            with writing(f"{memory.name}/{version}"):
-                _clear(work)
-            yield work
-        except BaseException:
-            _discard(work)
-            raise
-    finally:
-        os.close(lock)
-
-
-def _own(lock: int, work: Path, ref: str) -> None:
-    """Take the lock, or StoreBusy; a lock file that is no longer in its place belonged to a builder that has just finished."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock).st_ino == (work / LOCK).stat().st_ino:
-            return
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise StoreBusy(f"{ref} is being built by another process: wait for it, or choose another version") from error
-    raise StoreBusy(f"{ref} was being built by another process until now: look at it, then try again")
-
-
-def _discard(work: Path) -> None:
-    """Remove what this builder made, its lock last: until then nobody else may begin here."""
-    with suppress(OSError):
-        _clear(work)
-        (work / LOCK).unlink()
-        work.rmdir()
-        work.parent.rmdir()  # where the memory holds nothing else
-
-
-def _clear(work: Path) -> None:
-    """Remove what a builder that died left behind."""
-    for entry in work.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif entry.name != LOCK:
-            entry.unlink()
+    forget_notes(finished)

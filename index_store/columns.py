@@ -3,7 +3,8 @@
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from io import BufferedWriter
+from io import BufferedRandom, BufferedWriter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,22 @@ from index_store.durable import writing
 from index_store.errors import PairsRefused
 from index_store.pairs import SIDES, Pairs, Side
 
+Lines = BufferedWriter | BufferedRandom
+
 
 class Column:
-    """One growing .npy file of float16 rows. Its header is written twice: numpy pads it so that the final count fits in place."""
+    """One growing .npy file of float16 rows. Its header is written twice: numpy pads it so that the final count fits in place.
 
-    def __init__(self, path: Path, width: int) -> None:
-        self._width, self._rows = width, 0
-        self._file = path.open("wb")
+    rows: how many a builder before this one wrote that count; what it wrote beyond them is cut off.
+    """
+
+    def __init__(self, path: Path, width: int, rows: int = 0) -> None:
+        self._width, self._rows = width, rows
+        self._file = path.open("r+b" if rows else "wb")
         self._header()
+        if rows:
+            self._file.truncate(self._file.tell() + rows * width * 2)
+            self._file.seek(0, 2)
 
     def append(self, rows: np.ndarray) -> None:
         """rows: (R, width) float."""
@@ -33,6 +42,10 @@ class Column:
         self._header()
         self.close()
 
+    def flush(self) -> None:
+        """Hand everything to the system."""
+        self._file.flush()
+
     def close(self) -> None:
         """Let go of the file, finished or not."""
         self._file.close()
@@ -41,20 +54,30 @@ class Column:
         np.lib.format.write_array_header_1_0(self._file, {"descr": "<f2", "fortran_order": False, "shape": (self._rows, self._width)})
 
 
-class ShardWriter:
-    """The files of one shard while it grows; whole after finish(), worthless before."""
+def written_rows(path: Path, width: int, rows: int) -> np.ndarray:
+    """(rows, width) float16, mapped: the first rows of a column, whatever its header says by now. ValueError where it holds fewer."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        return np.memmap(path, "<f2", "r", file.tell(), (rows, width))
 
-    def __init__(self, root: Path, folder: str, dim: int, keys: Mapping[Side, Mapping[str, Any]]) -> None:
-        self.folder, self.pairs = folder, 0
+
+class ShardWriter:
+    """The files of one shard while it grows; whole after finish(), worthless before.
+
+    ids: of the rows that a builder before this one wrote and that count; (R,) int64 or str, None for a new shard.
+    """
+
+    def __init__(self, root: Path, folder: str, dim: int, keys: Mapping[Side, Mapping[str, Any]], ids: np.ndarray | None = None) -> None:
+        self.folder, self.pairs = folder, 0 if ids is None else len(ids)
         self._path = root / folder
+        own = [side for side in SIDES if keys[side]["kind"] != "vector"]
         with writing(folder):
-            self._path.mkdir()
-            self._values = {side: Column(self._path / f"{side}.npy", dim) for side in SIDES}
-            own = [side for side in SIDES if keys[side]["kind"] != "vector"]
-            self._keys = {side: Column(self._path / f"{side}_key.npy", keys[side]["dim"]) for side in own}
-            self._records = (self._path / "records.jsonl").open("wb")
-        self._ids: list[np.ndarray] = []
-        self._lengths: list[int] = []
+            self._path.mkdir(exist_ok=ids is not None)
+            self._values = {side: Column(self._path / f"{side}.npy", dim, self.pairs) for side in SIDES}
+            self._keys = {side: Column(self._path / f"{side}_key.npy", keys[side]["dim"], self.pairs) for side in own}
+            self._records, self._lengths = open_lines(self._path / "records.jsonl", self.pairs)
+        self._ids: list[np.ndarray] = [] if ids is None else [ids]
 
     def append(self, pairs: Pairs, rows: slice) -> None:
         """Add some rows of a block."""
@@ -85,10 +108,32 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close whatever is still open; harmless after finish()."""
-        files: list[Column | BufferedWriter] = [*self._values.values(), *self._keys.values(), self._records]
-        for file in files:
-            with suppress(OSError):  # a full disk also refuses the last flush, and the files are about to be deleted
+        for file in self._open_files():
+            with suppress(OSError):  # a full disk also refuses the last flush, and no row since the last checkpoint counts
                 file.close()
+
+    def flush(self) -> None:
+        """Hand every row to the system."""
+        with writing(self.folder):
+            for file in self._open_files():
+                file.flush()
+
+    def _open_files(self) -> list["Column | Lines"]:
+        return [*self._values.values(), *self._keys.values(), self._records]
+
+
+def open_lines(path: Path, lines: int) -> tuple[Lines, list[int]]:
+    """A file of lines to append to, cut after the first `lines` of them, and their lengths. ValueError where it holds fewer."""
+    if not lines:
+        return path.open("wb"), []
+    file = path.open("r+b")
+    lengths = [len(line) for line in islice(file, lines) if line.endswith(b"\n")]
+    if len(lengths) < lines:
+        file.close()
+        raise ValueError(f"{path.name} has {len(lengths)} of {lines} lines")
+    file.seek(sum(lengths))
+    file.truncate()
+    return file, lengths
 
 
 def record_line(name: str | int, record: Mapping[str, Any]) -> bytes:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from index_store.snapshot import Snapshot
+from index_store.steps import Reject
 from models.errors import DataError
 from models.metrics import class_means, top_k_hits
 from models.prepare import OnProgress, encode_images
 from models.reco import Reco
-from models.sources import Reject, Sample
+from models.samples import Sample
 
 TEMPLATES = ("a photo of a {}.",)
 NEAREST = 50  # neighbours looked at for five different labels

@@ -47,9 +47,7 @@ def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Alpha is dropped as open_clip's convert("RGB") does; 16-bit grey is scaled to 8, where Pillow alone would clip it to white.
     """
     image = _opened(data)
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageTooLarge(f"the image has {width}x{height} pixels, the limit is {max_pixels}: send a smaller one")
+    _check_size(image, max_pixels)
     try:
         image.load()
         orientation = _orientation(image)
@@ -57,6 +55,17 @@ def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except _FAILURES as error:
         raise BrokenImage(f"the {image.format} image does not decode ({_reason(error)}): it is cut or damaged, send it again") from error
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+def check_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
+    """An ImageError where the header alone tells that `read_image` would raise one."""
+    _check_size(_opened(data), max_pixels)
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageTooLarge(f"the image has {width}x{height} pixels, the limit is {max_pixels}: send a smaller one")
 
 
 def _opened(data: bytes) -> Image.Image:

@@ -1,18 +1,19 @@
 """Samples to pairs: decode in threads, encode in batches, reject what cannot be used, all in bounded memory."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
 import numpy as np
 
-from index_store.pairs import MAX_ID_BYTES, KeyKind, Pairs, Side
+from index_store.pairs import MAX_ID_BYTES, Id, KeyKind, Pairs, Side
+from index_store.steps import Reject, Step
 from models.clip import Encoded, Encoder
 from models.errors import ImageError
 from models.images import MAX_PIXELS, read_image
-from models.sources import Reject, Sample
+from models.samples import Sample
 
 AHEAD = 2  # batches being decoded while one is encoded: enough to hide the decoding, and the bound on memory
 
@@ -32,24 +33,53 @@ def encode_samples(
     max_pixels: int = MAX_PIXELS,
     on_reject: OnReject = lambda _: None,
     on_progress: OnProgress = lambda _: None,
+    seen: set[Id] | None = None,
 ) -> Iterator[Pairs]:
     """Blocks of encoded pairs in the order of the samples, their ids unique over all of them.
 
     kinds: what a search on each side will compare.  on_progress: told how many more samples were dealt with, rejects included.
+    seen: ids taken before, added to.
     """
     images = encode_images(
-        unique(samples), encoder, batch=batch, workers=workers, max_pixels=max_pixels, on_reject=on_reject, on_progress=on_progress
+        unique(samples, seen), encoder, batch=batch, workers=workers, max_pixels=max_pixels, on_reject=on_reject, on_progress=on_progress
     )
-    for kept, seen in images:
+    for kept, viewed in images:
         read = encode_texts([sample.caption for sample in kept], encoder)
         yield Pairs(
             ids=np.array([sample.id for sample in kept]),
-            image=seen.vectors,
+            image=viewed.vectors,
             text=read.vectors,
             records=[{**sample.metadata, "caption": sample.caption} for sample in kept],
-            image_key=seen.key("trunk") if kinds["image"] == "trunk" else None,
+            image_key=viewed.key("trunk") if kinds["image"] == "trunk" else None,
             text_key=read.key("trunk") if kinds["text"] == "trunk" else None,
         )
+
+
+def encode_steps(
+    samples: Iterable[Sample | Reject],
+    encoder: Encoder,
+    *,
+    kinds: Mapping[Side, KeyKind],
+    seen: set[Id],
+    skip: int = 0,
+    batch: int = 32,
+    workers: int = 2,
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[Step]:
+    """The same blocks as steps of a build.  skip: samples passed over, neither decoded nor encoded; their ids count as taken."""
+    stream = iter(samples)
+    seen.update(item.id for item in islice(stream, skip) if isinstance(item, Sample))
+    rejects, dealt = list[Reject](), list[int]()
+    blocks = encode_samples(
+        stream, encoder, kinds=kinds, batch=batch, workers=workers, max_pixels=max_pixels, on_reject=rejects.append,
+        on_progress=dealt.append, seen=seen,
+    )  # fmt: skip
+    for pairs in blocks:
+        yield Step(pairs, sum(dealt), tuple(rejects))
+        dealt.clear()
+        rejects.clear()
+    if dealt:
+        yield Step(None, sum(dealt), tuple(rejects))
 
 
 def encode_images(
@@ -74,9 +104,10 @@ def encode_images(
             kept, pixels, rows = _collect([item for item in chunk if not isinstance(item, Reject)], rejects)
             for reject in rejects:
                 on_reject(reject)
-            if kept:
-                yield kept, encoder.encode(np.stack(pixels), "image").take(rows)
-            on_progress(len(chunk))
+            encoded = encoder.encode(np.stack(pixels), "image").take(rows) if kept else None
+            on_progress(len(chunk))  # before the batch is given out: whoever holds it knows how many items it stands for
+            if encoded is not None:
+                yield kept, encoded
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -88,11 +119,11 @@ def encode_texts(captions: list[str], encoder: Encoder) -> Encoded:
     return read.take([column[caption] for caption in captions])
 
 
-def unique(samples: Iterable[Sample | Reject]) -> Iterator[Sample | Reject]:
-    """The same stream, with each sample whose id came before, or cannot be stored, turned into a Reject."""
-    seen = set[str]()
+def unique(samples: Iterable[Sample | Reject], seen: set[Id] | None = None) -> Iterator[Sample | Reject]:
+    """The same stream, with each sample whose id came before, or cannot be stored, turned into a Reject.  seen: ids, added to."""
+    seen = set() if seen is None else seen
     for item in samples:
-        reason = _unstorable(item.id, seen) if isinstance(item, Sample) else None
+        reason = unstorable(item.id, seen) if isinstance(item, Sample) else None
         if isinstance(item, Reject) or reason is None:
             yield item
         else:
@@ -101,7 +132,8 @@ def unique(samples: Iterable[Sample | Reject]) -> Iterator[Sample | Reject]:
             seen.add(item.id)
 
 
-def _unstorable(name: str, seen: set[str]) -> str | None:
+def unstorable(name: str, seen: Collection[Id]) -> str | None:
+    """Why no pair can have this id, None where one can."""
     if name in seen:
         return "its id came before: ids must be unique"
     try:

@@ -18,6 +18,7 @@ from tqdm import tqdm, trange
 
 from index_store.pairs import SIDES, KeyKind, Pairs, Side
 from index_store.snapshot import Snapshot
+from index_store.steps import Reject
 from index_store.store import Store
 from models.checkpoint import save_fusions
 from models.clip import Encoder
@@ -27,7 +28,7 @@ from models.fusion import Fusion, build_fusions
 from models.losses import reco_loss
 from models.prepare import encode_samples
 from models.reco import Reco
-from models.sources import Reject, read_samples
+from models.sources import read_samples
 from models.training_config import TERMS, EpisodeConfig, TrainConfig, expanded
 
 WARM_UP = 20  # steps

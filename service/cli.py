@@ -1,4 +1,4 @@
-"""`reco`: the command line's grammar. Each command is one function of `commands.py`, imported once the line is known to be right."""
+"""`reco`: the command line's grammar. Each command is one function of a module of this package, imported once the line is known right."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 
 EPILOG = """examples:
   reco serve                                              the bundled starter on 127.0.0.1:8000
-  reco memory build catalog photos/ --activate            a folder with a captions.csv
+  reco memory build catalog photos/ --activate            a folder with captions.csv, .jsonl or .parquet
   reco memory build catalog shards/*.tar --caption "a photo of {class}"
+  reco memory import catalog embeddings/ --model ViT-B-32 --pretrained laion2b_s34b_b79k
   reco eval classify test.tar --memory catalog            does it help on my data?
 Every flag of `serve` is also RECO_<FLAG> in the environment and a key of a TOML file (--config)."""
 
@@ -24,9 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("reco").setLevel(logging.INFO)
     try:
-        getattr(import_module("service.commands"), args.run)(args)
-    except KeyboardInterrupt:
-        print("reco: stopped; nothing half-made is left", file=sys.stderr)
+        module, _, run = args.run.rpartition(".")
+        getattr(import_module(f"service.{module or 'commands'}"), run)(args)
+    except KeyboardInterrupt as stop:
+        print(f"reco: {stop}" if stop.args else "reco: stopped; nothing half-made is left", file=sys.stderr)
         return 1
     except BrokenPipeError:
         return 0  # the reader, such as `head`, has seen enough
@@ -101,15 +103,8 @@ def _serve_parser(commands: Any) -> None:
 
 
 def _memory_parsers(commands: Any) -> None:
-    build = _with_settings(_command(commands, "build", "build", "encode image-text pairs into a new version"), "store", "model")
-    build.add_argument("name")
-    build.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help="webdataset .tar files, or folders with a captions.csv")
-    build.add_argument("--version", help="default: today and a letter")
-    build.add_argument("--caption", metavar="TEMPLATE", help="over the item's JSON fields or columns, such as 'a photo of {class}'")
-    build.add_argument("--image-key", choices=["vector", "trunk"], default="vector", help="what the image search compares (default vector)")
-    build.add_argument("--index", default="auto", metavar="auto|FACTORY", help="'auto', or a faiss factory string")
-    build.add_argument("--shard-pairs", type=int, default=1_000_000, metavar="N")
-    build.add_argument("--activate", action="store_true", help="make it the version that the next `reco serve` serves")
+    _build_parser(commands)
+    _import_parser(commands)
     _with_settings(_command(commands, "list", "list_memories", "all memories and versions"), "store")
     show = _with_settings(_command(commands, "show", "show", "one memory's manifest"), "store")
     verify = _with_settings(_command(commands, "verify", "verify", "read every byte of a version and answer its probe queries"), "store")
@@ -123,6 +118,38 @@ def _memory_parsers(commands: Any) -> None:
     activate = _with_settings(_command(commands, "activate", "activate", "choose the version to serve"), "store")
     activate.add_argument("ref", metavar="NAME@VERSION")
     activate.add_argument("--url", help="swap it in a running service as well, e.g. http://127.0.0.1:8000 (RECO_ADMIN_KEY is sent if set)")
+
+
+def _build_parser(commands: Any) -> None:
+    build = _with_settings(_command(commands, "build", "building.build", "encode image-text pairs into a new version"), "store", "model")
+    build.add_argument("name")
+    sources = "webdataset .tar files or folders of them, folders with captions.csv, .jsonl or .parquet, or finished versions"
+    build.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help=sources)
+    build.add_argument("--caption", metavar="TEMPLATE", help="over the item's JSON fields or columns, such as 'a photo of {class}'")
+    build.add_argument("--image-key", choices=["vector", "trunk"], default="vector", help="what the image search compares (default vector)")
+    _with_making(build)
+
+
+def _import_parser(commands: Any) -> None:
+    summary = "make a new version of embeddings in clip-retrieval's layout, or of another version"
+    parser = _with_settings(_command(commands, "import", "building.import_embeddings", summary), "store", "model")
+    parser.add_argument("name")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="holds img_emb/*.npy, text_emb/*.npy and metadata/*.parquet")
+    parser.add_argument("--id", metavar="COLUMN", help="of the metadata, that names a pair (default key, image_path, url, else its number)")
+    _with_making(parser)
+
+
+def _with_making(parser: argparse.ArgumentParser) -> None:
+    """What every way of making a version can be told."""
+    parser.add_argument("--version", help="default: today and a letter")
+    parser.add_argument("--index", default="auto", metavar="auto|FACTORY", help="'auto', or a faiss factory string")
+    parser.add_argument("--shard-pairs", type=int, default=1_000_000, metavar="N")
+    parser.add_argument(
+        "--dedup", type=float, metavar="COSINE", help="drop pairs whose image and text both come this near to an earlier one"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="count and estimate only, write nothing")
+    parser.add_argument("--fresh", action="store_true", help="begin anew where an interrupted run could be gone on from")
+    parser.add_argument("--activate", action="store_true", help="make it the version that the next `reco serve` serves")
 
 
 def _classify_parser(commands: Any) -> None:

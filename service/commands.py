@@ -7,11 +7,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import chain, islice
-from pathlib import Path
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from index_store import Store, StoreError
@@ -19,9 +18,10 @@ from service.errors import ServiceError, UsageError
 from service.settings import Settings, read
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from models.clip import Encoder
     from models.reco import Reco
-    from models.sources import Reject, Sample
 
 Args = argparse.Namespace
 
@@ -39,7 +39,7 @@ def info(args: Args) -> None:
     from importlib.metadata import version
 
     settings = read(vars(args), args.config)
-    encoder, store = _encoder(settings), Store(settings.store)
+    encoder, store = encoder_of(settings), Store(settings.store)
     packages = ("reco-serve", "torch", "torchvision", "open_clip_torch", "faiss-gpu" if sys.platform == "linux" else "faiss-cpu")
     print(
         json.dumps(
@@ -56,38 +56,6 @@ def info(args: Args) -> None:
             indent=2,
         )
     )
-
-
-def build(args: Args) -> None:
-    """reco memory build: encode the sources into one new version."""
-    from index_store import build_version
-    from models.prepare import encode_samples
-
-    settings = read(vars(args), args.config)
-    store = Store(settings.store)
-    version = args.version or store.next_version(args.name)
-    samples = list(args.sources)
-    total = _count(_samples(samples, args.caption))
-    encoder = _encoder(settings)
-    rejects: list[Reject] = []
-    kinds: Any = {"image": args.image_key, "text": "vector"}
-    with _progress(total, f"{args.name}@{version}") as done:
-        blocks = encode_samples(
-            _samples(samples, args.caption), encoder, kinds=kinds, batch=settings.max_batch, workers=settings.decode_workers,
-            max_pixels=settings.max_pixels, on_reject=rejects.append, on_progress=done,
-        )  # fmt: skip
-        manifest = build_version(
-            store, args.name, version, blocks, encoder=encoder.fingerprint, kinds=kinds, index=args.index, shard_pairs=args.shard_pairs,
-            source=lambda: {"sources": [source.name for source in samples], "rejected": len(rejects)},
-        )  # fmt: skip
-    print(f"{manifest.ref}: {manifest.pairs} pairs, index {manifest.index['recipe']}, {len(rejects)} rejected")
-    if rejects:
-        path = store.root / args.name / f"rejects-{version}.jsonl"
-        path.write_text("".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects), "utf-8")
-        print(f"what was rejected, and why: {path}")
-    if args.activate:
-        store.activate(args.name, version)
-        print(f"{manifest.ref} is what the next start serves; a running service swaps with `reco memory activate {manifest.ref} --url URL`")
 
 
 def list_memories(args: Args) -> None:
@@ -186,12 +154,13 @@ def train(args: Args) -> None:
 def classify(args: Args) -> None:
     """reco eval classify: how many are right, plain and enhanced."""
     from models.evaluate import classify as evaluate
-    from models.sources import Sample
+    from models.samples import Sample
+    from models.sources import read_all
     from models.starter import MEMORY
 
     settings = read(vars(args), args.config)
     template = f"{{{args.label}}}"
-    found = [sample.caption for sample in islice(_samples(args.sources, template), args.limit) if isinstance(sample, Sample)]
+    found = [sample.caption for sample in islice(read_all(args.sources, caption=template), args.limit) if isinstance(sample, Sample)]
     if not found:
         raise ServiceError(
             f"no image with the field {args.label!r} in {', '.join(source.name for source in args.sources)}: name it with --label"
@@ -202,28 +171,19 @@ def classify(args: Args) -> None:
 
         install_starter(store)
     snapshot = store.open(settings.memory or MEMORY, encoder=reco.encoder.fingerprint)
-    with _progress(len(found), "classify") as done:
+    with progress(len(found), "classify") as bar:
+        samples = islice(read_all(args.sources, caption=template), args.limit)
         report = evaluate(
-            reco, islice(_samples(args.sources, template), args.limit), snapshot, labels=sorted(set(found)), templates=args.templates,
-            k=args.k, label_field=args.label, on_progress=done,
+            reco, samples, snapshot, labels=sorted(set(found)), templates=args.templates, k=args.k, label_field=args.label,
+            on_progress=bar.update,
         )  # fmt: skip
     print(report.table())
     if args.json:
         args.json.write_text(json.dumps(asdict(report), indent=2) + "\n", "utf-8")
 
 
-def _samples(sources: Iterable[Path], caption: str | None) -> Iterator[Sample | Reject]:
-    from models.sources import read_samples
-
-    return chain.from_iterable(read_samples(source, caption=caption) for source in sources)
-
-
-def _count(items: Iterable[object]) -> int:
-    """How many, so that progress can tell the time left; reading the files once is quick beside encoding them."""
-    return sum(1 for _ in items)
-
-
-def _encoder(settings: Settings) -> Encoder:
+def encoder_of(settings: Settings) -> Encoder:
+    """The encoder that the settings name."""
     from models.clip import Encoder, EncoderSpec
 
     return Encoder.load(EncoderSpec(settings.model, settings.pretrained, settings.precision, settings.device))
@@ -282,10 +242,10 @@ def _answered(reply: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress(total: int, what: str) -> Iterator[Any]:
-    """A bar with rate and time left on a terminal, a log line now and then elsewhere; gives the function to call with each count."""
+def progress(total: int, what: str) -> Iterator[tqdm[Any]]:
+    """A bar with rate and time left on a terminal, a log line now and then elsewhere."""
     from tqdm import tqdm
 
     terminal = sys.stderr.isatty()
     with tqdm(total=total, desc=what, unit="item", mininterval=0.2 if terminal else 10, file=sys.stderr, ascii=not terminal) as bar:
-        yield bar.update
+        yield bar

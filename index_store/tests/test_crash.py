@@ -16,69 +16,21 @@ import pytest
 
 from index_store.errors import StoreBusy, StoreError, StoreUnwritable
 from index_store.store import Store
+from index_store.tests.nursery import ROOT, Nursery
 from index_store.tests.small import ENCODER, built, nothing_there, opened, some_pairs
 
-ROOT = Path(__file__).parents[2]
-
-
-NURSERY = """
-import os, sys
-from pathlib import Path
+BUILD = """
 from index_store.tests.small import built, part, some_pairs
 pairs = some_pairs(1500, 32)
 blocks = [part(pairs, slice(i, i + 100)) for i in range(0, 1500, 100)]
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        built(Path(line.strip()), blocks, index="IVF8,Flat", shard_pairs=500)
-        os._exit(0)
-    print(child, flush=True)
-    sys.stdin.readline()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+def build(root):
+    built(root, blocks, index="IVF8,Flat", shard_pairs=500)
 """
-
-
-class Nursery:
-    """Starts real builder processes, one at a time, without importing everything for each."""
-
-    def __init__(self) -> None:
-        single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a fork must not inherit half a thread pool
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", NURSERY],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **single},
-        )
-
-    def begin(self, root: Path) -> int:
-        """Start a builder in the store at `root`; its process id."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{root}\n")
-        self._process.stdin.flush()
-        return self._number()
-
-    def end(self) -> int:
-        """How that builder ended: 0, or minus the signal. Until asked, its process id stays its own."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return self._number()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-
-    def _number(self) -> int:
-        assert self._process.stdout is not None
-        return int(self._process.stdout.readline())
 
 
 @pytest.fixture
 def nursery() -> Iterator[Nursery]:
-    nursery = Nursery()
+    nursery = Nursery(BUILD)
     yield nursery
     nursery.close()
 

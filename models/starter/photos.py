@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from models.clip import Encoder
 from models.images import read_image
-from models.sources import Sample, read_samples
+from models.samples import Sample
+from models.sources import read_samples
 
 BATCH = 16  # the fastest for this trunk on two cores
 

@@ -6,6 +6,7 @@ from PIL import Image
 
 from index_store.pairs import Pairs
 from index_store.snapshot import Snapshot
+from index_store.steps import Reject
 from models.checkpoint import untrained_fusions
 from models.clip import Encoder
 from models.errors import DataError
@@ -13,7 +14,8 @@ from models.evaluate import ClassifyReport, Line, classify
 from models.images import read_image
 from models.prepare import encode_samples
 from models.reco import Reco
-from models.sources import Reject, Sample, read_samples
+from models.samples import Sample
+from models.sources import read_samples
 from models.tests.small import encoded_as, memory_of, picture, tar_of, unit
 
 LABELS = ["red", "green", "blue", "grey", "pink", "white"]

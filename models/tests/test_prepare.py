@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 
 from index_store.pairs import KeyKind, Side
+from index_store.steps import Reject
 from models.clip import Encoder
 from models.errors import ConfigError
 from models.prepare import AHEAD, encode_images, encode_samples, encode_texts, unique
-from models.sources import Reject, Sample, read_samples
+from models.samples import Sample
+from models.sources import read_samples
 from models.tests.small import encoded_as, memory_of, picture, tar_of
 
 KINDS: dict[Side, KeyKind] = {"image": "vector", "text": "vector"}

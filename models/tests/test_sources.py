@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from index_store.steps import Reject
 from models.errors import DataError
 from models.images import read_image
-from models.sources import CSV_NAME, Reject, Sample, read_samples
+from models.samples import Sample
+from models.sources import read_samples
 from models.tests.small import encoded_as, picture, tar_of
 
 JPG = encoded_as(picture(0), "JPEG")
@@ -178,7 +180,7 @@ def test_other_sources_are_refused(tmp_path: Path) -> None:
 
 def folder_of(path: Path, lines: str, **files: bytes) -> Path:
     path.mkdir()
-    (path / CSV_NAME).write_text(lines, encoding="utf-8")
+    (path / "captions.csv").write_text(lines, encoding="utf-8")
     for name, data in files.items():
         (path / f"{name}.jpg").write_bytes(data)
     return path
@@ -200,7 +202,7 @@ def test_ids_and_templates_come_from_columns(tmp_path: Path) -> None:
 def test_a_csv_without_its_columns_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"file \(or filepath\) and caption are needed"):
         read(folder_of(tmp_path / "f", "name,text\na.jpg,c\n"))
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no table of captions"):
         (tmp_path / "empty").mkdir()
         read(tmp_path / "empty")
 
@@ -226,7 +228,7 @@ def test_bad_lines_are_rejected_and_the_rest_read(tmp_path: Path) -> None:
 
 def test_a_csv_in_another_encoding_is_refused(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "f", "", a=JPG)
-    (source / CSV_NAME).write_bytes("file,caption\na.jpg,café\n".encode("latin-1"))
+    (source / "captions.csv").write_bytes("file,caption\na.jpg,café\n".encode("latin-1"))
     with pytest.raises(DataError, match="UTF-8"):
         read(source)
 
