@@ -30,6 +30,7 @@ from service.label_sets import LabelSets
 from service.labels import LabelSet
 from service.live import LiveMemories
 from service.metrics import Metrics, Stage
+from service.pulse import Pulse
 from service.ranking import Ranked, rank
 from service.recall import RecallSampler
 from service.recent import Recent, drift
@@ -39,8 +40,6 @@ from service.wire import Options
 from service.work import Query, Row, Work, answer
 
 log = logging.getLogger("reco")
-PULSE_S = 5.0  # an idle tower gets a real item this often, so that readiness speaks of the model and not of the clock
-STALE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +54,7 @@ class Answered:
 class Engine:
     """Opened once per process; what cannot be opened is refused in one line.
 
-    State: the counts of items admitted and not yet answered, each tower's last good batch, whether it is draining, the requests inside.
+    State: the counts of items admitted and not yet answered, whether it is draining, the requests inside.
     """
 
     def __init__(self, settings: Settings, reco: Reco, store: Store, metrics: Metrics) -> None:
@@ -87,7 +86,7 @@ class Engine:
         self._decoder = Decoder(encoder.preprocess, max_pixels=settings.max_pixels, workers=settings.decode_workers)
         self._batchers: dict[Side, Batcher[Work, Row]] = {"image": self._batcher("image"), "text": self._batcher("text")}
         self._admitted: dict[Side, int] = {"image": 0, "text": 0}
-        self._good_batch: dict[Side, float] = {"image": -STALE_S, "text": -STALE_S}
+        self._pulse = Pulse(self._test_item)
         self._tasks: list[asyncio.Task[None]] = []
         self.draining = False
         self.inside = 0  # requests let in and not yet answered; the gate counts
@@ -112,8 +111,8 @@ class Engine:
         """Serve batches until left; then answer what was admitted and let go."""
         self._tasks = [asyncio.create_task(batcher.serve()) for batcher in self._batchers.values()]
         for side in self._batchers:
-            await self._pulse(side)  # the first batch of each tower: warm before ready
-        background = [asyncio.create_task(self._keep_pulse()), asyncio.create_task(self._recall.run())]
+            await self._pulse.check(side)  # the first batch of each tower: warm before ready
+        background = [asyncio.create_task(self._pulse.keep()), asyncio.create_task(self._recall.run())]
         for name in self.memories.names():
             self.swaps.verify(name)
         try:
@@ -137,11 +136,7 @@ class Engine:
         """None, or why no traffic should come here."""
         if self.draining:
             return "shutting down"
-        now = time.monotonic()
-        for side, last in self._good_batch.items():
-            if now - last > STALE_S:
-                return f"no {side} batch has passed in the last {STALE_S:.0f} s"
-        return self.not_live() or self.memories.not_ready()
+        return self._pulse.stale() or self.not_live() or self.memories.not_ready()
 
     def default_snapshot(self) -> Snapshot | None:
         """What answers a request that names no memory, if anything does."""
@@ -235,7 +230,7 @@ class Engine:
             self.observe("retrieve", side, row.timings.retrieve)
             self.observe("fuse", side, row.timings.fuse)
         self.observe("encode", side, rows[0].timings.encode)
-        self._good_batch[side] = time.monotonic()
+        self._pulse.felt(side)
         return rows
 
     async def _embed(
@@ -290,25 +285,12 @@ class Engine:
         finally:
             self._admitted[side] -= items
 
-    async def _pulse(self, side: Side) -> None:
+    async def _test_item(self, side: Side, deadline: float) -> Sequence[object]:
         """One real item through the whole of one tower, a memory's search included where there is one."""
         encoder = self.reco.encoder
-        snapshot = self.default_snapshot()
         array = np.zeros((3, *encoder.image_size), np.uint8) if side == "image" else encoder.tokenize(["pulse"])[0]
-        work = Work(array, Query(snapshot, self.reco.k, np.inf, frozenset(), neighbors=False))
-        for outcome in await self._batchers[side].submit([work], time.monotonic() + STALE_S):
-            if isinstance(outcome, Exception):
-                log.error("the %s tower failed on its test item: %s", side, outcome)
-
-    async def _keep_pulse(self) -> None:
-        while True:
-            await asyncio.sleep(PULSE_S)
-            for side, last in self._good_batch.items():
-                if time.monotonic() - last > PULSE_S:
-                    try:
-                        await self._pulse(side)
-                    except QueueFull:
-                        log.warning("the %s queue is full: no room for the test item", side)
+        work = Work(array, Query(self.default_snapshot(), self.reco.k, np.inf, frozenset(), neighbors=False))
+        return await self._batchers[side].submit([work], deadline)
 
     @contextmanager
     def timed(self, stage: Stage, side: Side) -> Iterator[None]:
