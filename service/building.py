@@ -114,6 +114,8 @@ def import_embeddings(args: Args) -> None:
 
 def _carry_out(plan: Plan, encoding: Encoding) -> None:
     """Build it, or with --dry-run only say what would be built."""
+    if plan.args.keep is not None and plan.args.keep < 1:
+        raise UsageError(f"--keep {plan.args.keep}: at least 1, the version that is built")
     if plan.args.dry_run:
         from service.estimate import estimate
 
@@ -128,6 +130,9 @@ def _carry_out(plan: Plan, encoding: Encoding) -> None:
     if plan.args.activate:
         plan.store.activate(manifest.name, manifest.version)
         print(f"{manifest.ref} is what the next start serves; a running service swaps with `reco memory activate {manifest.ref} --url URL`")
+    if plan.args.keep is not None:
+        for version in plan.store.prune(manifest.name, plan.args.keep):
+            print(f"{manifest.name}@{version} is deleted: the newest {plan.args.keep} are kept, the current and the previous one aside")
 
 
 def _built(plan: Plan, tally: Tally) -> Manifest:

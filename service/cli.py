@@ -150,6 +150,9 @@ def _with_making(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="count and estimate only, write nothing")
     parser.add_argument("--fresh", action="store_true", help="begin anew where an interrupted run could be gone on from")
     parser.add_argument("--activate", action="store_true", help="make it the version that the next `reco serve` serves")
+    parser.add_argument(
+        "--keep", type=int, metavar="N", help="delete older versions but the newest N; the current and the previous one stay"
+    )
 
 
 def _classify_parser(commands: Any) -> None:

@@ -123,15 +123,8 @@ def compact(args: Args) -> None:
     store = Store(read(vars(args), args.config).store)
     editor = Editor.open(store, args.name, encoder=store.manifest(args.name).encoder)
     before = editor.snapshot
-    with _progress(len(before), f"compact {before.ref}") as done:
-        written = 0
-
-        def progress(now: int, _: int) -> None:
-            nonlocal written
-            done(now - written)
-            written = now
-
-        after = editor.compact(on_progress=progress)
+    with progress(len(before), f"compact {before.ref}") as bar:
+        after = editor.compact(on_progress=lambda done, _: bar.update(done - bar.n))
     editor.close()
     print(f"{after.ref}: {len(after)} pairs, with every edit of {before.ref}; it is what the next start serves")
 
