@@ -11,18 +11,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from index_store.columns import ShardWriter
-from index_store.durable import digest, replace_text, sync, writing
+from index_store.durable import digests, replace_text, sync, writing
 from index_store.errors import PairsRefused, StoreBusy, VersionExists
-from index_store.indexing import check_recipe, measure, recipe_for, write_index
+from index_store.indexing import check_recipe, index_version
 from index_store.manifest import FILE_NAME, Manifest
-from index_store.pairs import SIDES, Id, KeyKind, Pairs, Side
+from index_store.pairs import SIDES, KeyKind, Pairs, Side
 from index_store.probes import DEPTH
-from index_store.search import Fan
-from index_store.shard import Shard
+from index_store.seen import Seen
 from index_store.store import Store, plain, plain_version
+from index_store.verified import Sight, record
 
 LOCK = ".lock"  # held by the living builder; the kernel lets go when it dies, so a dead one's leftover is told apart
 
@@ -55,15 +53,18 @@ def build_version(
             version=version,
             encoder=encoder,
             **content.described(),
-            index={"recipe": recipe_for(index, content.shards[0]["pairs"], content.pairs), "probes": 0},
-            recall={"k": DEPTH, "floor": recall_floor, "image": 0.0, "text": 0.0},
-            files=_digests(work, content.files),
+            index={"asked": index},
+            recall={"k": DEPTH, "floor": recall_floor},
+            files={file: {} for file in content.files},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             parent=parent,
             source=dict(source() if callable(source) else source or {}),
         )
-        manifest = _measured(work, draft)
-        _publish(work, manifest)
+        indexed, written = index_version(work, draft)
+        names = [*content.files, *written]
+        sight = Sight.of(work, names)
+        manifest = dataclasses.replace(indexed, files=digests(work, names))
+        _publish(work, manifest, sight)
     return manifest
 
 
@@ -88,14 +89,14 @@ class _Content:
 
 
 def _write_shards(work: Path, blocks: Iterable[Pairs], kinds: Mapping[Side, KeyKind], index: str, shard_pairs: int) -> _Content:
-    """Stream the blocks into shards of at most `shard_pairs` rows, then index each shard."""
-    content, seen = None, set[Id]()
+    """Stream the blocks into shards of at most `shard_pairs` rows."""
+    content, seen = None, Seen()
     writer: ShardWriter | None = None
     try:
         for block in blocks:
             if not len(block):
                 continue
-            _refuse_repeats(block, seen)
+            seen.add(block.ids)
             content = _agreeing(block, kinds, content, index)
             for rows in _cuts(len(block), (writer.pairs if writer else 0), shard_pairs):
                 if writer is None:
@@ -111,25 +112,12 @@ def _write_shards(work: Path, blocks: Iterable[Pairs], kinds: Mapping[Side, KeyK
     finally:
         if writer is not None:
             writer.abandon()
-    for number, shard in enumerate(content.shards):
-        recipe = recipe_for(index, shard["pairs"], content.pairs)
-        content.files += _write_indexes(work / shard["folder"], content, recipe, last=0 < number == len(content.shards) - 1)
     return content
 
 
 def _close_shard(writer: ShardWriter, content: _Content) -> None:
     content.files += writer.finish()
     content.shards.append({"folder": writer.folder, "pairs": writer.pairs})
-
-
-def _write_indexes(path: Path, content: _Content, recipe: str, *, last: bool) -> list[str]:
-    """One index per side of one shard; the names written."""
-    names = []
-    for side in SIDES:
-        file = f"{side}.npy" if content.keys[side]["kind"] == "vector" else f"{side}_key.npy"
-        keys = np.asarray(np.load(path / file, mmap_mode="r", allow_pickle=False))
-        names += write_index(path, side, keys, recipe, may_stay_flat=last)
-    return names
 
 
 def _agreeing(block: Pairs, kinds: Mapping[Side, KeyKind], content: _Content | None, index: str) -> _Content:
@@ -141,7 +129,7 @@ def _agreeing(block: Pairs, kinds: Mapping[Side, KeyKind], content: _Content | N
             raise PairsRefused(f"the search on {side} is to compare {kinds[side]} keys, but own keys {given} given: change one of the two")
     found = _Content(block.image.shape[1], keys, block.ids.dtype.kind)
     if content is None:
-        check_recipe(recipe_for(index, 1, 1), [keys[side]["dim"] for side in SIDES])
+        check_recipe(index, [keys[side]["dim"] for side in SIDES])
         return found
     for what in ("dim", "keys", "id_kind"):
         if getattr(found, what) != getattr(content, what):
@@ -149,13 +137,6 @@ def _agreeing(block: Pairs, kinds: Mapping[Side, KeyKind], content: _Content | N
                 f"a block has {what} {getattr(found, what)}, those before it {getattr(content, what)}: one memory, one kind of pairs"
             )
     return content
-
-
-def _refuse_repeats(block: Pairs, seen: set[Id]) -> None:
-    for name in block.ids.tolist():
-        if name in seen:
-            raise PairsRefused(f"id {name!r} comes twice: every pair needs its own")
-        seen.add(name)
 
 
 def _cuts(pairs: int, filled: int, shard_pairs: int) -> Iterator[slice]:
@@ -167,27 +148,11 @@ def _cuts(pairs: int, filled: int, shard_pairs: int) -> Iterator[slice]:
         start, filled = stop, 0
 
 
-def _measured(work: Path, draft: Manifest) -> Manifest:
-    """Open the shards as a reader would, sample probe queries, and settle how many lists a search visits."""
-    shards = [Shard(work, shard["folder"], shard["pairs"], draft) for shard in draft.shards]
-    fans = {side: Fan(shards, side) for side in SIDES}
-    probes, recall, questions = measure(fans, draft.recall["floor"], draft.index["recipe"])
-    with writing("probes"):
-        names = [name for side in SIDES for name in questions[side].write(work, side)]
-    return dataclasses.replace(
-        draft,
-        index={**draft.index, "probes": probes},
-        recall={**draft.recall, "k": min(DEPTH, draft.pairs), "image": recall["image"], "text": recall["text"]},
-        files={**draft.files, **_digests(work, names)},
-    )
+def _publish(work: Path, manifest: Manifest, sight: Sight) -> None:
+    """Everything onto the disk, the manifest last, then the one rename that makes the version exist.
 
-
-def _digests(work: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    return {name: digest(work / name) for name in names}
-
-
-def _publish(work: Path, manifest: Manifest) -> None:
-    """Everything onto the disk, the manifest last, then the one rename that makes the version exist."""
+    sight: of the files just before their digests were taken, so that the first opening need not read them again.
+    """
     with writing(manifest.ref):
         for name in manifest.files:
             sync(work / name)
@@ -199,6 +164,7 @@ def _publish(work: Path, manifest: Manifest) -> None:
         sync(finished.parent)
         with suppress(OSError):  # no part of the version: it may as well stay
             (finished / LOCK).unlink()
+        record(finished, manifest, sight)
 
 
 @contextmanager

@@ -3,15 +3,16 @@
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from index_store.durable import replace_text, writing
+from index_store.durable import READ_THREADS, replace_text, writing
 from index_store.errors import DamagedVersion, NameRefused, StoreUnwritable, UnknownMemory, UnknownVersion
 from index_store.manifest import FILE_NAME, Manifest, read_manifest
 from index_store.snapshot import Snapshot
+from index_store.verified import verify
 
 CURRENT = "CURRENT"  # first line the version that serves, second line the one before it
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
@@ -58,9 +59,14 @@ class Store:
         """The manifest alone, files unchecked: for lists and tables."""
         return read_manifest(self.path(name, self.current(name) if version is None else version))
 
-    def open(self, name: str, version: str | None = None, *, encoder: str) -> Snapshot:
-        """A verified snapshot of a version, the current one where none is named."""
-        return Snapshot.open(self.path(name, self.current(name) if version is None else version), encoder=encoder)
+    def open(self, name: str, version: str | None = None, *, encoder: str, devices: Sequence[int] = ()) -> Snapshot:
+        """A verified snapshot of a version, the current one where none is named.  devices: GPUs to clone its indexes to."""
+        return Snapshot.open(self.path(name, self.current(name) if version is None else version), encoder=encoder, devices=devices)
+
+    def verify(self, name: str, version: str, *, threads: int = READ_THREADS) -> None:
+        """Read every byte of a version; DamagedVersion names each file that differs, and where. Gigabytes take seconds."""
+        path = self.path(name, version)
+        verify(path, read_manifest(path), threads=threads)
 
     def activate(self, name: str, version: str) -> None:
         """Make a version the current one, in one step; the one it replaces becomes the previous."""

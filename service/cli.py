@@ -1,4 +1,4 @@
-"""`reco`: the command line's grammar. Each command is one function of `commands.py`, imported once the line is known to be right."""
+"""`reco`: the command line's grammar. Each command is one function of a module of this package, imported once the line is known right."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("reco").setLevel(logging.INFO)
     try:
-        getattr(import_module("service.commands"), args.run)(args)
+        module, _, run = args.run.rpartition(".")
+        getattr(import_module(f"service.{module or 'commands'}"), run)(args)
     except KeyboardInterrupt:
         print("reco: stopped; nothing half-made is left", file=sys.stderr)
         return 1
@@ -109,10 +110,14 @@ def _memory_parsers(commands: Any) -> None:
     build.add_argument("--image-key", choices=["vector", "trunk"], default="vector", help="what the image search compares (default vector)")
     build.add_argument("--index", default="auto", metavar="auto|FACTORY", help="'auto', or a faiss factory string")
     build.add_argument("--shard-pairs", type=int, default=1_000_000, metavar="N")
+    build.add_argument("--recall-floor", type=float, default=0.99, metavar="R", help="recall@10 that the index must reach (default 0.99)")
     build.add_argument("--activate", action="store_true", help="make it the version that the next `reco serve` serves")
-    _with_settings(_command(commands, "list", "list_memories", "all memories and versions"), "store")
-    show = _with_settings(_command(commands, "show", "show", "one memory's manifest"), "store")
-    verify = _with_settings(_command(commands, "verify", "verify", "read every byte of a version and answer its probe queries"), "store")
+    _with_settings(_command(commands, "list", "inspecting.list_memories", "all memories and versions"), "store")
+    show = _with_settings(_command(commands, "show", "inspecting.show", "what one version holds, takes and finds"), "store")
+    show.add_argument("--json", action="store_true", help="print its manifest instead")
+    show.add_argument("--plot", type=Path, metavar="FILE.png", help="draw recall against latency as measured at the build")
+    summary = "read every byte of a version and answer its probe queries"
+    verify = _with_settings(_command(commands, "verify", "inspecting.verify", summary), "store")
     for parser in (show, verify):
         parser.add_argument("ref", metavar="NAME[@VERSION]")
     activate = _with_settings(_command(commands, "activate", "activate", "choose the version to serve"), "store")
