@@ -6,19 +6,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from index_store.durable import digest, replace_text, sync, writing
-from index_store.filling import Content, Filling, fill, fill_from
-from index_store.indexing import measure, recipe_for, write_index
+from index_store.durable import digests, replace_text, sync, writing
+from index_store.filling import Filling, fill, fill_from
+from index_store.indexing import index_version
 from index_store.ledger import unfinished_version
 from index_store.manifest import FILE_NAME, Manifest
-from index_store.pairs import SIDES, KeyKind, Pairs, Side
+from index_store.pairs import KeyKind, Pairs, Side
 from index_store.probes import DEPTH
-from index_store.search import Fan
-from index_store.shard import Shard
 from index_store.steps import Job
 from index_store.store import Store, plain, plain_version
+from index_store.verified import Sight, record
 from index_store.workplace import forget_notes, workplace
 
 
@@ -49,21 +46,23 @@ def build_version(
     with workplace(store.root / plain(name), version) as work:
         filling = Filling(work, kinds, index, shard_pairs)
         content = fill_from(filling, blocks, job, version) if isinstance(blocks, Job) else fill(filling, blocks)
-        _index_shards(work, content, index)
         draft = Manifest(
             name=name,
             version=version,
             encoder=encoder,
             **content.described(),
-            index={"recipe": recipe_for(index, content.shards[0]["pairs"], content.pairs), "probes": 0},
-            recall={"k": DEPTH, "floor": recall_floor, "image": 0.0, "text": 0.0},
-            files=_digests(work, content.files),
+            index={"asked": index},
+            recall={"k": DEPTH, "floor": recall_floor},
+            files={file: {} for file in content.files},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             parent=parent,
             source=dict(source() if callable(source) else source or {}),
         )
-        manifest = _measured(work, draft)
-        _publish(work, manifest)
+        indexed, written = index_version(work, draft)
+        names = [*content.files, *written]
+        sight = Sight.of(work, names)
+        manifest = dataclasses.replace(indexed, files=digests(work, names))
+        _publish(work, manifest, sight)
     return manifest
 
 
@@ -72,44 +71,11 @@ def _chosen(store: Store, name: str, job: str) -> str:
     return unfinished_version(store.root / plain(name), job) or store.next_version(name)
 
 
-def _index_shards(work: Path, content: Content, index: str) -> None:
-    """Index every shard; one that an earlier run left is made again."""
-    for number, shard in enumerate(content.shards):
-        recipe = recipe_for(index, shard["pairs"], content.pairs)
-        content.files += _write_indexes(work / shard["folder"], content, recipe, last=0 < number == len(content.shards) - 1)
+def _publish(work: Path, manifest: Manifest, sight: Sight) -> None:
+    """Everything onto the disk, the manifest last, then the one rename that makes the version exist.
 
-
-def _write_indexes(path: Path, content: Content, recipe: str, *, last: bool) -> list[str]:
-    """One index per side of one shard; the names written."""
-    names = []
-    for side in SIDES:
-        file = f"{side}.npy" if content.keys[side]["kind"] == "vector" else f"{side}_key.npy"
-        keys = np.asarray(np.load(path / file, mmap_mode="r", allow_pickle=False))
-        names += write_index(path, side, keys, recipe, may_stay_flat=last)
-    return names
-
-
-def _measured(work: Path, draft: Manifest) -> Manifest:
-    """Open the shards as a reader would, sample probe queries, and settle how many lists a search visits."""
-    shards = [Shard(work, shard["folder"], shard["pairs"], draft) for shard in draft.shards]
-    fans = {side: Fan(shards, side) for side in SIDES}
-    probes, recall, questions = measure(fans, draft.recall["floor"], draft.index["recipe"])
-    with writing("probes"):
-        names = [name for side in SIDES for name in questions[side].write(work, side)]
-    return dataclasses.replace(
-        draft,
-        index={**draft.index, "probes": probes},
-        recall={**draft.recall, "k": min(DEPTH, draft.pairs), "image": recall["image"], "text": recall["text"]},
-        files={**draft.files, **_digests(work, names)},
-    )
-
-
-def _digests(work: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    return {name: digest(work / name) for name in names}
-
-
-def _publish(work: Path, manifest: Manifest) -> None:
-    """Everything onto the disk, the manifest last, then the one rename that makes the version exist."""
+    sight: of the files just before their digests were taken, so that the first opening need not read them again.
+    """
     with writing(manifest.ref):
         for name in manifest.files:
             sync(work / name)
@@ -120,3 +86,4 @@ def _publish(work: Path, manifest: Manifest) -> None:
         work.rename(finished)
         sync(finished.parent)
     forget_notes(finished)
+    record(finished, manifest, sight)

@@ -16,7 +16,7 @@ from index_store.store import Store
 
 SHARD_PAIRS = 1_000_000
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,6 +10,7 @@
     ├── PairsRefused           rows that no memory may hold: misaligned, not unit, not finite, ids twice
     ├── QueryRefused           a search that this memory cannot answer: width, k, not finite
     ├── RecipeRefused          faiss cannot make such an index of these rows
+    ├── DeviceRefused          a GPU that is not there, or has no room for a shard
     ├── RecallTooLow           the index misses too many of the exact answers
     ├── StoreBusy              another process is building this very version
     └── StoreUnwritable        no permission, or no room left, where the store lies
@@ -56,6 +57,10 @@ class QueryRefused(StoreError):
 
 class RecipeRefused(StoreError):
     """The index recipe is not one that faiss can build from these rows."""
+
+
+class DeviceRefused(StoreError):
+    """A GPU is asked for that faiss does not see, or that has no room for an index."""
 
 
 class RecallTooLow(StoreError):

@@ -8,9 +8,10 @@ from typing import Any
 
 from index_store.columns import ShardWriter
 from index_store.errors import PairsRefused, StoreUnwritable
-from index_store.indexing import check_recipe, recipe_for
+from index_store.indexing import check_recipe
 from index_store.ledger import Ledger, Progress, done_of, earlier_progress, id_array, keep_only, read_ids
-from index_store.pairs import SIDES, Id, KeyKind, Pairs, Side
+from index_store.pairs import SIDES, KeyKind, Pairs, Side
+from index_store.seen import Seen
 from index_store.steps import Job, Step
 from index_store.workplace import clear, rejects_file
 
@@ -43,14 +44,14 @@ class Filling:
         self._kinds, self._index, self._shard_pairs = kinds, index, shard_pairs
         self._content: Content | None = None
         self._writer: ShardWriter | None = None
-        self._seen = set[Id]()
+        self._seen = Seen()
 
     def go_on(self, earlier: Progress) -> None:
         """Take over the rows of an earlier run."""
         _check_index(self._index, earlier.keys)
         self._content = Content(earlier.dim, earlier.keys, earlier.id_kind, list(earlier.shards), list(earlier.files))
         ids = read_ids(self.work, earlier.pairs)
-        self._seen.update(ids)
+        self._seen.add(id_array(ids, earlier.id_kind))
         if earlier.filled:
             last = id_array(ids[-earlier.filled :], earlier.id_kind)
             self._writer = ShardWriter(self.work, earlier.open_folder, earlier.dim, earlier.keys, last)
@@ -59,7 +60,7 @@ class Filling:
         """Store one block, which must be of the same kind as those before it."""
         if not len(block):
             return
-        self._refuse_repeats(block)
+        self._seen.add(block.ids)
         self._content = content = _agreeing(block, self._kinds, self._content, self._index)
         for rows in _cuts(len(block), (self._writer.pairs if self._writer else 0), self._shard_pairs):
             if self._writer is None:
@@ -99,12 +100,6 @@ class Filling:
         content.files += writer.finish()
         content.shards.append({"folder": writer.folder, "pairs": writer.pairs})
         self._writer = None
-
-    def _refuse_repeats(self, block: Pairs) -> None:
-        for name in block.ids.tolist():
-            if name in self._seen:
-                raise PairsRefused(f"id {name!r} comes twice: every pair needs its own")
-            self._seen.add(name)
 
 
 def fill(filling: Filling, blocks: Iterable[Pairs]) -> Content:
@@ -189,7 +184,7 @@ def _agreeing(block: Pairs, kinds: Mapping[Side, KeyKind], content: Content | No
 
 def _check_index(index: str, keys: Mapping[Side, Mapping[str, Any]]) -> None:
     """Refuse a recipe before hours of encoding rather than after."""
-    check_recipe(recipe_for(index, 1, 1), [keys[side]["dim"] for side in SIDES])
+    check_recipe(index, [keys[side]["dim"] for side in SIDES])
 
 
 def _cuts(pairs: int, filled: int, shard_pairs: int) -> Iterator[slice]:

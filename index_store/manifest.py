@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from index_store.durable import BLOCK_BYTES, CRC_DIGITS
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, UnknownVersion
 from index_store.pairs import SIDES, KeyKind, Side
 
-FORMAT = 1
+FORMAT = 2
 FILE_NAME = "manifest.json"
 SEAL = "sha256"  # the manifest's own digest, over its canonical text without this field
 
@@ -21,8 +22,8 @@ class Manifest:
     """What a version is and what every one of its files must be.
 
     encoder: fingerprint "label@digest".  dim: D.  keys: {side: {"kind", "dim": Dk}}.  pairs: N.
-    shards: [{"folder", "pairs"}] in row order.  index: {"recipe", "probes"}; probes is 0 where the recipe has no lists.
-    recall: {"k", "floor", "image", "text"} as measured at build.  files: {relative path: {"sha256", "bytes"}}.
+    shards: [{"folder", "pairs"}] in row order.  index: {"asked", "recipe", "probes", "curve"}; probes is 0 where the recipe has no lists.
+    recall: {"k", "floor", "image", "text"} as measured at build.  files: {relative path: {"sha256", "bytes", "crc32"}}.
     created: UTC, ISO 8601.  source: the builder's own JSON, such as counts and rejects.
     """
 
@@ -46,6 +47,13 @@ class Manifest:
         """The one way a version is named in replies, logs and commands: name@version."""
         return f"{self.name}@{self.version}"
 
+    @property
+    def bytes(self) -> dict[str, int]:
+        """What serving it takes, by tier: "mapped" files that the system pages in and out, "resident" rows of flat searches, float32."""
+        flat = [(shard, side) for shard in self.shards for side in SIDES if f"{shard['folder']}/{index_file(side)}" not in self.files]
+        resident = sum(4 * shard["pairs"] * self.key_dim(side) for shard, side in flat)
+        return {"mapped": sum(file["bytes"] for file in self.files.values()), "resident": resident}
+
     def key_kind(self, side: Side) -> KeyKind:
         """What a query on `side` must be: a CLIP vector, or the tower's features before projection."""
         kind: KeyKind = self.keys[side]["kind"]
@@ -55,12 +63,6 @@ class Manifest:
         """Dk of one side."""
         return int(self.keys[side]["dim"])
 
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes that opening it takes and keeps: float32 rows of every flat side. Everything else is mapped."""
-        sides = [(shard, side) for shard in self.shards for side in SIDES if f"{shard['folder']}/{side}.faiss" not in self.files]
-        return sum(4 * shard["pairs"] * self.key_dim(side) for shard, side in sides)
-
     def to_json(self) -> str:
         """The canonical text, sealed with its own digest: another text of the same content is refused."""
         fields = json.loads(_canonical({entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}))
@@ -68,16 +70,15 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Read strictly: a newer format is IncompatibleSnapshot, any byte that to_json would not have written DamagedVersion."""
+        """Read strictly: another format is IncompatibleSnapshot, any byte that to_json would not have written DamagedVersion."""
         try:
             fields = json.loads(text)
             found = fields["format"]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DamagedVersion(f"{FILE_NAME} is not a manifest ({error}): restore or rebuild the version".replace("\n", " ")) from error
-        if type(found) is int and found > FORMAT:
-            raise IncompatibleSnapshot(
-                f"{FILE_NAME} has format {found}, this program reads up to {FORMAT}: upgrade it, or rebuild the version"
-            )
+        if type(found) is int and found != FORMAT and found > 0:
+            remedy = "upgrade it, or rebuild the version" if found > FORMAT else "build the version again from its source"
+            raise IncompatibleSnapshot(f"{FILE_NAME} has format {found}, this program reads format {FORMAT}: {remedy}")
         try:
             seal = fields.pop(SEAL)
             if seal != _digest(fields) or text != _canonical({**fields, SEAL: seal}):
@@ -99,9 +100,17 @@ class Manifest:
         for side in SIDES:
             if self.key_kind(side) not in get_args(KeyKind) or self.key_dim(side) < 1:
                 raise ValueError(f"{side} keys {dict(self.keys[side])}")
+        for path, file in self.files.items():
+            if len(file["crc32"]) != CRC_DIGITS * -(-file["bytes"] // BLOCK_BYTES):
+                raise ValueError(f"{file['bytes']} bytes of {path}, but {len(file['crc32'])} digits of crc32")
         for path in [*self.files, *(shard["folder"] for shard in self.shards)]:
             if path.startswith("/") or "\\" in path or any(part in ("", ".", "..") for part in path.split("/")):
                 raise ValueError(f"path {path!r}")
+
+
+def index_file(side: Side) -> str:
+    """The index of one side in a shard's folder; a shard without this file is searched flat, straight from its rows."""
+    return f"{side}.faiss"
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import faiss
 import numpy as np
 
 from index_store.errors import DamagedVersion
 from index_store.manifest import Manifest
 from index_store.pairs import Side
 from index_store.search import Fan
+from index_store.shard import BLOCK_ROWS
 
 FOLDER = "probes"
 COUNT = 256
@@ -32,15 +34,25 @@ class Probes:
         keys = fan.take(rows, lambda shard: shard.keys[fan.side]).astype(np.float32)  # (P, Dk)
         step = _unit(rng.standard_normal(keys.shape).astype(np.float32))
         queries = _unit(keys + NOISE * step).astype(np.float16)
-        return cls(queries, fan.scan(queries.astype(np.float32), min(DEPTH, fan.pairs)).scores)
+        return cls(queries, _exact(fan, queries.astype(np.float32), min(DEPTH, fan.pairs)))
 
-    def recall(self, fan: Fan, probes: int) -> float:
-        """Share of the exact answers that the index finds, judged by the true scores of the rows it names."""
-        queries, k = self.queries.astype(np.float32), self.scores.shape[1]
-        hits = fan.search(queries, k, probes)
+    @property
+    def depth(self) -> int:
+        """k, how many of the best each query must find."""
+        return int(self.scores.shape[1])
+
+    def found(self, fan: Fan, probes: int) -> np.ndarray:
+        """(P,) share of each query's exact answers that the index finds, judged by the true scores of the rows it names."""
+        queries = self.queries.astype(np.float32)
+        hits = fan.search(queries, self.depth, probes)
         keys = fan.take(np.maximum(hits.rows, 0).ravel(), lambda shard: shard.keys[fan.side]).astype(np.float32)
         true = np.einsum("pkd,pd->pk", keys.reshape(*hits.rows.shape, -1), queries)  # (P, k)
-        return float(np.mean(hits.mask & (true >= self.scores[:, -1:] - TIE)))
+        share: np.ndarray = np.mean(hits.mask & (true >= self.scores[:, -1:] - TIE), axis=1)
+        return share
+
+    def recall(self, fan: Fan, probes: int) -> float:
+        """The mean of what each query finds."""
+        return float(self.found(fan, probes).mean())
 
     def write(self, root: Path, side: Side) -> list[str]:
         """Store them under `root`; the relative paths written."""
@@ -56,6 +68,17 @@ class Probes:
         count, depth = min(COUNT, manifest.pairs), manifest.recall["k"]
         queries = _load(root, f"{FOLDER}/{side}.npy", (count, manifest.key_dim(side)), manifest)
         return cls(queries, _load(root, f"{FOLDER}/{side}_scores.npy", (count, depth), manifest))
+
+
+def _exact(fan: Fan, queries: np.ndarray, k: int) -> np.ndarray:
+    """(P, k) float32, the best scores of each query among all rows, compared block by block.  queries: (P, Dk) float32."""
+    best = np.empty((len(queries), 0), np.float32)
+    for shard in fan.shards:
+        for start in range(0, shard.pairs, BLOCK_ROWS):
+            rows = shard.keys[fan.side][start : start + BLOCK_ROWS].astype(np.float32)
+            scores, _ = faiss.knn(queries, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
+            best = -np.sort(-np.hstack([best, scores]), axis=1)[:, :k]
+    return best
 
 
 def _load(root: Path, name: str, shape: tuple[int, int], manifest: Manifest) -> np.ndarray:

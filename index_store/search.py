@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
 import faiss
 import numpy as np
 
+from index_store.clones import Abreast, Clone
 from index_store.hits import ABSENT, Hits, Part, Searched, best
 from index_store.limits import Limits
 from index_store.pairs import Side
@@ -24,10 +26,13 @@ class Fan:
         self.rows = self.pairs = int(self.starts[-1])
         self.width = shards[0].keys[side].shape[1]
         self._index = _joined([shard.indexes[side] for shard in shards])
-        self._wrapped = any(isinstance(shard.indexes[side], faiss.IndexPreTransform) for shard in shards)
+        self._cloned = isinstance(shards[0].indexes[side], Clone)
+        self._wrapped = any(_wraps(shard.indexes[side]) for shard in shards)
 
     def search(self, queries: np.ndarray, k: int, probes: int) -> Hits:
         """What the indexes find.  queries: (B, Dk) float32.  probes: lists visited per query, 0 where a recipe has none."""
+        if self._cloned and k > WIDEST_SEARCH:
+            return self.scan(queries, k)
         scores, rows = self._index.search(queries, k, params=self._parameters(probes))  # (B, k), (B, k)
         return Hits(rows, scores)
 
@@ -153,10 +158,19 @@ def _settle(hits: Hits, chosen: np.ndarray, found: Hits, limits: Limits, fan: Se
     return settled
 
 
-def _joined(indexes: Sequence[faiss.Index]) -> faiss.Index:
+def _wraps(index: faiss.Index | Clone) -> bool:
+    """True where search parameters have to reach through a transform."""
+    return index.wrapped if isinstance(index, Clone) else isinstance(index, faiss.IndexPreTransform)
+
+
+def _joined(indexes: Sequence[Any]) -> faiss.Index | Clone | Abreast:
     """One index as it is; several side by side, searched in parallel, rows numbered through."""
     if len(indexes) == 1:
-        return indexes[0]
+        only: faiss.Index | Clone = indexes[0]
+        return only
+    clones = [index for index in indexes if isinstance(index, Clone)]
+    if clones:
+        return Abreast(clones)
     joined = faiss.IndexShards(indexes[0].d, True)  # threaded; successive_ids is its default
     for index in indexes:
         joined.add_shard(index)

@@ -8,25 +8,27 @@ from typing import Any
 import faiss
 import numpy as np
 
+from index_store.clones import Clone, Owner
 from index_store.errors import DamagedVersion
-from index_store.manifest import Manifest
-from index_store.pairs import SIDES, Side
+from index_store.manifest import Manifest, index_file
+from index_store.pairs import SIDES, KeyKind, Side
 
 BLOCK_ROWS = 65_536  # rows converted to float32 at a time: 128 MiB at D = 512
 
 
-def index_file(side: Side) -> str:
-    """The index of one side; a shard without this file is searched flat, straight from its rows."""
-    return f"{side}.faiss"
+def keys_file(side: Side, kind: KeyKind) -> str:
+    """The rows that a search on one side compares: the vectors themselves, or keys of their own."""
+    return f"{side}.npy" if kind == "vector" else f"{side}_key.npy"
 
 
 class Shard:
     """Rows start..start+N of a memory. Opened whole and consistent with its manifest, or not at all.
 
-    ids: (N,) int64 or UTF-8 bytes.  values, keys: per side (N, D) and (N, Dk) float16, mapped.  indexes: per side.
+    ids: (N,) int64 or UTF-8 bytes.  values, keys: per side (N, D) and (N, Dk) float16, mapped.  indexes: per side,
+    cloned to the device of `owner` where one is given.
     """
 
-    def __init__(self, root: Path, folder: str, pairs: int, manifest: Manifest) -> None:
+    def __init__(self, root: Path, folder: str, pairs: int, manifest: Manifest, *, owner: Owner | None = None) -> None:
         self._root, self._folder, self._manifest = root, folder, manifest
         self.pairs = pairs
         self.ids = self._rows("ids.npy", (pairs,))
@@ -35,13 +37,14 @@ class Shard:
         self.keys = {side: self._keys(side) for side in SIDES}
         self._offsets = self._rows("records.npy", (pairs + 1,))
         self._records = self._read("records.jsonl", lambda path: np.asarray(np.memmap(path, np.uint8, mode="r")))
-        self.indexes = {side: self._index(side) for side in SIDES}
+        self.indexes: dict[Side, Any] = {side: self._index(side) for side in SIDES}
+        if owner is not None:
+            self.indexes = {side: Clone(index, owner) for side, index in self.indexes.items()}
         self._check()
 
     def resident_bytes(self) -> int:
-        """Bytes held in memory of the process: the flat indexes. Everything else is mapped."""
-        flat = [side for side in SIDES if f"{self._folder}/{index_file(side)}" not in self._manifest.files]
-        return sum(4 * self.pairs * self._manifest.key_dim(side) for side in flat)
+        """Bytes held in memory of the process: the flat indexes. Everything else is mapped, or on a device."""
+        return sum(4 * index.ntotal * index.d for index in self.indexes.values() if isinstance(index, faiss.IndexFlat))
 
     def record(self, row: int) -> dict[str, Any]:
         """The caption and metadata of one row, read from disk now."""
@@ -58,7 +61,7 @@ class Shard:
     def _keys(self, side: Side) -> np.ndarray:
         if self._manifest.key_kind(side) == "vector":
             return self.values[side]
-        return self._rows(f"{side}_key.npy", (self.pairs, self._manifest.key_dim(side)))
+        return self._rows(keys_file(side, self._manifest.key_kind(side)), (self.pairs, self._manifest.key_dim(side)))
 
     def _rows(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """Map one array; its shape must be the one that the manifest implies."""

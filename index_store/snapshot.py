@@ -5,14 +5,14 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from index_store.durable import digest
-from index_store.errors import DamagedVersion, IncompatibleSnapshot, QueryRefused, RecallTooLow
+from index_store.clones import Owner
+from index_store.errors import IncompatibleSnapshot, QueryRefused, RecallTooLow
 from index_store.hits import Hits, Searched
 from index_store.limits import limits_of
 from index_store.manifest import Manifest, read_manifest, same_encoder
@@ -22,8 +22,8 @@ from index_store.probes import DEPTH, Probes
 from index_store.search import Fan, nearest
 from index_store.shard import Shard
 from index_store.tail import Edited, Tail
+from index_store.verified import verify
 
-VERIFY_THREADS = 4  # sha256 releases the interpreter lock; more threads than this wait for the disk
 BLOCK = 8_192  # pairs handed out at a time: 40 MB at D = 512
 
 _living: "weakref.WeakSet[Snapshot]" = weakref.WeakSet()
@@ -48,18 +48,21 @@ class Snapshot:
             _living.add(self)
 
     @classmethod
-    def open(cls, path: Path, *, encoder: str) -> "Snapshot":
-        """The version in the directory `path` (…/name/version), every byte of it checked; or a StoreError.
+    def open(cls, path: Path, *, encoder: str, devices: Sequence[int] = ()) -> "Snapshot":
+        """The version in the directory `path` (…/name/version), checked; or a StoreError.
 
         encoder: fingerprint of the encoder whose queries it will answer; only the digest must agree.
+        devices: GPUs to clone the shards' indexes to, in turn; none keeps them mapped.
+        Large files untouched since they were last read whole are not read again: `verify` does that at leisure, after the start.
         """
         manifest = read_manifest(path)
         if not same_encoder(manifest.encoder, encoder):
             raise IncompatibleSnapshot(
                 f"{manifest.ref} was built by {manifest.encoder}, this service encodes with {encoder}: rebuild it, or serve its encoder"
             )
-        verify(path, manifest)
-        shards = [Shard(path, shard["folder"], shard["pairs"], manifest) for shard in manifest.shards]
+        verify(path, manifest, trust=True)
+        owners = cycle([Owner.of(device) for device in devices] or [None])
+        shards = [Shard(path, shard["folder"], shard["pairs"], manifest, owner=next(owners)) for shard in manifest.shards]
         return cls(manifest, shards, {side: Probes.read(path, side, manifest) for side in SIDES})
 
     def with_tail(self, tail: Tail) -> "Snapshot":
@@ -207,27 +210,6 @@ class Snapshot:
     def _record(self, row: int) -> dict[str, Any]:
         part, place = self._searched["image"].place(row)
         return part.record(place)
-
-
-def verify(path: Path, manifest: Manifest) -> None:
-    """Compare size and sha256 of every file of a version with its manifest; DamagedVersion names the first that differs."""
-    with ThreadPoolExecutor(VERIFY_THREADS) as pool:
-        checks = [pool.submit(_verify_file, path, name, file, manifest.ref) for name, file in manifest.files.items()]
-        for check in checks:
-            check.result()
-
-
-def _verify_file(path: Path, name: str, expected: dict[str, Any], ref: str) -> None:
-    try:
-        found = digest(path / name)
-    except OSError as error:
-        raise DamagedVersion(f"{ref}: {name} cannot be read ({error.strerror}): restore or rebuild the version") from error
-    if found["bytes"] != expected["bytes"]:
-        raise DamagedVersion(
-            f"{ref}: {name} has {found['bytes']} bytes, the manifest says {expected['bytes']}: restore or rebuild the version"
-        )
-    if found != expected:
-        raise DamagedVersion(f"{ref}: {name} does not have the sha256 of its manifest: restore or rebuild the version")
 
 
 def _readable(ids: np.ndarray) -> np.ndarray:

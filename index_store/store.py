@@ -2,15 +2,17 @@
 
 import re
 import shutil
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from index_store.durable import alone, replace_text, writing
+from index_store.durable import READ_THREADS, alone, replace_text, writing
 from index_store.errors import DamagedVersion, NameRefused, StoreBusy, StoreUnwritable, UnknownMemory, UnknownVersion
 from index_store.journal import SUFFIX, read_records
 from index_store.manifest import FILE_NAME, Manifest, read_manifest
 from index_store.overlay import replayed, seal_of
 from index_store.snapshot import Snapshot
+from index_store.verified import record_path, verify
 
 CURRENT = "CURRENT"  # first line the version that serves, second line the one before it
 DELETED = ".deleted"  # behind a leading dot: what is being removed
@@ -58,11 +60,19 @@ class Store:
         """The manifest alone, files unchecked: for lists and tables."""
         return read_manifest(self.path(name, self.current(name) if version is None else version))
 
-    def open(self, name: str, version: str | None = None, *, encoder: str) -> Snapshot:
-        """A verified snapshot of a version with the edits made on it, the current one where none is named."""
+    def open(self, name: str, version: str | None = None, *, encoder: str, devices: Sequence[int] = ()) -> Snapshot:
+        """A verified snapshot of a version with the edits made on it, the current one where none is named.
+
+        devices: GPUs to clone its indexes to.
+        """
         version = self.current(name) if version is None else version
-        base = Snapshot.open(self.path(name, version), encoder=encoder)
+        base = Snapshot.open(self.path(name, version), encoder=encoder, devices=devices)
         return replayed(base, self.journal(name, version))[0].snapshot
+
+    def verify(self, name: str, version: str, *, threads: int = READ_THREADS) -> None:
+        """Read every byte of a version; DamagedVersion names each file that differs, and where. Gigabytes take seconds."""
+        path = self.path(name, version)
+        verify(path, read_manifest(path), threads=threads)
 
     def journal(self, name: str, version: str) -> Path:
         """Where the edits of a version are written; there is no file before the first."""
@@ -94,6 +104,7 @@ class Store:
                 raise StoreBusy(f"{name}@{version} is the current version: activate another one first")
             path.rename(path.with_name(f".{version}{DELETED}"))
             journal.unlink(missing_ok=True)
+            record_path(path).unlink(missing_ok=True)
             for leftover in path.parent.glob(f".*{DELETED}"):
                 shutil.rmtree(leftover)
 

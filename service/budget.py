@@ -23,7 +23,7 @@ def allowed_bytes(chosen: int) -> int:
 
 def afford(manifest: Manifest, held: int, budget: int) -> None:
     """Raise BudgetExceeded where a version does not fit beside the `held` bytes. Mapped files are not counted: they are paged out."""
-    needed = manifest.resident_bytes
+    needed = manifest.bytes["resident"]
     if held + needed > budget:
         raise BudgetExceeded(
             f"{manifest.ref} needs {needed:,} bytes resident beside the {held:,} held, the budget is {budget:,}: "

@@ -154,7 +154,7 @@ def _built(plan: Plan, tally: Tally) -> Manifest:
         job = Job({"streams": [stream.identity for stream in plan.streams], "dedup": args.dedup}, steps, fresh=args.fresh)
         return build_version(
             plan.store, args.name, args.version, job, encoder=plan.encoder.fingerprint, kinds=plan.kinds, index=args.index,
-            shard_pairs=args.shard_pairs, source=lambda: _source(plan, tally),
+            shard_pairs=args.shard_pairs, recall_floor=args.recall_floor, source=lambda: _source(plan, tally),
         )  # fmt: skip
 
 

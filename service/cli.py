@@ -105,9 +105,12 @@ def _serve_parser(commands: Any) -> None:
 def _memory_parsers(commands: Any) -> None:
     _build_parser(commands)
     _import_parser(commands)
-    _with_settings(_command(commands, "list", "list_memories", "all memories and versions"), "store")
-    show = _with_settings(_command(commands, "show", "show", "one memory's manifest"), "store")
-    verify = _with_settings(_command(commands, "verify", "verify", "read every byte of a version and answer its probe queries"), "store")
+    _with_settings(_command(commands, "list", "inspecting.list_memories", "all memories and versions"), "store")
+    show = _with_settings(_command(commands, "show", "inspecting.show", "what one version holds, takes and finds"), "store")
+    show.add_argument("--json", action="store_true", help="print its manifest instead")
+    show.add_argument("--plot", type=Path, metavar="FILE.png", help="draw recall against latency as measured at the build")
+    summary = "read every byte of a version and answer its probe queries"
+    verify = _with_settings(_command(commands, "verify", "inspecting.verify", summary), "store")
     for parser in (show, verify):
         parser.add_argument("ref", metavar="NAME[@VERSION]")
     compact = _with_settings(_command(commands, "compact", "compact", "fold the online edits of a memory into a new version"), "store")
@@ -144,6 +147,7 @@ def _with_making(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", help="default: today and a letter")
     parser.add_argument("--index", default="auto", metavar="auto|FACTORY", help="'auto', or a faiss factory string")
     parser.add_argument("--shard-pairs", type=int, default=1_000_000, metavar="N")
+    parser.add_argument("--recall-floor", type=float, default=0.99, metavar="R", help="recall@10 that the index must reach (default 0.99)")
     parser.add_argument(
         "--dedup", type=float, metavar="COSINE", help="drop pairs whose image and text both come this near to an earlier one"
     )

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from index_store import Store, StoreError
+from index_store import Store
 from service.errors import ServiceError, UsageError
 from service.settings import Settings, read
 
@@ -56,48 +56,6 @@ def info(args: Args) -> None:
             indent=2,
         )
     )
-
-
-def list_memories(args: Args) -> None:
-    """reco memory list: a table of every version."""
-    store = Store(read(vars(args), args.config).store)
-    rows = [("memory", "version", "", "pairs", "index", "recall@10", "bytes", "created", "encoder")]
-    for name in store.names():
-        serving = _current(store, name)
-        for version in store.versions(name):
-            found = store.manifest(name, version)
-            size = sum(file["bytes"] for file in found.files.values())
-            recall = f"{min(found.recall['image'], found.recall['text']):.3f}"
-            mark = "current" if version == serving else ""
-            rows.append((name, version, mark, f"{found.pairs:,}", found.index["recipe"], recall, f"{size:,}", found.created, found.encoder))
-    if len(rows) == 1:
-        print(f"no memory in {store.root}: build one with `reco memory build NAME SOURCE`", file=sys.stderr)
-        return
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def show(args: Args) -> None:
-    """reco memory show: one version's manifest as JSON, its files summed up."""
-    store = Store(read(vars(args), args.config).store)
-    name, version = _parts(store, args.ref)
-    found = asdict(store.manifest(name, version))
-    files = found.pop("files")
-    found["files"] = {"count": len(files), "bytes": sum(file["bytes"] for file in files.values())}
-    found["current"] = version == _current(store, name)
-    print(json.dumps(found, indent=2, ensure_ascii=False))
-
-
-def verify(args: Args) -> None:
-    """reco memory verify: every checksum, then the probe queries."""
-    from index_store import Snapshot
-
-    store = Store(read(vars(args), args.config).store)
-    name, version = _parts(store, args.ref)
-    snapshot = Snapshot.open(store.path(name, version), encoder=store.manifest(name, version).encoder)
-    recall, files = snapshot.prove(), len(snapshot.manifest.files)
-    print(f"{snapshot.ref}: {files} files as they were written; recall@10 image {recall['image']:.3f}, text {recall['text']:.3f}")
 
 
 def activate(args: Args) -> None:
@@ -186,19 +144,6 @@ def _reco(settings: Settings) -> Reco:
     from service.engine import load_reco
 
     return load_reco(settings)
-
-
-def _parts(store: Store, ref: str) -> tuple[str, str]:
-    name, _, version = ref.partition("@")
-    return name, version or store.current(name)
-
-
-def _current(store: Store, name: str) -> str | None:
-    """The version being served, None where none was ever activated."""
-    try:
-        return store.current(name)
-    except StoreError:
-        return None
 
 
 def _named(ref: str) -> tuple[str, str]:

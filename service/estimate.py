@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from index_store.indexing import FLAT, recipe_for
+from index_store.indexing import FLAT, candidates
 from index_store.pairs import SIDES, Id, Pairs
 from index_store.steps import Done, Reject
 from models.errors import ImageError
@@ -71,14 +71,14 @@ def estimate(streams: Sequence[Stream], encoding: Encoding, *, index: str, shard
 
 
 def weights(outlook: Outlook, encoding: Encoding, index: str, shard_pairs: int) -> dict[str, int]:
-    """Bytes on disk by what they hold. An index other than flat is taken to hold every key in float32, as IVF…,Flat does."""
+    """Bytes on disk by what they hold. An index other than flat is taken to hold every key in float16, as IVF…,SQfp16 does."""
     encoder, pairs = encoding.encoder, outlook.pairs
     width = {side: encoder.trunk_dim or 0 if encoding.kinds[side] == "trunk" else encoder.dim for side in SIDES}
-    flat = recipe_for(index, min(pairs, shard_pairs), pairs) == FLAT
+    flat = candidates(index, min(pairs, shard_pairs), pairs)[0] == FLAT
     return {
         "values": pairs * 2 * 2 * encoder.dim,
         "keys": pairs * 2 * sum(width[side] for side in SIDES if encoding.kinds[side] != "vector"),
-        "index": 0 if flat else pairs * sum(4 * width[side] + LIST_ID_BYTES for side in SIDES),
+        "index": 0 if flat else pairs * sum(2 * width[side] + LIST_ID_BYTES for side in SIDES),
         "captions": outlook.record_bytes + pairs * OFFSET_BYTES,
         "ids": pairs * outlook.id_bytes,
     }

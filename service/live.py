@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from index_store import Memory, Snapshot, Store
 from index_store.edits import Editor
 from index_store.errors import DamagedVersion, StoreBusy, StoreError, UnknownVersion
-from index_store.snapshot import verify
 from service.budget import afford
 from service.errors import NotServing, RetiredVersion
 from service.metrics import Metrics
@@ -118,7 +117,7 @@ class LiveMemories:
 
     def reverify(self, name: str, version: str) -> None:
         """Read every byte of a version again. Blocking; raises DamagedVersion."""
-        verify(self._store.path(name, version), self._store.manifest(name, version))
+        self._store.verify(name, version, threads=1)
 
     def drop_compacted(self, name: str) -> None:
         """Delete what earlier compactions made and nothing points at any more: they repeat, and a disk is finite. Blocking."""

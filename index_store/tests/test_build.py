@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from index_store.build import build_version
+from index_store.curve import Point
 from index_store.errors import PairsRefused, RecallTooLow, RecipeRefused, StoreBusy, StoreError, VersionExists
 from index_store.pairs import Pairs
 from index_store.store import Store
@@ -28,7 +29,8 @@ def test_the_manifest_tells_what_was_built(tmp_path: Path) -> None:
     assert (manifest.pairs, manifest.dim, manifest.encoder, manifest.parent) == (30, 16, ENCODER, "things@v0")
     assert manifest.keys == {"image": {"kind": "trunk", "dim": 12}, "text": {"kind": "vector", "dim": 16}}
     assert manifest.shards == [{"folder": "shard-0000", "pairs": 30}]
-    assert manifest.index == {"recipe": "Flat", "probes": 0}
+    assert {key: manifest.index[key] for key in ("asked", "recipe", "probes")} == {"asked": "auto", "recipe": "Flat", "probes": 0}
+    assert [(point["recipe"], point["recall"]) for point in manifest.index["curve"]] == [("Flat", 1.0)]
     assert manifest.recall == {"k": 10, "floor": 0.99, "image": 1.0, "text": 1.0}
     assert manifest.source == {"events": ["read"]}
     assert manifest.created.endswith("+00:00")
@@ -47,13 +49,14 @@ def test_one_pair_is_a_memory(tmp_path: Path) -> None:
 def test_auto_takes_lists_where_the_memory_is_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("index_store.indexing.FLAT_PAIRS", 1000)
     monkeypatch.setattr("index_store.indexing.SMALL_SHARD", 100)
+    monkeypatch.setattr("index_store.indexing.flat_point", lambda *_: Point("Flat", 0, {"image": 1.0, "text": 1.0}, 1.0, 1e6))
     centres = unit_rows(40, 16, 3)[np.arange(2050) % 40]
     rows = (centres + 0.05 * unit_rows(2050, 16, 4)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     pairs = replace(some_pairs(2050), image=rows, text=rows[::-1].copy())
     snapshot = opened(tmp_path, pairs, shard_pairs=1000)
     manifest = snapshot.manifest
-    assert manifest.index["recipe"] == "IVF32,Flat"
+    assert manifest.index["recipe"] == "IVF32,SQfp16"
     assert 1 <= manifest.index["probes"] < 32
     assert sorted(name for name in manifest.files if name.endswith("faiss")) == [
         f"shard-000{shard}/{side}.faiss" for shard in (0, 1) for side in ("image", "text")

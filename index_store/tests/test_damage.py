@@ -156,7 +156,7 @@ def test_a_newer_format_is_refused_before_anything_is_read(version: Path) -> Non
     shutil.rmtree(version / "shard-0000")
     fields = json.loads((version / FILE_NAME).read_text())
     (version / FILE_NAME).write_text(json.dumps({**fields, "format": 7, "more": True}))
-    with pytest.raises(IncompatibleSnapshot, match=r"things@v1: manifest.json has format 7, this program reads up to 1"):
+    with pytest.raises(IncompatibleSnapshot, match=r"things@v1: manifest.json has format 7, this program reads format 2"):
         Snapshot.open(version, encoder=ENCODER)
 
 

@@ -1,16 +1,36 @@
 import hashlib
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from index_store.durable import digest, replace_text, writing
+from index_store.durable import BLOCK_BYTES, digest, first_difference, replace_text, writing
 from index_store.errors import StoreUnwritable
 
 
 def test_digest_of_a_file(tmp_path: Path) -> None:
     data = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(data)
-    assert digest(tmp_path / "file") == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    assert digest(tmp_path / "file") == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}
+    (tmp_path / "file").write_bytes(b"")
+    assert digest(tmp_path / "file") == {"sha256": hashlib.sha256(b"").hexdigest(), "bytes": 0, "crc32": ""}
+
+
+def test_a_large_file_has_a_sum_for_each_block(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).bytes(2 * BLOCK_BYTES + 7)
+    (tmp_path / "file").write_bytes(data)
+    blocks = [data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES)]
+    assert digest(tmp_path / "file")["crc32"] == "".join(f"{zlib.crc32(block):08x}" for block in blocks)
+
+
+@pytest.mark.parametrize(
+    ("found", "blocks"), [("abc", None), ("Abc", (0, 0)), ("aBc", (1, 1)), ("aBC", (1, 2)), ("AbC", (0, 0)), ("ABC", (0, 2))]
+)
+def test_the_first_run_of_wrong_blocks(found: str, blocks: tuple[int, int] | None) -> None:
+    sums = ["".join(letter * 8 for letter in text) for text in (found, "abc")]
+    where = None if blocks is None else (blocks[0] * BLOCK_BYTES, (blocks[1] + 1) * BLOCK_BYTES - 1)
+    assert first_difference(*sums) == where
 
 
 def test_replace_text_leaves_no_trace(tmp_path: Path) -> None:

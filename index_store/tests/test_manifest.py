@@ -17,9 +17,9 @@ PLAIN = Manifest(
     keys={"image": {"kind": "trunk", "dim": 6}, "text": {"kind": "vector", "dim": 4}},
     pairs=3,
     shards=[{"folder": "shard-0000", "pairs": 2}, {"folder": "shard-0001", "pairs": 1}],
-    index={"recipe": "Flat", "probes": 0},
+    index={"asked": "auto", "recipe": "Flat", "probes": 0, "curve": []},
     recall={"k": 3, "floor": 0.99, "image": 1.0, "text": 1.0},
-    files={"shard-0000/ids.npy": {"sha256": "00", "bytes": 7}},
+    files={"shard-0000/ids.npy": {"sha256": "00", "bytes": 7, "crc32": "0badcafe"}},
     created="2026-11-22T00:00:00+00:00",
     parent="things@v0",
     source={"rejects": 2, "from": "ä.tar"},
@@ -57,16 +57,17 @@ def test_no_flipped_bit_passes(position: int, bit: int) -> None:
         Manifest.from_json(bytes(data).decode())
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"format": 1}', '{"format": "1"}', '{"format": NaN}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"format": 2}', '{"format": "1"}', '{"format": NaN}', "[" * 100_000])
 def test_what_is_no_manifest_is_damaged(text: str) -> None:
     with pytest.raises(DamagedVersion) as refused:
         Manifest.from_json(text)
     assert "\n" not in str(refused.value)
 
 
-def test_a_newer_format_is_named_as_such() -> None:
-    with pytest.raises(IncompatibleSnapshot, match="format 2, this program reads up to 1"):
-        Manifest.from_json(json.dumps({"format": 2, "anything": "else"}))
+@pytest.mark.parametrize(("found", "remedy"), [(1, "build the version again"), (3, "upgrade it"), (7, "upgrade it")])
+def test_another_format_is_named_as_such(found: int, remedy: str) -> None:
+    with pytest.raises(IncompatibleSnapshot, match=f"format {found}, this program reads format 2: {remedy}"):
+        Manifest.from_json(json.dumps({"format": found, "anything": "else"}))
 
 
 @pytest.mark.parametrize(
@@ -78,8 +79,11 @@ def test_a_newer_format_is_named_as_such() -> None:
         {"keys": {"image": {"kind": "vector", "dim": 4}}},
         {"keys": {"image": {"kind": "pixels", "dim": 4}, "text": {"kind": "vector", "dim": 4}}},
         {"keys": {"image": {"kind": "vector", "dim": 0}, "text": {"kind": "vector", "dim": 4}}},
-        {"files": {"../../outside": {"sha256": "00", "bytes": 1}}},
-        {"files": {"/outside": {"sha256": "00", "bytes": 1}}},
+        {"files": {"../../outside": {"sha256": "00", "bytes": 1, "crc32": "00000000"}}},
+        {"files": {"/outside": {"sha256": "00", "bytes": 1, "crc32": "00000000"}}},
+        {"files": {"ids.npy": {"sha256": "00", "bytes": 1}}},
+        {"files": {"ids.npy": {"sha256": "00", "bytes": 1, "crc32": ""}}},
+        {"files": {"ids.npy": {"sha256": "00", "bytes": 16_777_217, "crc32": "00000000"}}},
         {"shards": [{"folder": "..", "pairs": 3}]},
     ],
 )

@@ -72,8 +72,13 @@ def test_a_folder_becomes_a_memory(album: Path, tmp_path: Path) -> None:
     listed = reco("memory", "list", *store).stdout
     assert "album" in listed
     assert "current" in listed
-    shown = json.loads(reco("memory", "show", "album", *store).stdout)
+    shown = json.loads(reco("memory", "show", "album", "--json", *store).stdout)
     assert (shown["pairs"], shown["current"], shown["source"]["rejected"]) == (3, True, 3)
+    assert shown["index"]["asked"] == "auto"
+    table = reco("memory", "show", "album@v1", "--plot", str(tmp_path / "curve.png"), *store).stdout
+    assert "album@v1 (current)" in table
+    assert "Flat" in table
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "recall@10" in reco("memory", "verify", "album@v1", *store).stdout
     file = next((tmp_path / "album" / "v1").rglob("*.npy"))
     file.write_bytes(file.read_bytes()[:-2] + b"xx")

@@ -1,0 +1,119 @@
+"""What a search costs and what it finds: one point per number of lists visited, and the cheapest that is good enough."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import faiss
+import numpy as np
+
+from index_store.pairs import SIDES, Side
+from index_store.probes import Probes
+from index_store.search import Fan
+from index_store.shard import BLOCK_ROWS, flat_index
+
+BATCH = 32  # queries timed together, as a busy service asks them
+FINENESS = 8  # the search for the fewest lists ends within an eighth of them: their recall is known no better than that
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One setting, measured on the probe queries.
+
+    recall: share of the exact answers found, per side.  sure: recall less one standard error, the worse side: what other queries will find.
+    ms: milliseconds per query in batches of 32, all threads, the mean of both sides.
+    """
+
+    recipe: str
+    probes: int
+    recall: Mapping[Side, float]
+    sure: float
+    ms: float
+
+    @property
+    def worst(self) -> float:
+        """Recall of the worse side."""
+        return min(self.recall.values())
+
+    def described(self) -> dict[str, Any]:
+        """As the manifest's curve has it."""
+        return {"recipe": self.recipe, "probes": self.probes, "recall": round(self.worst, 4), "ms": round(self.ms, 4)}
+
+
+def measure(fans: Mapping[Side, Fan], questions: Mapping[Side, Probes], recipe: str, probes: int) -> Point:
+    """Answer the probe queries visiting `probes` lists, for their recall and then once more for the time."""
+    shares = {side: questions[side].found(fans[side], probes) for side in SIDES}  # (P,) each
+    recall = {side: float(share.mean()) for side, share in shares.items()}
+    sure = min(float(share.mean() - share.std() / math.sqrt(len(share))) for share in shares.values())
+    times = [_median_ms(partial(fans[side].search, k=questions[side].depth, probes=probes), questions[side].queries) for side in SIDES]
+    return Point(recipe, probes, recall, sure, statistics.mean(times))
+
+
+def settle(
+    fans: Mapping[Side, Fan], questions: Mapping[Side, Probes], recipe: str, *, floor: float, limit_ms: float = math.inf
+) -> tuple[Point, list[Point]]:
+    """The fewest lists whose recall surely reaches the floor, or what came nearest to it; and every point that was measured.
+
+    Lists visited are doubled until they suffice, or cost `limit_ms` a query; then the last step is halved again and again.
+    """
+    points: list[Point] = []
+    for probes in _doubling(max(_lists(fans[side]) for side in SIDES)):
+        points.append(measure(fans, questions, recipe, probes))
+        if points[-1].sure >= floor or points[-1].ms >= limit_ms:
+            break
+    low, high = (points[-2].probes if len(points) > 1 else 0), points[-1].probes
+    while points[-1].sure >= floor and high - low > max(1, high // FINENESS):
+        middle = (low + high) // 2
+        points.insert(-1, measure(fans, questions, recipe, middle))
+        low, high = (low, middle) if points[-2].sure >= floor else (middle, high)
+    points.sort(key=lambda point: point.probes)
+    return _fewest(points, floor), points
+
+
+def flat_point(fans: Mapping[Side, Fan], questions: Mapping[Side, Probes], recipe: str) -> Point:
+    """What searching every row would cost, from a block of them: converting all would take the memory that lists are to save."""
+    times = []
+    for side in SIDES:
+        rows = fans[side].shards[0].keys[side][:BLOCK_ROWS]
+        ms = _median_ms(partial(flat_index(rows).search, k=questions[side].depth), questions[side].queries)
+        times.append(ms * fans[side].pairs / len(rows))
+    return Point(recipe, 0, dict.fromkeys(SIDES, 1.0), 1.0, statistics.mean(times))
+
+
+def _fewest(points: Sequence[Point], floor: float) -> Point:
+    """The first point that surely reaches the floor; else the first that does on the probes; else the one of the best recall."""
+    for good in (lambda point: point.sure >= floor, lambda point: point.worst >= floor):
+        found = next(filter(good, points), None)
+        if found is not None:
+            return found
+    return max(points, key=lambda point: point.worst)
+
+
+def _doubling(lists: int) -> Iterator[int]:
+    """1, 2, 4 … and all lists; 0 alone where there are none."""
+    probes = 1 if lists else 0
+    while probes < lists:
+        yield probes
+        probes *= 2
+    yield lists
+
+
+def _lists(fan: Fan) -> int:
+    """The most inverted lists of any shard's index, 0 where none has lists."""
+    inverted = [faiss.try_extract_index_ivf(shard.indexes[fan.side]) for shard in fan.shards]
+    return max((index.nlist for index in inverted if index is not None), default=0)
+
+
+def _median_ms(search: Callable[[np.ndarray], object], queries: np.ndarray) -> float:
+    """Milliseconds per query, the median over batches.  queries: (P, Dk) float16."""
+    times = []
+    for start in range(0, len(queries), BATCH):
+        batch = queries[start : start + BATCH].astype(np.float32)
+        begun = time.perf_counter()
+        search(batch)
+        times.append((time.perf_counter() - begun) * 1000 / len(batch))
+    return statistics.median(times)
