@@ -1,6 +1,7 @@
 """Edits in memory: each snapshot is one state for ever, whatever is written behind it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from index_store.snapshot import Snapshot
 from index_store.tests.oracle import Oracle
 from index_store.tests.small import opened, part, some_pairs, unit_rows
 
-LIST = [{"index": "Flat"}, {"index": "Flat", "shard_pairs": 25}, {"index": "IVF4,Flat"}, {"index": "SQfp16"}]
+LIST: list[dict[str, Any]] = [{"index": "Flat"}, {"index": "Flat", "shard_pairs": 25}, {"index": "IVF4,Flat"}, {"index": "SQfp16"}]
 
 
 def put(overlay: Overlay, pairs: Pairs) -> Snapshot:
@@ -25,7 +26,7 @@ def delete(overlay: Overlay, ids: list[Id]) -> Snapshot:
 
 @pytest.mark.parametrize("options", LIST, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("queries", [1, 4, 5, 40])
-def test_added_replaced_and_deleted(tmp_path: Path, options: dict[str, object], queries: int) -> None:
+def test_added_replaced_and_deleted(tmp_path: Path, options: dict[str, Any], queries: int) -> None:
     """Few queries and many take different ways through the tail; both are exact."""
     base = some_pairs(60, key_width=24)
     overlay, oracle = Overlay(opened(tmp_path, base, **options)), Oracle(base)
