@@ -13,7 +13,7 @@ from index_store.snapshot import Snapshot
 from index_store.tests.oracle import Oracle
 from index_store.tests.small import opened, part, some_pairs, unit_rows
 
-LIST = [{"index": "Flat"}, {"index": "Flat", "shard_pairs": 25}, {"index": "IVF4,Flat"}, {"index": "SQfp16"}]
+LIST: list[dict[str, Any]] = [{"index": "Flat"}, {"index": "Flat", "shard_pairs": 25}, {"index": "IVF4,Flat"}, {"index": "SQfp16"}]
 
 
 def put(overlay: Overlay, pairs: Pairs) -> Snapshot:
