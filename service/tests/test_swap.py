@@ -131,7 +131,7 @@ def test_a_damaged_version_is_refused_and_what_serves_goes_on(running: Server) -
     with running.client() as client:
         job = activate(client, "damaged")
         assert job["state"] == "failed"
-        assert "sha256" in job["error"]
+        assert "differs in bytes" in job["error"]
         assert client.get("/memories/grocery").json()["current"] == OLD
         assert client.post("/embed/text", json={"texts": ["a"]}).json()["memory"] == f"grocery@{OLD}"
 
