@@ -28,7 +28,7 @@ def read_samples(source: Path, *, caption: str | None = None, skip: int = 0) -> 
     if source.is_dir():
         table = table_of(source)
         if table is None:
-            raise DataError(f"{source.name} holds no table of captions: put one of {', '.join(TABLES)} there")
+            raise DataError(f"{source.resolve().name} holds no table of captions: put one of {', '.join(TABLES)} there")
         return read_folder(table, caption, skip)
     if source.is_file() and source.suffix == ".tar":
         return read_tar(source, caption, skip)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from index_store import Store, build_version
+from index_store.store import plain, plain_version
 from index_store.stored import is_version
 from service.commands import Args, encoder_of, progress
-from service.errors import UsageError
-from service.settings import read
+from service.settings import Settings, read
 
 if TYPE_CHECKING:
     from index_store.dedup import Deduplicator
@@ -80,7 +80,7 @@ def build(args: Args) -> None:
     from models.sources import flattened
     from models.streams import Encoding, count_items, streams_of
 
-    settings = read(vars(args), args.config)
+    settings = _checked(args)
     sources = flattened(args.sources)
     counts = {source: count_items([source], args.caption) for source in sources if not is_version(source)}  # bad ones are told at once
     encoder = encoder_of(settings)
@@ -93,12 +93,13 @@ def build(args: Args) -> None:
 def import_embeddings(args: Args) -> None:
     """reco memory import: one new version of embeddings made elsewhere, or of another version."""
     from models.embeddings import is_layout, read_layout
+    from models.errors import DataError
     from models.streams import Encoding, embedding_stream, version_stream
 
-    settings = read(vars(args), args.config)
-    folder: Path = args.folder
+    settings = _checked(args)
+    folder: Path = args.folder.resolve()
     if not is_version(folder) and not is_layout(folder):
-        raise UsageError(f"{folder.name} holds neither img_emb, text_emb and metadata nor a version of our own: give a folder that does")
+        raise DataError(f"{folder.name} holds neither img_emb, text_emb and metadata nor a version of our own: give a folder that does")
     encoder = encoder_of(settings)
     kinds: dict[Side, KeyKind] = {"image": "vector", "text": "vector"}
     if is_version(folder):
@@ -110,6 +111,14 @@ def import_embeddings(args: Args) -> None:
         streams = [embedding_stream(read_layout(folder, dim=encoder.dim, encoder=encoder.fingerprint, id_column=args.id))]
         print(UNVERIFIABLE.format(encoder=encoder.fingerprint))
     _carry_out(Plan(args, Store(settings.store), encoder, streams, kinds), Encoding(encoder, kinds))
+
+
+def _checked(args: Args) -> Settings:
+    """The settings, once the names are known to be names: nothing is read for a build that cannot be written."""
+    plain(args.name)
+    if args.version is not None:
+        plain_version(args.version)
+    return read(vars(args), args.config)
 
 
 def _carry_out(plan: Plan, encoding: Encoding) -> None:
@@ -145,7 +154,6 @@ def _built(plan: Plan, tally: Tally) -> Manifest:
         def steps(done: Done) -> Iterator[Step]:
             tally.begin(done)
             bar.initial = bar.n = done.items  # the rate is that of this run
-            bar.refresh()
             for step in chained(plan.streams, done, near):
                 tally.add(step)
                 yield step
