@@ -13,6 +13,8 @@ from index_store.durable import writing
 from index_store.errors import PairsRefused
 from index_store.pairs import SIDES, Pairs, Side
 
+_as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # json.dumps would make an encoder for each record
+
 
 class Column:
     """One growing .npy file of float16 rows. Its header is written twice: numpy pads it so that the final count fits in place."""
@@ -92,6 +94,6 @@ class ShardWriter:
 def _line(name: str | int, record: Mapping[str, Any]) -> bytes:
     """One record as one line of JSON."""
     try:
-        return json.dumps(dict(record), ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass") + b"\n"
+        return _as_json(dict(record)).encode("utf-8", "surrogatepass") + b"\n"
     except (TypeError, ValueError) as error:
         raise PairsRefused(f"the record of id {name!r} is not JSON ({error}): keep strings, numbers, lists and mappings") from error

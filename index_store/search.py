@@ -11,6 +11,7 @@ import numpy as np
 
 from index_store.clones import Abreast, Clone
 from index_store.errors import QueryRefused
+from index_store.half import widened
 from index_store.pairs import Id, Side
 from index_store.shard import Shard
 
@@ -79,8 +80,7 @@ class Fan:
     def take(self, rows: np.ndarray, column: Callable[[Shard], np.ndarray]) -> np.ndarray:
         """(R, …) the rows of one column, wherever they lie.  rows: (R,) int64, all present."""
         if len(self.shards) == 1:
-            only: np.ndarray = column(self.shards[0])[rows]
-            return only
+            return np.take(column(self.shards[0]), rows, axis=0)
         owner = np.searchsorted(self.starts, rows, side="right") - 1  # (R,)
         columns = [column(shard) for shard in self.shards]
         taken = np.empty((len(rows), *columns[0].shape[1:]), np.result_type(*columns))
@@ -99,7 +99,7 @@ class Fan:
         for first, shard in zip(self.starts.tolist(), self.shards, strict=False):
             keys = shard.keys[self.side]
             for start in range(0, len(keys), SCAN_ROWS):
-                yield first + start, keys[start : start + SCAN_ROWS].astype(np.float32)
+                yield first + start, widened(keys[start : start + SCAN_ROWS])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -221,8 +221,8 @@ def _wraps(index: faiss.Index | Clone) -> bool:
     return index.wrapped if isinstance(index, Clone) else isinstance(index, faiss.IndexPreTransform)
 
 
-def _joined(indexes: Sequence[Any]) -> faiss.Index | Clone | Abreast:
-    """One index as it is; several side by side, searched in parallel, rows numbered through."""
+def _joined(indexes: Sequence[Any]) -> Any:
+    """One index as it is; several side by side, searched in parallel, rows numbered through: anything with the search of a faiss index."""
     if len(indexes) == 1:
         return indexes[0]
     clones = [index for index in indexes if isinstance(index, Clone)]
