@@ -15,6 +15,7 @@ from index_store.errors import PairsRefused
 from index_store.pairs import SIDES, Pairs, Side
 
 Lines = BufferedWriter | BufferedRandom
+_as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # json.dumps would make an encoder for each record
 
 
 class Column:
@@ -139,6 +140,6 @@ def open_lines(path: Path, lines: int) -> tuple[Lines, list[int]]:
 def record_line(name: str | int, record: Mapping[str, Any]) -> bytes:
     """One record as one line of JSON."""
     try:
-        return json.dumps(dict(record), ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass") + b"\n"
+        return _as_json(dict(record)).encode("utf-8", "surrogatepass") + b"\n"
     except (TypeError, ValueError) as error:
         raise PairsRefused(f"the record of id {name!r} is not JSON ({error}): keep strings, numbers, lists and mappings") from error

@@ -14,10 +14,12 @@ import numpy as np
 from index_store.pairs import SIDES, Side
 from index_store.probes import Probes
 from index_store.search import Fan
-from index_store.shard import BLOCK_ROWS, flat_index
+from index_store.shard import flat_index
 
 BATCH = 32  # queries timed together, as a busy service asks them
-FINENESS = 8  # the search for the fewest lists ends within an eighth of them: their recall is known no better than that
+TIMED = 4  # batches of the probe queries that are timed
+FINENESS = 4  # the search for the fewest lists ends within a quarter of them: their recall is known no better than that
+FLAT_ROWS = 1 << 15  # rows that the cost of a flat search is taken from
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def flat_point(fans: Mapping[Side, Fan], questions: Mapping[Side, Probes], recip
     """What searching every row would cost, from a block of them: converting all would take the memory that lists are to save."""
     times = []
     for side in SIDES:
-        rows = fans[side].shards[0].keys[side][:BLOCK_ROWS]
+        rows = fans[side].shards[0].keys[side][:FLAT_ROWS]
         ms = _median_ms(partial(flat_index(rows).search, k=questions[side].depth), questions[side].queries)
         times.append(ms * fans[side].pairs / len(rows))
     return Point(recipe, 0, dict.fromkeys(SIDES, 1.0), 1.0, statistics.mean(times))
@@ -111,7 +113,7 @@ def _lists(fan: Fan) -> int:
 def _median_ms(search: Callable[[np.ndarray], object], queries: np.ndarray) -> float:
     """Milliseconds per query, the median over batches.  queries: (P, Dk) float16."""
     times = []
-    for start in range(0, len(queries), BATCH):
+    for start in range(0, min(len(queries), TIMED * BATCH), BATCH):
         batch = queries[start : start + BATCH].astype(np.float32)
         begun = time.perf_counter()
         search(batch)

@@ -13,6 +13,7 @@ import numpy as np
 from index_store.curve import Point, flat_point, settle
 from index_store.durable import writing
 from index_store.errors import RecallTooLow, RecipeRefused
+from index_store.half import widened
 from index_store.manifest import Manifest, index_file
 from index_store.pairs import SIDES, Side
 from index_store.probes import DEPTH, Probes
@@ -24,7 +25,8 @@ FLAT_PAIRS = 50_000  # up to here an exact search of 512-wide rows stays within 
 FLAT_MOST = 2_000_000  # flat rows are float32 in memory: beyond this, lists are kept even where they are no faster
 SMALL_SHARD = 5_000  # a last shard this short is not worth lists of its own
 TRAIN_ROWS_PER_LIST = 64  # faiss warns below 39 and gains little above
-CHEAP = 20  # lists this many times faster than a flat search need no finer ones, which take four times as long to build
+TRAIN_ROWS = 1 << 14  # at least, for what else is learned: the 256 codes of a product quantizer want 39 rows each
+CHEAP = 16  # lists this many times faster than a flat search need no finer ones, which take several times as long to build
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ def candidates(asked: str, shard: int, memory: int) -> list[str]:
 def check_recipe(asked: str, widths: Sequence[int]) -> None:
     """Refuse a recipe before hours of encoding rather than after.  widths: Dk of each side."""
     for width in widths:
-        _empty(FLAT if asked == AUTO else asked, width)
+        empty_index(FLAT if asked == AUTO else asked, width)
 
 
 def index_version(work: Path, draft: Manifest) -> tuple[Manifest, list[str]]:
@@ -166,21 +168,22 @@ def _write_index(path: Path, side: Side, keys: np.ndarray, recipe: str, *, may_s
     """
     if recipe == FLAT:
         return []
-    index = _empty(recipe, keys.shape[1])
+    index = empty_index(recipe, keys.shape[1])
     try:
-        index.train(_training_rows(keys, index))
+        index.train(training_rows(keys, index))
     except RuntimeError as error:
         if may_stay_flat:
             return []
         raise RecipeRefused(f"{recipe} cannot be trained on {len(keys)} {side} rows: take fewer lists, or auto") from error
     for start in range(0, len(keys), BLOCK_ROWS):
-        index.add(keys[start : start + BLOCK_ROWS].astype(np.float32))  # (BLOCK_ROWS, Dk)
+        index.add(widened(keys[start : start + BLOCK_ROWS]))  # (BLOCK_ROWS, Dk)
     with writing(f"{path.name}/{index_file(side)}"):
         faiss.write_index(index, str(path / index_file(side)))
     return [f"{path.name}/{index_file(side)}"]
 
 
-def _empty(recipe: str, width: int) -> faiss.Index:
+def empty_index(recipe: str, width: int) -> faiss.Index:
+    """What faiss makes of a recipe, untrained."""
     try:
         index = faiss.index_factory(width, recipe, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
@@ -192,11 +195,11 @@ def _empty(recipe: str, width: int) -> faiss.Index:
     return index
 
 
-def _training_rows(keys: np.ndarray, index: faiss.Index) -> np.ndarray:
+def training_rows(keys: np.ndarray, index: faiss.Index) -> np.ndarray:
     """(R, Dk) float32, a seeded sample of the rows."""
     inverted = faiss.try_extract_index_ivf(index)
-    wanted = max(BLOCK_ROWS, TRAIN_ROWS_PER_LIST * (inverted.nlist if inverted is not None else 0))
+    wanted = max(TRAIN_ROWS, TRAIN_ROWS_PER_LIST * (inverted.nlist if inverted is not None else 0))
     if wanted >= len(keys):
-        return keys.astype(np.float32)
+        return widened(keys)
     rows = np.sort(np.random.default_rng(0).choice(len(keys), size=wanted, replace=False))
-    return keys[rows].astype(np.float32)
+    return widened(keys[rows])

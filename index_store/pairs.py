@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from index_store.errors import PairsRefused
+from index_store.half import widened
 
 Side = Literal["image", "text"]
 KeyKind = Literal["vector", "trunk"]
@@ -44,7 +45,8 @@ class Pairs:
             raise PairsRefused(f"image and text vectors must be of one width, not {self.image.shape} and {self.text.shape}")
         for side in SIDES:
             _check_rows(f"{side} vectors", self.values(side), len(self.ids))
-            _check_rows(f"{side} keys", self.keys(side), len(self.ids))
+            if self.has_own_keys(side):
+                _check_rows(f"{side} keys", self.keys(side), len(self.ids))
         _check_records(self.records, len(self.ids))
 
     def __len__(self) -> int:
@@ -86,7 +88,8 @@ def _check_rows(what: str, rows: np.ndarray, pairs: int) -> None:
         raise PairsRefused(f"{what} must be ({pairs}, width) beside {pairs} ids, not {rows.shape}")
     if rows.dtype not in (np.float16, np.float32):
         raise PairsRefused(f"{what} must be float16 or float32, not {rows.dtype}")
-    lengths = np.linalg.norm(rows.astype(np.float32, copy=False), axis=1)  # (N,), nan where a row is not finite
+    exact = widened(rows)
+    lengths = np.sqrt(np.einsum("nd,nd->n", exact, exact))  # (N,), nan or inf where a row is not finite
     wrong = np.flatnonzero(~(np.abs(lengths - 1.0) <= NORM_TOLERANCE))
     if len(wrong):
         row = int(wrong[0])

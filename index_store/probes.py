@@ -7,6 +7,7 @@ import faiss
 import numpy as np
 
 from index_store.errors import DamagedVersion
+from index_store.half import widened
 from index_store.manifest import Manifest
 from index_store.pairs import Side
 from index_store.search import Fan
@@ -75,7 +76,7 @@ def _exact(fan: Fan, queries: np.ndarray, k: int) -> np.ndarray:
     best = np.empty((len(queries), 0), np.float32)
     for shard in fan.shards:
         for start in range(0, shard.pairs, BLOCK_ROWS):
-            rows = shard.keys[fan.side][start : start + BLOCK_ROWS].astype(np.float32)
+            rows = widened(shard.keys[fan.side][start : start + BLOCK_ROWS])
             scores, _ = faiss.knn(queries, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
             best = -np.sort(-np.hstack([best, scores]), axis=1)[:, :k]
     return best

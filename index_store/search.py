@@ -8,6 +8,7 @@ import faiss
 import numpy as np
 
 from index_store.clones import Abreast, Clone
+from index_store.half import widened
 from index_store.hits import ABSENT, Hits, Part, Searched, best
 from index_store.limits import Limits
 from index_store.pairs import Side
@@ -56,8 +57,7 @@ class Fan:
     def take(self, rows: np.ndarray, column: Callable[[Part], np.ndarray]) -> np.ndarray:
         """(R, …) the rows of one column, wherever they lie.  rows: (R,) int64, all present."""
         if len(self.shards) == 1:
-            only: np.ndarray = column(self.shards[0])[rows]
-            return only
+            return np.take(column(self.shards[0]), rows, axis=0)
         return taken(self.shards, self.starts, rows, column)
 
     def place(self, row: int) -> tuple[Part, int]:
@@ -78,7 +78,7 @@ class Fan:
 def blocks_of(keys: np.ndarray, first: int) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, (rows, Dk) float32) of every block of one part.  keys: (N, Dk) float16, whose first row is number `first`."""
     for start in range(0, len(keys), SCAN_ROWS):
-        yield first + start, keys[start : start + SCAN_ROWS].astype(np.float32)
+        yield first + start, widened(keys[start : start + SCAN_ROWS])
 
 
 def scanned(
@@ -163,8 +163,8 @@ def _wraps(index: faiss.Index | Clone) -> bool:
     return index.wrapped if isinstance(index, Clone) else isinstance(index, faiss.IndexPreTransform)
 
 
-def _joined(indexes: Sequence[Any]) -> faiss.Index | Clone | Abreast:
-    """One index as it is; several side by side, searched in parallel, rows numbered through."""
+def _joined(indexes: Sequence[Any]) -> Any:
+    """One index as it is; several side by side, searched in parallel, rows numbered through: anything with the search of a faiss index."""
     if len(indexes) == 1:
         only: faiss.Index | Clone = indexes[0]
         return only

@@ -10,6 +10,7 @@ import numpy as np
 
 from index_store.clones import Clone, Owner
 from index_store.errors import DamagedVersion
+from index_store.half import widened
 from index_store.manifest import Manifest, index_file
 from index_store.pairs import SIDES, KeyKind, Side
 
@@ -102,5 +103,5 @@ def flat_index(keys: np.ndarray) -> faiss.Index:
     """An exact inner-product index over (N, Dk) float16 rows, converted block by block."""
     index = faiss.IndexFlatIP(keys.shape[1])
     for start in range(0, len(keys), BLOCK_ROWS):
-        index.add(keys[start : start + BLOCK_ROWS].astype(np.float32))  # (BLOCK_ROWS, Dk)
+        index.add(widened(keys[start : start + BLOCK_ROWS]))  # (BLOCK_ROWS, Dk)
     return index

@@ -13,6 +13,7 @@ import numpy as np
 
 from index_store.clones import Owner
 from index_store.errors import IncompatibleSnapshot, QueryRefused, RecallTooLow
+from index_store.half import widened
 from index_store.hits import Hits, Searched
 from index_store.limits import limits_of
 from index_store.manifest import Manifest, read_manifest, same_encoder
@@ -201,7 +202,7 @@ class Snapshot:
         mask = hits.mask
         rows = np.maximum(hits.rows, 0).ravel()  # (B * K,)
         ids = _readable(fan.take(rows, lambda part: part.ids)).reshape(mask.shape)
-        values = fan.take(rows, lambda part: part.values[other(fan.side)]).astype(np.float32).reshape(*mask.shape, self.dim)
+        values = widened(fan.take(rows, lambda part: part.values[other(fan.side)])).reshape(*mask.shape, self.dim)
         if not mask.all():
             ids[~mask] = ids.dtype.type()
             values[~mask] = 0

@@ -43,10 +43,10 @@ def table(rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def environment() -> dict[str, Any]:
+def environment(package: str = "loadtests") -> dict[str, Any]:
     """Commit, machine, versions and command: what a reader needs to believe or repeat a number."""
     return {
-        "command": " ".join(["python", "-m", f"loadtests.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"{package}.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD") or "unknown",
         "changed_since_commit": bool(_git("status", "--porcelain", "--untracked-files=no")),

@@ -1,0 +1,201 @@
+"""The memory beside bare faiss, in one run on the same rows and the same indexes (`make bench-memory`).
+
+    python -m index_store.benchmarks.memory [--pairs 1000000] [--dim 512] [--repeats 5] [--builds 5]
+
+Figures are medians over the repeats. What is compared takes turns, and a ratio is taken inside a repeat, so that a machine whose speed
+drifts does not bend it. Writes JSON and a picture; exits with 1 where a target is missed.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from index_store.benchmarks.picture import draw
+from index_store.benchmarks.synthetic import Collection
+from index_store.build import build_version
+from index_store.indexing import FLAT, empty_index, training_rows
+from index_store.manifest import Manifest, index_file
+from index_store.pairs import SIDES
+from index_store.shard import BLOCK_ROWS, flat_index
+from index_store.store import Store
+from loadtests.report import environment, table, write
+
+ENCODER = "synthetic@0123456789ab"
+NAME = "bench"
+QUERIES = 1000
+K = 10
+BATCHES = (1, 32)
+SECONDS = 1.0  # of each side in each repeat
+
+
+def measure_build(store: Store, collection: Collection, repeats: int) -> tuple[dict[str, Any], Manifest]:
+    """Seconds from ready embeddings to a version that can be opened, and of faiss alone: train, add and write the same indexes."""
+    ours, bare = [], []
+    for repeat in range(repeats):
+        begun = time.perf_counter()
+        manifest = build_version(
+            store, NAME, f"v{repeat}", collection.blocks(), encoder=ENCODER, kinds={"image": "vector", "text": "vector"}
+        )
+        ours.append(time.perf_counter() - begun)
+        bare.append(_bare_build(collection, manifest.index["recipe"], store.root))
+        if repeat < repeats - 1:
+            shutil.rmtree(store.path(NAME, manifest.version))
+    ratios = [alone / whole for alone, whole in zip(bare, ours, strict=True)]
+    medians = {"seconds": _median(ours), "bare_seconds": _median(bare), "speed_vs_bare": _median(ratios)}
+    return {**medians, "all_seconds": _rounded(ours), "all_bare_seconds": _rounded(bare)}, manifest
+
+
+def measure_search(store: Store, manifest: Manifest, collection: Collection, repeats: int) -> dict[str, Any]:
+    """Queries per second of an exact flat search, of the version's own index alone, and of retrieve, which also gathers; and recall."""
+    snapshot = store.open(NAME, manifest.version, encoder=ENCODER)
+    queries, flat = collection.queries("image", QUERIES), flat_index(collection.rows["image"])
+    index, lists = _bare_index(store, manifest, flat)
+    searches: dict[str, Callable[[np.ndarray], object]] = {
+        "flat": lambda batch: flat.search(batch, K),
+        "bare": lambda batch: index.search(batch, K, params=lists),
+        "retrieve": lambda batch: snapshot.retrieve(batch, "image", K),
+    }
+    exact, found = flat.search(queries, K)[1], snapshot.retrieve(queries, "image", K).ids
+    names = [{f"item-{row:09d}" for row in rows} for rows in exact.tolist()]
+    recall = statistics.mean(len(known & set(ids)) / K for known, ids in zip(names, found.tolist(), strict=True))
+    rates = {batch: _rates(searches, queries, batch, repeats) for batch in BATCHES}
+    return {"recall_at_10": round(recall, 4), **{f"batch_{batch}": measured for batch, measured in rates.items()}}
+
+
+def measure_open(store: Store, manifest: Manifest, repeats: int) -> dict[str, Any]:
+    """Seconds to open a version that was just built, and to read every byte of it, as happens behind its back."""
+    opened = [_seconds(lambda: store.open(NAME, manifest.version, encoder=ENCODER)) for _ in range(repeats)]
+    return {"seconds": _median(opened), "verify_seconds": round(_seconds(lambda: store.verify(NAME, manifest.version)), 3)}
+
+
+def measure_resident(store: Store, manifest: Manifest, collection: Collection) -> dict[str, Any]:
+    """Megabytes that opening the version and answering queries on both sides adds to those of Python and faiss, in a process of its own."""
+    for side in SIDES:
+        np.save(store.root / f"queries-{side}.npy", collection.queries(side, QUERIES // 2))
+    command = [sys.executable, "-m", "index_store.benchmarks.resident", str(store.root), NAME, manifest.version, ENCODER]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    files = [f"{shard['folder']}/{index_file(side)}" for shard in manifest.shards for side in SIDES]
+    index_mb = sum(manifest.files[file]["bytes"] for file in files if file in manifest.files) / 1e6 + manifest.bytes["resident"] / 1e6
+    resident: dict[str, Any] = json.loads(done.stdout)
+    return {**resident, "index_mb": round(index_mb, 1), "of_allowed": round(resident["taken_mb"] / (1.1 * index_mb + 100), 3)}
+
+
+def verdicts(report: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
+    """(figure, value, target, reached) of everything that has a target."""
+    search, one, many = report["search"], report["search"]["batch_1"], report["search"]["batch_32"]
+    return [
+        ("recall@10 of retrieve", search["recall_at_10"], ">= 0.99", search["recall_at_10"] >= 0.99),
+        ("retrieve / flat, batch 1", one["retrieve_vs_flat"], ">= 10", one["retrieve_vs_flat"] >= 10),
+        ("retrieve / flat, batch 32", many["retrieve_vs_flat"], ">= 10", many["retrieve_vs_flat"] >= 10),
+        ("retrieve / bare, batch 1", one["retrieve_vs_bare"], ">= 0.9", one["retrieve_vs_bare"] >= 0.9),
+        ("retrieve / bare, batch 32", many["retrieve_vs_bare"], ">= 0.9", many["retrieve_vs_bare"] >= 0.9),
+        ("open, s", report["open"]["seconds"], "<= 2", report["open"]["seconds"] <= 2),
+        ("resident / (1.1 index + 100 MB)", report["resident"]["of_allowed"], "<= 1", report["resident"]["of_allowed"] <= 1),
+        ("build / bare train+add+write", report["build"]["speed_vs_bare"], ">= 0.5", report["build"]["speed_vs_bare"] >= 0.5),
+    ]
+
+
+def main() -> int:
+    """Build, measure, tell."""
+    args = _arguments()
+    report = {**environment("index_store.benchmarks"), "settings": {name: str(value) for name, value in vars(args).items()}}
+    shutil.rmtree(args.store, ignore_errors=True)
+    store, collection = Store(args.store), Collection(args.pairs, args.dim)
+    args.store.mkdir(parents=True)
+    report["build"], manifest = measure_build(store, collection, args.builds)
+    report["index"] = manifest.index
+    report["search"] = measure_search(store, manifest, collection, args.repeats)
+    report["open"] = measure_open(store, manifest, args.repeats)
+    report["resident"] = measure_resident(store, manifest, collection)
+    rows = verdicts(report)
+    told = [(name, f"{value:.3f}", goal, "ok" if ok else "MISSED") for name, value, goal, ok in rows]
+    print(table([("figure", "value", "target", ""), *told]))
+    report["targets"] = [{"figure": name, "value": value, "target": goal, "reached": ok} for name, value, goal, ok in rows]
+    write(args.out, report)
+    draw(report, args.out.with_suffix(".png"))
+    shutil.rmtree(args.store)
+    return 0 if all(ok for *_, ok in rows) else 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The memory beside bare faiss.")
+    parser.add_argument("--pairs", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--builds", type=int, default=5)
+    parser.add_argument("--store", type=Path, default=Path("var/bench-memory"), help="emptied before and after")
+    parser.add_argument("--out", type=Path, default=Path("loadtests/results/memory.json"))
+    return parser.parse_args()
+
+
+def _bare_build(collection: Collection, recipe: str, folder: Path) -> float:
+    """Seconds that faiss takes for both sides, from the same float16 rows in the same blocks."""
+    begun = time.perf_counter()
+    for side in SIDES:
+        rows, index = collection.rows[side], empty_index(recipe, collection.dim)
+        index.train(training_rows(rows, index))
+        for start in range(0, len(rows), BLOCK_ROWS):
+            index.add(rows[start : start + BLOCK_ROWS].astype(np.float32))
+        faiss.write_index(index, str(folder / index_file(side)))
+    return time.perf_counter() - begun
+
+
+def _bare_index(store: Store, manifest: Manifest, flat: faiss.Index) -> tuple[faiss.Index, faiss.SearchParameters | None]:
+    """The version's own index of the image side, as faiss opens it, and how it is to be searched."""
+    if manifest.index["recipe"] == FLAT:
+        return flat, None
+    (shard,) = manifest.shards
+    path = store.path(NAME, manifest.version) / shard["folder"] / index_file("image")
+    lists = faiss.SearchParametersIVF()
+    lists.nprobe = manifest.index["probes"]
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC), lists
+
+
+def _rates(searches: dict[str, Callable[[np.ndarray], object]], queries: np.ndarray, batch: int, repeats: int) -> dict[str, Any]:
+    """Queries per second of each search, turn by turn; the first turn, which finds everything cold, does not count."""
+    turns: list[dict[str, float]] = []
+    for repeat in range(repeats + 1):
+        order = list(searches) if repeat % 2 else list(reversed(searches))
+        turn = {name: _rate(searches[name], queries, batch) for name in order}
+        turns += [turn] if repeat else []
+    medians = {name: round(_median([turn[name] for turn in turns]), 1) for name in searches}
+    ratios = {f"retrieve_vs_{name}": _median([turn["retrieve"] / turn[name] for turn in turns]) for name in ("flat", "bare")}
+    return {"queries_per_s": medians, **ratios}
+
+
+def _rate(search: Callable[[np.ndarray], object], queries: np.ndarray, batch: int) -> float:
+    """Queries per second, over whole batches for about SECONDS."""
+    begun, asked = time.perf_counter(), 0
+    while time.perf_counter() - begun < SECONDS:
+        start = asked % (len(queries) - batch + 1)
+        search(queries[start : start + batch])
+        asked += batch
+    return asked / (time.perf_counter() - begun)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def _median(values: list[float]) -> float:
+    return round(statistics.median(values), 4)
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [round(value, 2) for value in values]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

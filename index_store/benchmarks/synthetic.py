@@ -1,0 +1,52 @@
+"""Pairs that cluster as embeddings of a catalogue do, of any number, the same each time."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from index_store.pairs import SIDES, Pairs, Side
+
+PAIRS_PER_CLUSTER = 100  # on average
+LATENT = 64  # embeddings of 512 numbers vary in far fewer directions; in all 512, clusters would never touch and any index would shine
+SPREAD = 0.7  # of a pair about its cluster, where clusters lie 1 apart in each latent direction: the edges overlap
+NOISE = 0.3  # in every direction
+BLOCK = 50_000
+
+
+class Collection:
+    """N pairs of width D: `rows` are unit float16, image and text of a pair lie in the same cluster, drawn apart from each other."""
+
+    def __init__(self, pairs: int, dim: int) -> None:
+        self.pairs, self.dim = pairs, dim
+        rng = np.random.default_rng(7)
+        clusters = max(1, pairs // PAIRS_PER_CLUSTER)
+        share = rng.lognormal(sigma=1.0, size=clusters)  # some things are photographed often, most are not
+        self._share = share / share.sum()
+        self._member = rng.choice(clusters, size=pairs, p=self._share)  # (N,)
+        self._centres = {side: rng.standard_normal((clusters, LATENT), np.float32) for side in SIDES}
+        self._spread = {side: rng.standard_normal((LATENT, dim), np.float32) / np.sqrt(np.float32(LATENT)) for side in SIDES}
+        self.rows: dict[Side, np.ndarray] = {side: self._drawn(side, self._member, seed) for seed, side in enumerate(SIDES)}
+
+    def queries(self, side: Side, count: int) -> np.ndarray:
+        """(count, D) float32 unit rows from the same clusters; none of them is a row of the collection."""
+        members = np.random.default_rng(8).choice(len(self._share), size=count, p=self._share)
+        return self._drawn(side, members, 9).astype(np.float32)
+
+    def blocks(self) -> Iterator[Pairs]:
+        """The pairs as a builder takes them."""
+        for start in range(0, self.pairs, BLOCK):
+            rows = slice(start, min(start + BLOCK, self.pairs))
+            numbers = range(rows.start, rows.stop)
+            ids = np.array([f"item-{i:09d}" for i in numbers])
+            records = [{"caption": f"the caption of item {i}", "price": i % 997} for i in numbers]
+            yield Pairs(ids, self.rows["image"][rows], self.rows["text"][rows], records)
+
+    def _drawn(self, side: Side, member: np.ndarray, seed: int) -> np.ndarray:
+        """(len(member), D) float16 unit rows about the centres of their clusters."""
+        rng, drawn = np.random.default_rng(seed), np.empty((len(member), self.dim), np.float16)
+        for start in range(0, len(member), BLOCK):
+            mine = member[start : start + BLOCK]
+            latent = self._centres[side][mine] + SPREAD * rng.standard_normal((len(mine), LATENT), np.float32)
+            rows = latent @ self._spread[side] + NOISE * rng.standard_normal((len(mine), self.dim), np.float32)
+            drawn[start : start + BLOCK] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        return drawn
