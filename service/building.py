@@ -11,6 +11,7 @@ from index_store import Store, build_version
 from index_store.store import plain, plain_version
 from index_store.stored import is_version
 from service.commands import Args, encoder_of, progress
+from service.errors import UsageError
 from service.settings import Settings, read
 
 if TYPE_CHECKING:

@@ -21,6 +21,11 @@ for line in sys.stdin:
 """
 
 
+def kills(usual: int) -> int:
+    """How often a test kills: `make chaos` asks for more."""
+    return int(os.environ.get("RECO_KILLS", usual))
+
+
 class Nursery:
     """Starts real builder processes, one at a time, without importing everything for each.
 

@@ -16,7 +16,7 @@ import pytest
 
 from index_store.errors import StoreBusy, StoreError, StoreUnwritable
 from index_store.store import Store
-from index_store.tests.nursery import ROOT, Nursery
+from index_store.tests.nursery import ROOT, Nursery, kills
 from index_store.tests.small import ENCODER, built, nothing_there, opened, some_pairs
 
 BUILD = """
@@ -25,6 +25,15 @@ pairs = some_pairs(1500, 32)
 blocks = [part(pairs, slice(i, i + 100)) for i in range(0, 1500, 100)]
 def build(root):
     built(root, blocks, index="IVF8,Flat", shard_pairs=500)
+"""
+
+
+SWAP = """
+from index_store.store import Store
+def build(root):
+    while True:
+        Store(root).activate("things", "v2")
+        Store(root).activate("things", "v1")
 """
 
 
@@ -41,7 +50,7 @@ def test_kill_9_at_random_moments_leaves_nothing_that_opens(tmp_path: Path, nurs
     assert nursery.end() == 0
     took = time.monotonic() - start
     store, moments, killed = Store(tmp_path / "store"), random.Random(22), 0
-    for _ in range(12):
+    for _ in range(kills(12)):
         process = nursery.begin(store.root)
         time.sleep(moments.uniform(0, 1.1 * took))
         os.kill(process, signal.SIGKILL)  # harmless where it is done already
@@ -59,6 +68,25 @@ def test_kill_9_at_random_moments_leaves_nothing_that_opens(tmp_path: Path, nurs
     assert nursery.end() == 0
     assert [path.name for path in (store.root / "things").iterdir()] == ["v1"]
     assert min(store.open("things", "v1", encoder=ENCODER).prove().values()) >= 0.99
+
+
+def test_kill_9_at_random_moments_leaves_one_of_the_two_versions_current(tmp_path: Path) -> None:
+    store, moments, swapping = Store(tmp_path), random.Random(23), Nursery(SWAP)
+    for version in ("v1", "v2"):
+        built(tmp_path, some_pairs(20), version=version)
+    store.activate("things", "v1")
+    found = set()
+    try:
+        for _ in range(kills(12)):
+            process = swapping.begin(tmp_path)
+            time.sleep(moments.uniform(0.005, 0.08))
+            os.kill(process, signal.SIGKILL)
+            assert swapping.end() == -signal.SIGKILL
+            found.add(store.current("things"))
+            assert len(store.open("things", encoder=ENCODER)) == 20
+    finally:
+        swapping.close()
+    assert found <= {"v1", "v2"}
 
 
 def test_the_leftover_of_a_dead_builder_is_cleared(tmp_path: Path) -> None:

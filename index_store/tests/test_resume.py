@@ -21,7 +21,7 @@ from index_store.manifest import Manifest
 from index_store.pairs import Pairs
 from index_store.steps import Done, Job, Reject, Step
 from index_store.store import Store
-from index_store.tests.nursery import Nursery
+from index_store.tests.nursery import Nursery, kills
 from index_store.tests.small import ENCODER, TRUNKS, VECTORS, some_pairs
 from index_store.tests.test_crash import limited
 from index_store.workplace import NOTES
@@ -275,7 +275,7 @@ def test_kill_9_at_random_moments_and_the_same_build_comes_out(tmp_path: Path) -
         took = time.monotonic() - start
         root, log, killed, finished = tmp_path / "store", tmp_path / "store.log", 0, 0
         log.touch()
-        while killed < 24 or not finished:
+        while killed < kills(24) or not finished:
             process = nursery.begin(root)
             time.sleep(moments.uniform(0, took))
             os.kill(process, signal.SIGKILL)
