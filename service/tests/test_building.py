@@ -22,6 +22,7 @@ from index_store import Store
 from service.tests.conftest import ROOT, one_line, reco
 
 CROPS = 160
+SLOWLY = {"RECO_MAX_BATCH": "1", "OMP_NUM_THREADS": "1"}  # long enough that Ctrl-C comes in time on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def ids(store: Path, name: str, version: str) -> list[bytes]:
 def interrupted(arguments: list[str], store: Path) -> str:
     """Begin a build, press Ctrl-C once rows are on the disk; what it says."""
     command = [sys.executable, "-m", "service.cli", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "RECO_MAX_BATCH": "4"}, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **SLOWLY}, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 200
     while time.monotonic() < until and process.poll() is None:
         if any(path.stat().st_size > 5000 for path in store.glob("crops/.*.partial/shard-0000/image.npy")):
