@@ -79,7 +79,11 @@ def _with_settings(parser: argparse.ArgumentParser, *groups: str) -> argparse.Ar
     if "model" in groups:
         parser.add_argument("--model", help="'starter', an open_clip name, or an open_clip config file")
         parser.add_argument("--pretrained", metavar="TAG|FILE", help="a hub tag, a local weights file, or 'random' for speed tests")
-        parser.add_argument("--fusion", metavar="FILE", help="what `reco train` wrote; default: the starter's, else the training-free rule")
+        parser.add_argument(
+            "--fusion",
+            metavar="none|mean|core|FILE",
+            help="what `reco train` wrote, or a rule (with its alpha: mean:2); default: the starter's, else the training-free rule",
+        )
         parser.add_argument("--device", choices=["auto", "cpu", "cuda"])
         parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"])
     return parser
