@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +14,12 @@ from index_store.durable import digest
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, QueryRefused, RecallTooLow
 from index_store.manifest import Manifest, read_manifest, same_encoder
 from index_store.neighbors import Neighbors
-from index_store.pairs import SIDES, Id, KeyKind, Side, other
+from index_store.pairs import SIDES, Id, KeyKind, Pairs, Side, other
 from index_store.probes import Probes
 from index_store.search import Fan, Hits, limits_of, nearest
 from index_store.shard import Shard
 
+BLOCK = 8_192  # pairs handed out at a time: 40 MB at D = 512
 VERIFY_THREADS = 4  # sha256 releases the interpreter lock; more threads than this wait for the disk
 
 _living: "weakref.WeakSet[Snapshot]" = weakref.WeakSet()
@@ -105,7 +106,8 @@ class Snapshot:
         queries = self._checked(queries, fan, k)
         limits = limits_of(len(queries), self._id_kind, max_similarity=max_similarity, exclude=exclude, min_score=min_score)
         lists = self.manifest.index["probes"]
-        return self._gathered(nearest(fan, queries, k, (probes or lists) if lists else 0, limits), fan, fan.side if values == "same" else other(fan.side))
+        hits = nearest(fan, queries, k, (probes or lists) if lists else 0, limits)
+        return self._gathered(hits, fan, side if values == "same" else other(side))
 
     def prove(self) -> dict[Side, float]:
         """Answer the stored probe queries; recall per side, or RecallTooLow where one is below the manifest's floor."""
@@ -117,6 +119,17 @@ class Snapshot:
                     f"{self.ref}: {side} recall@{depth} is {recall:.4f}, the floor is {floor}: rebuild it with a finer index"
                 )
         return proven
+
+    def blocks(self, rows: int = BLOCK) -> Iterator[Pairs]:
+        """Every pair that is there, at most `rows` at a time, as a builder takes them."""
+        fan = self._fans["image"]
+        own = [side for side in SIDES if self.key_kind(side) != "vector"]
+        for start in range(0, fan.pairs, rows):
+            numbers = np.arange(start, min(start + rows, fan.pairs))
+            keys = {f"{side}_key": fan.take(numbers, lambda shard, side=side: shard.keys[side]) for side in own}  # type: ignore[misc]
+            values = {side: fan.take(numbers, lambda shard, side=side: shard.values[side]) for side in SIDES}  # type: ignore[misc]
+            ids = _readable(fan.take(numbers, lambda shard: shard.ids))
+            yield Pairs(ids=ids, **values, **keys, records=[self._record(row) for row in numbers.tolist()])
 
     def _checked(self, queries: np.ndarray, fan: Fan, k: int) -> np.ndarray:
         if k < 1:

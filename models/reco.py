@@ -181,7 +181,9 @@ class Reco:
             )
         searched = route.searched(side)
         if searched != side and snapshot.key_kind(searched) != "vector":
-            raise ConfigError(f"{snapshot.ref} compares {searched} features before projection: a cross search needs a memory with vector keys")
+            raise ConfigError(
+                f"{snapshot.ref} compares {searched} features before projection: a cross search needs a memory with vector keys"
+            )
         key = encoded.key(snapshot.key_kind(searched))
         found = [
             snapshot.retrieve(

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ from service.settings import Settings, read
 
 if TYPE_CHECKING:
     from models.clip import Encoder
-    from models.reco import Reco
     from models.sources import Reject, Sample
 
 Args = argparse.Namespace
@@ -153,35 +152,6 @@ def train(args: Args) -> None:
     print(learn(TrainConfig.read(args.recipe)))
 
 
-def classify(args: Args) -> None:
-    """reco eval classify: how many are right, plain and enhanced."""
-    from models.evaluate import classify as evaluate
-    from models.sources import Sample
-    from models.starter import MEMORY
-
-    settings = read(vars(args), args.config)
-    template = f"{{{args.label}}}"
-    found = [sample.caption for sample in islice(_samples(args.sources, template), args.limit) if isinstance(sample, Sample)]
-    if not found:
-        raise ServiceError(
-            f"no image with the field {args.label!r} in {', '.join(source.name for source in args.sources)}: name it with --label"
-        )
-    reco, store = _reco(settings), Store(settings.store)
-    if settings.model == "starter":
-        from models.starter import install_starter
-
-        install_starter(store)
-    snapshot = store.open(settings.memory or MEMORY, encoder=reco.encoder.fingerprint)
-    with _progress(len(found), "classify") as done:
-        report = evaluate(
-            reco, islice(_samples(args.sources, template), args.limit), snapshot, labels=sorted(set(found)), templates=args.templates,
-            k=args.k, label_field=args.label, on_progress=done,
-        )  # fmt: skip
-    print(report.table())
-    if args.json:
-        args.json.write_text(json.dumps(asdict(report), indent=2) + "\n", "utf-8")
-
-
 def _samples(sources: Iterable[Path], caption: str | None) -> Iterator[Sample | Reject]:
     from models.sources import read_samples
 
@@ -197,12 +167,6 @@ def _encoder(settings: Settings) -> Encoder:
     from models.clip import Encoder, EncoderSpec
 
     return Encoder.load(EncoderSpec(settings.model, settings.pretrained, settings.precision, settings.device))
-
-
-def _reco(settings: Settings) -> Reco:
-    from service.engine import load_reco
-
-    return load_reco(settings)
 
 
 def _parts(store: Store, ref: str) -> tuple[str, str]:

@@ -1,0 +1,175 @@
+"""What each `reco eval` command does: data encoded once, every setting asked, a table, JSON and a report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from index_store import Snapshot, Store
+from service.errors import ServiceError, UsageError
+from service.settings import Settings, read
+
+if TYPE_CHECKING:
+    from models.evaluate import Captioned, Report
+    from models.queries import Photos, Setting
+    from models.reco import Reco
+    from models.sources import Reject, Sample
+
+Args = argparse.Namespace
+
+
+def classify(args: Args) -> None:
+    """reco eval classify: how many are right, plain and enhanced."""
+    from models.evaluate import Labels
+    from models.evaluate import classify as evaluate
+
+    reco, snapshot = opened(args)
+    names = _labels(args)
+    photos = _photos(args, reco, names)
+    _tell_unseen(names, photos)
+    labels = Labels(names, args.templates, reco.encoder)
+    report = evaluate(reco, photos, labels, snapshot, settings_of(args), args.label)
+    _tell(report, args)
+    if args.per_class:
+        from models.report_tables import details
+
+        print(details(report))
+
+
+def retrieve(args: Args) -> None:
+    """reco eval retrieve: recall in both directions over all captions."""
+    from models.evaluate import retrieve as evaluate
+
+    reco, snapshot = opened(args)
+    _tell(evaluate(reco, _captioned(args, reco), snapshot, settings_of(args)), args)
+
+
+def entities(args: Args) -> None:
+    """reco eval entities: labels seen in training and labels never seen, apart."""
+    from models.evaluate import Labels
+    from models.evaluate import entities as evaluate
+
+    reco, snapshot = opened(args)
+    names = _labels(args)
+    photos = _photos(args, reco, names)
+    seen = args.seen.read_text("utf-8").split("\n") if args.seen else _share(names, args.seen_share, args.seed)
+    report = evaluate(reco, photos, Labels(names, args.templates, reco.encoder), snapshot, settings_of(args), sorted({*seen} & {*names}))
+    _tell(report, args)
+
+
+def opened(args: Args) -> tuple[Reco, Snapshot]:
+    """The model and the memory that the command line names; the starter's own memory is made where it is missing."""
+    from models.starter import MEMORY, install_starter
+    from service.engine import load_reco
+
+    settings = read(vars(args), args.config)
+    reco, store = load_reco(settings), Store(settings.store)
+    if settings.model == "starter":
+        install_starter(store)
+    return reco, _memory(settings, store, MEMORY, reco)
+
+
+def _memory(settings: Settings, store: Store, starter: str, reco: Reco) -> Snapshot:
+    name = settings.memory or (starter if settings.model == "starter" else None)
+    if name is None:
+        raise UsageError(f"no memory named: give --memory, one of {', '.join(store.names()) or 'none, build one first'}")
+    name, _, version = name.partition("@")
+    return store.open(name, version or None, encoder=reco.encoder.fingerprint)
+
+
+def settings_of(args: Args) -> list[Setting]:
+    """Every combination of what the command line lists, plain once."""
+    from models.queries import Setting
+    from models.reco import Route
+
+    return [
+        Setting(enhance, k, Route(search, fuse), args.max_similarity, args.max_text_similarity, args.dehub)
+        for enhance in args.enhance
+        if enhance != "none" or args.dehub
+        for search in args.search
+        for fuse in args.fuse
+        for k in args.k or [None]
+    ]
+
+
+def _labels(args: Args) -> list[str]:
+    """The labels of --labels, one a line; else every one that the data names."""
+    if args.labels is not None:
+        names = [line.strip() for line in args.labels.read_text("utf-8").splitlines() if line.strip()]
+        if not names:
+            raise ServiceError(f"{args.labels.name} holds no label: write one a line")
+        return list(dict.fromkeys(names))
+    from models.sources import Sample
+
+    found = {sample.caption for sample in _samples(args, f"{{{args.label}}}") if isinstance(sample, Sample)}
+    if not found:
+        raise ServiceError(
+            f"no image with the field {args.label!r} in {', '.join(source.name for source in args.sources)}: name it with --label"
+        )
+    return sorted(found)
+
+
+def _tell_unseen(names: Sequence[str], photos: Photos) -> None:
+    """A label without any photo is told: its share is unknown, and it still takes guesses from the others."""
+    empty = sorted(set(names) - set(photos.labels))
+    if empty:
+        print(f"{len(empty)} labels without any image, the first: {empty[0]!r}", file=sys.stderr)
+
+
+def _photos(args: Args, reco: Reco, names: Sequence[str]) -> Photos:
+    from models.queries import encode_photos
+
+    with _bar() as done:
+        return encode_photos(_samples(args, f"{{{args.label}}}"), reco.encoder, labels=set(names), on_progress=done)
+
+
+def _captioned(args: Args, reco: Reco) -> Captioned:
+    from models.evaluate import Captioned
+    from models.queries import Queries, encode_photos, encode_prompts
+
+    with _bar() as done:
+        asked = encode_photos(_samples(args, args.caption), reco.encoder, on_progress=done)
+    names = [name.rsplit("#", 1)[0] for name in asked.ids]
+    _, first, photo = np.unique(names, return_index=True, return_inverse=True)
+    siblings = dict[str, set[str]]()
+    for name, caption in zip(names, asked.ids, strict=True):
+        siblings.setdefault(name, {name}).add(caption)
+    own = [siblings[name] for name in names]
+    images = Queries(asked.queries.encoded.take(first.tolist()), [own[i] for i in first])
+    return Captioned(images, Queries(encode_prompts(asked.labels, reco.encoder), own), photo)
+
+
+def _samples(args: Args, caption: str | None) -> Iterator[Sample | Reject]:
+    from models.sources import read_samples
+
+    return islice(chain.from_iterable(read_samples(source, caption=caption) for source in args.sources), args.limit)
+
+
+def _share(names: Sequence[str], share: float, seed: int) -> list[str]:
+    """A seeded share of the labels."""
+    drawn = np.random.default_rng(seed).permutation(len(names))[: round(share * len(names))]
+    return [names[i] for i in drawn]
+
+
+def _tell(report: Report, args: Args) -> None:
+    from models.report_tables import terminal
+
+    print(terminal(report))
+    if args.json:
+        args.json.write_text(json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+@contextmanager
+def _bar() -> Iterator[Any]:
+    """A bar on a terminal, nothing elsewhere; gives the function to call with each count."""
+    from tqdm import tqdm
+
+    with tqdm(desc="encode", unit="image", disable=not sys.stderr.isatty()) as bar:
+        yield bar.update
