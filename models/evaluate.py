@@ -76,6 +76,7 @@ class Report:
     details: Details | None = None
     hits: Mapping[str, Hits] = field(default_factory=dict, repr=False)
     nearest: np.ndarray | None = field(default=None, repr=False)  # (N,) the best neighbour's score of each image
+    guesses: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)  # by method, (N,) int, the label each photo is taken for
 
     def as_json(self) -> dict[str, object]:
         """The figures without the arrays."""
@@ -145,7 +146,7 @@ def classify(
     best = max((str(setting) for setting in settings), key=lambda method: hits[method]["top-1"].mean(), default="none")
     notes = [f"{len(photos.queries)} images, {len(labels.labels)} labels, {len(photos.rejects)} rejected", *excluded(settings)]
     details = _details(hits, guesses[best], best, target, labels)
-    return Report("classify", snapshot.ref, reco.fusion_id, reco.k, notes, compared(hits), details, hits, nearest)
+    return Report("classify", snapshot.ref, reco.fusion_id, reco.k, notes, compared(hits), details, hits, nearest, guesses)
 
 
 def entities(reco: Reco, photos: Photos, labels: Labels, snapshot: Snapshot, settings: Sequence[Setting], seen: Sequence[str]) -> Report:
@@ -181,8 +182,9 @@ def retrieve(reco: Reco, asked: Captioned, snapshot: Snapshot, settings: Sequenc
             refine(reco, queries, side, snapshot, setting).vectors for side, queries in zip(SIDES, (asked.images, asked.texts), strict=True)
         )
         to_image, to_text = _dehubbed(text, image, snapshot, "text", setting), _dehubbed(image, text, snapshot, "image", setting)
-        hits[str(setting)] = {f"T2I R@{k}": recall_hits(to_image, own, k) for k in (1, 5, 10)}
-        hits[str(setting)] |= {f"I2T R@{k}": recall_hits(to_text, own.T, k) for k in (1, 5, 10)}
+        forward = {f"T2I R@{k}": recall_hits(to_image, own, k) for k in (1, 5, 10)}
+        backward = {f"I2T R@{k}": recall_hits(to_text, own.T, k) for k in (1, 5, 10)}
+        hits[str(setting)] = {**forward, **backward}
     notes = [f"{len(asked.images)} photos, {len(asked.texts)} captions", *excluded(settings)]
     return Report("retrieve", snapshot.ref, reco.fusion_id, reco.k, notes, compared(hits), hits=hits)
 

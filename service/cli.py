@@ -24,6 +24,9 @@ CLASSIFY = """examples:
 RETRIEVE = """examples:
   reco eval retrieve test.tar --memory pictures --enhance image text both
   reco eval retrieve test.tar --memory pictures --fusion mean:0.5 --dehub 0.75"""
+ABLATE = """examples:
+  reco eval ablate grocery/test-*.tar --memory grocery --learn-from things --out var/ablation
+  reco eval ablate test.tar --memory catalog --learn-from pictures@v2 --seeds 3 --limit 500"""
 ENTITIES = """examples:
   reco eval entities test.tar --memory everything --seen trained-on.txt
   reco eval entities test.tar --memory everything --seen-share 0.5 --seed 1"""
@@ -145,7 +148,13 @@ def _eval_parsers(commands: Any) -> None:
     entities.add_argument("--seen", type=Path, metavar="FILE", help="the entities that training saw, one a line")
     entities.add_argument("--seen-share", type=float, default=0.5, metavar="S", help="without a list: a seeded share of them (default 0.5)")
     entities.add_argument("--seed", type=int, default=0)
-    for parser in (classify, entities):
+    ablate = _eval_command(commands, "ablate", "every claim of the method as a row of one table", ABLATE)
+    ablate.add_argument("--learn-from", required=True, metavar="NAME[@V]", help="the memory whose pairs the learned rows learn from")
+    ablate.add_argument("--out", type=Path, default=Path("var/ablation"), metavar="DIR", help="rows and table; a second run goes on")
+    ablate.add_argument("--seeds", type=int, default=3, metavar="N")
+    ablate.add_argument("--steps", type=int, default=200, metavar="N", help="of each learned row")
+    ablate.add_argument("--alpha", type=float, default=2.0, help="strength of every rule")
+    for parser in (classify, entities, ablate):
         parser.add_argument("--label", default="class", metavar="FIELD", help="the JSON field of the class (default class)")
         parser.add_argument("--labels", type=Path, metavar="FILE", help="the labels, one a line; default all that the data name")
         parser.add_argument("--templates", nargs="+", default=["a photo of a {}."], help="prompts, each with one {}")
@@ -165,6 +174,7 @@ def _eval_command(commands: Any, name: str, summary: str, examples: str) -> argp
     parser.add_argument("--dehub", type=float, default=0.0, metavar="W", help="take W times each candidate's hubness off (NNN)")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N items only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON too")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write a page with plots and examples, and a Markdown table")
     return parser
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,15 @@ from service.errors import ServiceError, UsageError
 from service.settings import Settings, read
 
 if TYPE_CHECKING:
-    from models.evaluate import Captioned, Report
+    from models.evaluate import Captioned, Labels, Report
     from models.queries import Photos, Setting
     from models.reco import Reco
+    from models.report_page import Example
     from models.sources import Reject, Sample
 
 Args = argparse.Namespace
+Pictured = tuple[list["Example"], list["Example"]]  # helped, hurt
+EXAMPLES, NEIGHBOURS = 8, 5  # of either kind in a report, and the neighbours shown of each
 
 
 def classify(args: Args) -> None:
@@ -35,8 +38,9 @@ def classify(args: Args) -> None:
     photos = _photos(args, reco, names)
     _tell_unseen(names, photos)
     labels = Labels(names, args.templates, reco.encoder)
-    report = evaluate(reco, photos, labels, snapshot, settings_of(args), args.label)
-    _tell(report, args)
+    settings = settings_of(args)
+    report = evaluate(reco, photos, labels, snapshot, settings, args.label)
+    _tell(report, args, settings, lambda: _examples(report, settings, reco, photos, labels, snapshot, args))
     if args.per_class:
         from models.report_tables import details
 
@@ -48,7 +52,8 @@ def retrieve(args: Args) -> None:
     from models.evaluate import retrieve as evaluate
 
     reco, snapshot = opened(args)
-    _tell(evaluate(reco, _captioned(args, reco), snapshot, settings_of(args)), args)
+    settings = settings_of(args)
+    _tell(evaluate(reco, _captioned(args, reco), snapshot, settings), args, settings)
 
 
 def entities(args: Args) -> None:
@@ -60,8 +65,9 @@ def entities(args: Args) -> None:
     names = _labels(args)
     photos = _photos(args, reco, names)
     seen = args.seen.read_text("utf-8").split("\n") if args.seen else _share(names, args.seen_share, args.seed)
-    report = evaluate(reco, photos, Labels(names, args.templates, reco.encoder), snapshot, settings_of(args), sorted({*seen} & {*names}))
-    _tell(report, args)
+    settings = settings_of(args)
+    labels = Labels(names, args.templates, reco.encoder)
+    _tell(evaluate(reco, photos, labels, snapshot, settings, sorted({*seen} & {*names})), args, settings)
 
 
 def opened(args: Args) -> tuple[Reco, Snapshot]:
@@ -158,12 +164,68 @@ def _share(names: Sequence[str], share: float, seed: int) -> list[str]:
     return [names[i] for i in drawn]
 
 
-def _tell(report: Report, args: Args) -> None:
-    from models.report_tables import terminal
+def _tell(report: Report, args: Args, settings: Sequence[Setting], pictured: Callable[[], Pictured] = lambda: ([], [])) -> None:
+    """Print the table; write JSON and the report where asked."""
+    from models.report_page import page
+    from models.report_tables import details, markdown, terminal
 
     print(terminal(report))
+    found = json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n"
     if args.json:
-        args.json.write_text(json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        args.json.write_text(found, "utf-8")
+    if args.report:
+        args.report.mkdir(parents=True, exist_ok=True)
+        (args.report / "report.html").write_text(page(report, settings, *pictured()), "utf-8")
+        (args.report / "report.md").write_text(f"{markdown(report)}\n\n{details(report)}\n", "utf-8")
+        (args.report / "report.json").write_text(found, "utf-8")
+        print(f"the report: {args.report / 'report.html'}")
+
+
+def _examples(
+    report: Report, settings: Sequence[Setting], reco: Reco, photos: Photos, labels: Labels, snapshot: Snapshot, args: Args
+) -> Pictured:
+    """Some photos that the best setting helped, and as many that it hurt, drawn with a fixed seed."""
+    from models.report_page import best_line
+
+    setting = next((each for each in settings if str(each) == best_line(report).method), None)
+    if setting is None:
+        return [], []
+    before, after = (report.hits[method]["top-1"] for method in ("none", str(setting)))
+    rng = np.random.default_rng(0)
+    drawn = [rng.permutation(np.flatnonzero(chosen))[:EXAMPLES] for chosen in (~before & after, before & ~after)]
+    pictures = _pictures({photos.ids[row] for rows in drawn for row in rows}, args)
+    helped, hurt = ([_example(row, report, setting, reco, photos, labels, snapshot, pictures) for row in rows.tolist()] for rows in drawn)
+    return helped, hurt
+
+
+def _example(
+    row: int,
+    report: Report,
+    setting: Setting,
+    reco: Reco,
+    photos: Photos,
+    labels: Labels,
+    snapshot: Snapshot,
+    pictures: Mapping[str, bytes],
+) -> Example:
+    from models.report_page import Example
+
+    one, k = photos.queries.encoded.take([row]), setting.k or reco.k
+    own = [photos.queries.own[row]]
+    found = reco.enhance(one, "image", snapshot, k, max_similarity=setting.image_limit, exclude=own, route=setting.route).neighbors
+    near = [] if found is None else list(zip([str(each["caption"]) for each in found.records(0)], found.scores[0].tolist(), strict=False))
+    before, after = (labels.labels[report.guesses[method][row]] for method in ("none", str(setting)))
+    return Example(pictures[photos.ids[row]], photos.labels[row], before, after, near[:NEIGHBOURS])
+
+
+def _pictures(wanted: set[str], args: Args) -> dict[str, bytes]:
+    """Small JPEGs of the photos with these ids, read once more from the sources."""
+    from models.images import read_image
+    from models.report_page import thumbnail
+    from models.sources import Sample
+
+    samples = (item for item in _samples(args, f"{{{args.label}}}") if isinstance(item, Sample) and item.id in wanted)
+    return {sample.id: thumbnail(read_image(sample.image)) for sample in samples}
 
 
 @contextmanager
@@ -173,3 +235,24 @@ def _bar() -> Iterator[Any]:
 
     with tqdm(desc="encode", unit="image", disable=not sys.stderr.isatty()) as bar:
         yield bar.update
+
+
+def ablate(args: Args) -> None:
+    """reco eval ablate: every claim of the method as one row; goes on where an earlier run stopped."""
+    from models.ablate import Bench, Recipe, markdown
+    from models.ablate import ablate as measure
+    from models.evaluate import Labels
+
+    reco, snapshot = opened(args)
+    settings = read(vars(args), args.config)
+    name, _, version = args.learn_from.partition("@")
+    taught_by = Store(settings.store).open(name, version or None, encoder=reco.encoder.fingerprint)
+    names = _labels(args)
+    photos, labels = _photos(args, reco, names), Labels(names, args.templates, reco.encoder)
+    recipe = Recipe(steps=args.steps, alpha=args.alpha, seeds=tuple(range(args.seeds)))
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = measure(Bench(reco.encoder, photos, labels, snapshot, taught_by, recipe, args.out), args.out / "rows.jsonl")
+    asked = f"{len(photos.queries)} photos, {len(names)} labels; encoder {reco.encoder.fingerprint}"
+    head = f"{asked}; memory {snapshot.ref}, learned from {taught_by.ref}; seeds {args.seeds}, {args.steps} steps"
+    (args.out / "table.md").write_text(f"{head}\n\n{markdown(rows)}\n", "utf-8")
+    print((args.out / "table.md").read_text("utf-8"))

@@ -184,7 +184,7 @@ def test_both_fusions_bring_twice_the_neighbours(encoder: Encoder, world: tuple[
     asked, snapshot = world
     found = ruled(encoder).enhance(asked.images.encoded, "image", snapshot, 3, route=Route("uni", "both")).neighbors
     assert found is not None
-    alone = [snapshot.retrieve(asked.images.encoded.vectors, "image", 3, values=values) for values in ("other", "same")]  # type: ignore[arg-type]
+    alone = [snapshot.retrieve(asked.images.encoded.vectors, "image", 3, values=values) for values in ("other", "same")]
     np.testing.assert_array_equal(found.values, np.concatenate([each.values for each in alone], 1))
     assert found.mask.shape == (12, 6)
 

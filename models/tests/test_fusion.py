@@ -146,6 +146,10 @@ def full_layer(fusion: Fusion) -> nn.TransformerEncoderLayer:
     width = round(config.dim * config.mlp_ratio)
     layer = nn.TransformerEncoderLayer(config.dim, config.heads, width, 0.0, "gelu", batch_first=True, norm_first=True)
     attention = fusion.attention
+    assert attention is not None
+    assert fusion.norm_tokens is not None
+    assert fusion.norm_mlp is not None
+    assert fusion.mlp is not None
     with torch.no_grad():
         layer.self_attn.in_proj_weight.copy_(torch.cat([attention.query.weight, attention.key_value.weight]))
         layer.self_attn.in_proj_bias.copy_(torch.cat([attention.query.bias, attention.key_value.bias]))
@@ -178,6 +182,7 @@ def test_attention_weights_equal_torchs_own() -> None:
     fusion = trained(preset("paper-split", D))
     query, values, scores, mask = batch(4)
     mask[1, 4:] = False
+    assert fusion.norm_tokens is not None
     tokens = fusion.norm_tokens(torch.cat([query[:, None], values], 1))
     absent = F.pad(~mask, (1, 0), value=False)
     _, weights = full_layer(fusion).self_attn(tokens[:, :1], tokens, tokens, key_padding_mask=absent)
