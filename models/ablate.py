@@ -22,11 +22,11 @@ from models.clip import Encoder
 from models.episodes import Episode, joined, look_up
 from models.evaluate import PLAIN, Labels, answer
 from models.fusion import PRESETS, RULES, build_fusions
+from models.loop import Learning, learn
 from models.metrics import paired_interval, top_k_hits
 from models.queries import ENHANCE, Photos, Setting
 from models.reco import Reco, Route
 from models.report_tables import table
-from models.train import Learning, learn
 from models.training_config import TERMS
 
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)  # of the memory

@@ -37,7 +37,7 @@ def page(report: Report, settings: Sequence[Setting], helped: Sequence[Example],
     gain = best.figures[0]
     tone = "good" if gain.low > 0 else "bad"
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(report.task)} · {escape(report.memory)}</title><style>{STYLE}</style>",
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(report.task)}</title><style>{STYLE}</style>",
         f"<h1>Does the memory help? {escape(report.task)} over {escape(report.memory)}</h1>",
         f"<p class='headline {tone}'>{100 * gain.gain:+.1f} points of {escape(gain.name)} with “{escape(best.method)}” "
         f"(95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f})</p>",
@@ -62,7 +62,7 @@ def recommendation(report: Report, settings: Sequence[Setting]) -> str:
     best = best_line(report)
     first = best.figures[0]
     if first.low <= 0:
-        return f"Do not enhance: the best setting tried, {best.method}, does not gain more than its interval. Serve the plain vectors (enhance=none)."
+        return f"Do not enhance (enhance=none): the best setting tried, {best.method}, does not gain more than its interval."
     lost = [figure.name for figure in best.figures if figure.high < 0]
     setting = next(each for each in settings if str(each) == best.method)
     k = report.k if setting.k is None else setting.k

@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _memory_parsers(memory)
     train = _command(commands, "train", "train", "train a fusion from a TOML file")
     train.add_argument("recipe", type=Path, metavar="CONFIG.toml")
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoint that a stopped run left beside the output")
     evaluate = commands.add_parser("eval", help="does it help on my data?").add_subparsers(metavar="COMMAND", required=True)
     _eval_parsers(evaluate)
     _with_settings(_command(commands, "info", "info", "print versions, the model and the store as JSON"), "store", "model")

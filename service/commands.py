@@ -149,7 +149,7 @@ def train(args: Args) -> None:
     from models.train import train as learn
     from models.training_config import TrainConfig
 
-    print(learn(TrainConfig.read(args.recipe)))
+    print(learn(TrainConfig.read(args.recipe), resume=args.resume))
 
 
 def _samples(sources: Iterable[Path], caption: str | None) -> Iterator[Sample | Reject]:

@@ -15,9 +15,10 @@ import torch
 from index_store.pairs import SIDES, Side
 from models.episodes import Episode, Lookup
 from models.fusion import Fusion, build_fusions, preset
+from models.loop import Learning, learn
 from models.starter.lessons import Classroom
 from models.starter.photos import Photos
-from models.train import Learning, accuracy, learn
+from models.train import accuracy
 
 ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 SERVED_K = 10

@@ -33,8 +33,8 @@ def world(encoder: Encoder, folder: Path) -> tuple[Photos, Labels, Pairs, Pairs]
 
 def test_every_claim_becomes_a_row_and_a_second_run_measures_nothing(encoder: Encoder, tmp_path: Path) -> None:
     photos, labels, memory, taught_by = world(encoder, tmp_path)
-    snapshots = (memory_of(tmp_path / name, pairs, encoder.fingerprint) for name, pairs in (("m", memory), ("t", taught_by)))
-    bench = Bench(encoder, photos, labels, *snapshots, Recipe(steps=2, batch=16, k=3, alpha=50.0, seeds=(0, 1)), tmp_path)
+    one, two = (memory_of(tmp_path / name, pairs, encoder.fingerprint) for name, pairs in (("m", memory), ("t", taught_by)))
+    bench = Bench(encoder, photos, labels, one, two, Recipe(steps=2, batch=16, k=3, alpha=50.0, seeds=(0, 1)), tmp_path)
     rows = ablate(bench, tmp_path / "rows.jsonl")
     by_name = {(row.claim, row.setting): row for row in rows}
     assert len(by_name) == len(rows) > 30
