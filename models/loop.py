@@ -111,7 +111,14 @@ class Loop:
         self._scale.data.copy_(kept["scale"])
         self._best, self.progress = kept["best"], Progress(**kept["progress"])
         torch.set_rng_state(kept["rng"].cpu())
+        self._forget_later()
         return True
+
+    def _forget_later(self) -> None:
+        """Cut the curve back to the checkpoint: the steps behind it will be made, and noted, again."""
+        path = (self._folder or Path()) / "curve.jsonl"
+        lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+        path.write_text("".join(lines[: self.progress.step]), "utf-8")
 
     def _stopped(self) -> bool:
         return bool(self._learning.patience) and self.progress.waited >= self._learning.patience

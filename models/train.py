@@ -3,6 +3,7 @@
 The encoder is frozen, so embeddings and neighbours are computed once and the loop sees arrays only.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
     if not (resume and loop.resume()):
         shutil.rmtree(folder, ignore_errors=True)
     losses = loop.run().losses
+    draw(folder)
     after = {episode.name: accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)}
     card = {"trained": True, "config": asdict(config), "before": before, "after": after, "steps": len(losses)}
     card |= {"data": [episode.digest() for episode in episodes], "commit": _commit()}
@@ -134,6 +136,22 @@ def accuracy(fusions: Mapping[Side, Fusion], episode: Episode, rows: np.ndarray)
 
 def _everything(episode: Episode, side: Side, rows: np.ndarray) -> np.ndarray:
     return np.ones((len(rows), episode.lookups[side].mask.shape[1]), bool)
+
+
+def draw(folder: Path) -> None:
+    """curve.jsonl as curve.png, where matplotlib is installed (the extra "plots")."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    lines = [json.loads(line) for line in (folder / "curve.jsonl").read_text("utf-8").splitlines()]
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    for place, name in enumerate(("loss", "held_out"), start=1):
+        axes = figure.add_subplot(1, 2, place)
+        known = [line for line in lines if name in line]
+        axes.plot([line["step"] for line in known], [line[name] for line in known])
+        axes.set(xlabel="step", title=name.replace("_", " "))
+    figure.savefig(folder / "curve.png")
 
 
 def _commit() -> str | None:

@@ -46,6 +46,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(episode: Episode, tmp_path: Path) -> 
     assert second.resume()
     assert second.progress.step == 4
     assert second.run().losses == losses
+    curve = [json.loads(line)["step"] for line in (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]
+    assert curve == list(range(12))
     for name, value in weights(whole).items():
         assert torch.equal(weights(second)[name], value)
     with pytest.raises(ConfigError, match="another configuration"):
