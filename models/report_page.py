@@ -99,7 +99,7 @@ def plots(report: Report, settings: Sequence[Setting], best: Line) -> list[str]:
 def line_plot(title: str, points: Sequence[tuple[float, float]]) -> str:
     """An inline SVG; x in the order given, evenly spaced."""
     low, high = min(y for _, y in points), max(y for _, y in points)
-    at = [(40 + 300 * i / (len(points) - 1), 130 - 100 * (y - low) / max(high - low, 1e-9)) for i, (_, y) in enumerate(points)]
+    at = [(40 + 300 * i / (len(points) - 1), 130 - 90 * (y - low) / max(high - low, 1e-9)) for i, (_, y) in enumerate(points)]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
     marks = "".join(
         f"<circle cx={x:.1f} cy={y:.1f} r=3 /><text x={x:.1f} y={y - 8:.1f} font-size=10 text-anchor=middle>{value:.1f}</text>"

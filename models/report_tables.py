@@ -9,8 +9,8 @@ def terminal(report: Report) -> str:
     """The report, every share with its gain and interval."""
     names = [figure.name for figure in report.lines[0].figures]
     width = 2 + max(len(line.method) for line in report.lines)
-    head = f"{'enhanced':<{width}}" + "".join(f"{name:>28}" for name in names)
-    rows = [f"{line.method:<{width}}" + "".join(f"{_cell(figure, line, report):>28}" for figure in line.figures) for line in report.lines]
+    head = f"{'enhanced':<{width}}" + "".join(f"{name:>32}" for name in names)
+    rows = [f"{line.method:<{width}}" + "".join(f"{_cell(figure, line, report):>32}" for figure in line.figures) for line in report.lines]
     title = f"{report.task} · {report.memory} · fusion {report.fusion} · k {report.k}"
     return "\n".join([title, *report.notes, head, *rows])
 
