@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -124,8 +124,9 @@ class Snapshot:
         max_similarity: float | np.ndarray | None = None,
         exclude: Sequence[Collection[Id]] | None = None,
         min_score: float | None = None,
+        values: Literal["other", "same"] = "other",
     ) -> Neighbors:
-        """Search `side` for the k nearest pairs of each query and bring the other side's vectors.
+        """Search `side` for the k nearest pairs of each query and bring the other side's vectors, or those of the `same` side.
 
         queries: (B, Dk) float32 unit rows.  max_similarity: one, or (B,) with inf for no limit: nearer ones are passed over.
         exclude: ids to pass over, one collection per query.  min_score: farther ones are masked.
@@ -135,7 +136,8 @@ class Snapshot:
         queries = self._checked(queries, fan, k)
         limits = limits_of(len(queries), self.id_kind, max_similarity=max_similarity, exclude=exclude, min_score=min_score)
         lists = self.manifest.index["probes"]
-        return self._gathered(nearest(fan, queries, k, (probes or lists) if lists else 0, limits), fan)
+        hits = nearest(fan, queries, k, (probes or lists) if lists else 0, limits)
+        return self._gathered(hits, fan, side if values == "same" else other(side))
 
     def prove(self) -> dict[Side, float]:
         """Answer the stored probe queries; recall per side, or RecallTooLow where one is below the manifest's floor."""
@@ -197,12 +199,12 @@ class Snapshot:
             raise QueryRefused("a query holds a value that is not finite: check the encoder's precision")
         return np.ascontiguousarray(queries, np.float32)
 
-    def _gathered(self, hits: Hits, fan: Searched) -> Neighbors:
-        """Bring ids and values of the rows found; zeros where none was."""
+    def _gathered(self, hits: Hits, fan: Searched, valued: Side) -> Neighbors:
+        """Bring ids and the `valued` side's vectors of the rows found; zeros where none was."""
         mask = hits.mask
         rows = np.maximum(hits.rows, 0).ravel()  # (B * K,)
         ids = _readable(fan.take(rows, lambda part: part.ids)).reshape(mask.shape)
-        values = widened(fan.take(rows, lambda part: part.values[other(fan.side)])).reshape(*mask.shape, self.dim)
+        values = widened(fan.take(rows, lambda part: part.values[valued])).reshape(*mask.shape, self.dim)
         if not mask.all():
             ids[~mask] = ids.dtype.type()
             values[~mask] = 0

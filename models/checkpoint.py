@@ -19,7 +19,7 @@ from safetensors.torch import save
 from index_store.manifest import same_encoder
 from index_store.pairs import SIDES, Side
 from models.errors import ConfigError, IncompatibleFusion
-from models.fusion import Fusion, FusionConfig, build_fusions
+from models.fusion import RULES, Fusion, FusionConfig, build_fusions
 
 FORMAT = "1"
 
@@ -81,6 +81,25 @@ def untrained_fusions(dim: int, *, alpha: float = 1.0, k: int = 10) -> FusionFil
         torch.manual_seed(0)
         fusions = build_fusions("default", dim, alpha=alpha)
     return FusionFile(fusions, k, _fusion_id(_layers(fusions)), {"trained": False, "alpha": alpha})
+
+
+def training_free(name: str, dim: int, *, alpha: float = 1.0, k: int = 10) -> FusionFile:
+    """One of RULES behind the face of a fusion: "none" plain, "mean" the mean of the values, "core" their softmax-weighted mean."""
+    if name not in RULES:
+        raise ConfigError(f"no training-free rule {name!r}: choose one of {', '.join(RULES)}")
+    fusions = build_fusions(name, dim, alpha=alpha)
+    return FusionFile(fusions, k, _fusion_id(_layers(fusions)), {"trained": False, "rule": name, "alpha": alpha})
+
+
+def fusion_named(name: str, *, encoder: str, dim: int) -> FusionFile:
+    """What `--fusion` asks for: a file that training wrote, or one of RULES, with its alpha as in "mean:2"."""
+    rule, _, alpha = name.partition(":")
+    if rule not in RULES or Path(name).is_file():
+        return load_fusions(Path(name), encoder=encoder)
+    try:
+        return training_free(rule, dim, alpha=float(alpha or 1))
+    except ValueError as error:
+        raise ConfigError(f"fusion {name!r}: after the colon stands a number above 0, as in {rule}:2") from error
 
 
 def _layers(fusions: Mapping[Side, Fusion]) -> dict[str, Fusion]:

@@ -3,6 +3,7 @@
 Alphabet: M training pairs, K neighbours, D width, B batch.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,15 @@ class Episode:
 
     def __len__(self) -> int:
         return len(self.photo)
+
+    def digest(self) -> str:
+        """12 hex digits of the queries and of what the memory returned."""
+        found = hashlib.sha256(self.name.encode())
+        for side, lookup in sorted(self.lookups.items()):
+            found.update(side.encode())
+            for array in (lookup.query, lookup.values, lookup.mask):
+                found.update(np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()[:12]
 
     def same(self, rows: np.ndarray) -> np.ndarray:
         """(B, B) bool: True where two rows share their photo or their caption."""

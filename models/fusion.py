@@ -20,7 +20,10 @@ from index_store.pairs import Side
 from models.errors import ConfigError
 
 Start = Literal["identity", "mean"]
-PRESETS = ("default", "paper", "paper-split")
+Layers = Literal["transformer", "mlp", "none"]
+PRESETS = ("default", "paper", "paper-split", "mlp")  # what can be trained
+RULES = ("none", "mean", "core")  # what needs no training
+CORE_TEMPERATURE = 20.0  # the best on the starter's lessons among 0, 10, 20, 30, 40 and 60; flat from 20 on
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,8 @@ class FusionConfig:
     """The shape of one fusion layer.
 
     start: what the untrained layer gives: "identity" the query, "mean" the training-free rule unit(query + alpha * mean(values)).
+    layers: what is learned on top; "mlp" never looks at a neighbour, "none" leaves the start alone.
+    temperature: of the softmax over the scores that weights the mean, where learning begins; 0 weights all alike.
     """
 
     dim: int
@@ -38,6 +43,8 @@ class FusionConfig:
     dropout: float = 0.0
     start: Start = "mean"
     alpha: float = 1.0  # the useful strength differs by task: at most 1 for sentences, 2 to 8 for class captions
+    temperature: float = 0.0
+    layers: Layers = "transformer"
 
     def __post_init__(self) -> None:
         if self.dim % self.heads:
@@ -47,9 +54,10 @@ class FusionConfig:
 
 
 def preset(name: str, dim: int, *, alpha: float = 1.0) -> FusionConfig:
-    """The configuration of a named preset; `alpha` matters to "default" alone.
+    """The configuration of a named preset; `alpha` matters to "default", "mean" and "core" alone.
 
-    "paper" and "paper-split" are the two layouts that meet the paper's 3.16 M parameters at D = 512.
+    "paper" and "paper-split" are the two layouts that meet the paper's 3.16 M parameters at D = 512. "mlp" is a baseline of that
+    size without retrieval. "none" is plain CLIP, "mean" the mean of the neighbours, "core" CoRE's softmax-weighted mean.
     """
     heads = next(heads for heads in range(max(1, dim // 64), 0, -1) if dim % heads == 0)  # 64 wide, as in CLIP
     if name == "default":
@@ -58,7 +66,15 @@ def preset(name: str, dim: int, *, alpha: float = 1.0) -> FusionConfig:
         return FusionConfig(dim, heads, mlp_ratio=4, rank_vectors=True, max_k=10, start="identity")
     if name == "paper-split":
         return FusionConfig(dim, heads, mlp_ratio=1, rank_vectors=False, max_k=100, start="identity")
-    raise ConfigError(f"unknown fusion preset {name!r}: choose one of {', '.join(PRESETS)}")
+    if name == "mlp":  # as many numbers as "default" has, and no neighbour among what it reads
+        return FusionConfig(dim, heads, mlp_ratio=3, rank_vectors=False, max_k=100, start="identity", layers="mlp")
+    if name in RULES:
+        start: Start = "identity" if name == "none" else "mean"
+        temperature = CORE_TEMPERATURE if name == "core" else 0.0
+        return FusionConfig(
+            dim, 1, mlp_ratio=0, rank_vectors=False, max_k=100, start=start, alpha=alpha, temperature=temperature, layers="none"
+        )
+    raise ConfigError(f"unknown fusion preset {name!r}: choose one of {', '.join((*PRESETS, *RULES))}")
 
 
 class Fused(NamedTuple):
@@ -109,14 +125,14 @@ class Mlp(nn.Module):
 class Pool(nn.Module):
     """The training-free rule with four learned numbers: alpha * weighted mean of the values.
 
-    The weights are a softmax of temperature * score, uniform at first. Alpha is one number at first; learned, it may follow
+    The weights are a softmax of temperature * score, uniform at temperature 0. Alpha is one number at first; learned, it may follow
     how near the best neighbour is and how much the values agree (the length of their mean), which tells class captions
     from sentences without naming the task.
     """
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
-        self.temperature = nn.Parameter(torch.zeros(()))
+        self.temperature = nn.Parameter(torch.tensor(config.temperature))
         self.strength = _zeroed(nn.Linear(2, 1))
         nn.init.constant_(self.strength.bias, math.log(config.alpha))
 
@@ -138,10 +154,11 @@ class Fusion(nn.Module):
         self.config = config
         self.rank = nn.Parameter(torch.zeros(config.max_k + 1, config.dim)) if config.rank_vectors else None
         self.pool = Pool(config) if config.start == "mean" else None
-        self.norm_tokens = nn.LayerNorm(config.dim)
-        self.attention = Attention(config)
-        self.norm_mlp = nn.LayerNorm(config.dim)
-        self.mlp = Mlp(config)
+        transformer, some = config.layers == "transformer", config.layers != "none"
+        self.norm_tokens = nn.LayerNorm(config.dim) if transformer else None
+        self.attention = Attention(config) if transformer else None
+        self.norm_mlp = nn.LayerNorm(config.dim) if some else None
+        self.mlp = Mlp(config) if some else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, query: Tensor, values: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
@@ -159,16 +176,19 @@ class Fusion(nn.Module):
         tokens = torch.cat([query[:, None], values], 1)  # (B, 1+K, D)
         if self.rank is not None:
             tokens = tokens + self.rank[: tokens.shape[1]]
-        x, weights = tokens[:, 0], None
+        x, weights = tokens[:, 0], torch.zeros_like(scores)
         if self.pool is not None:
             pooled, weights = self.pool(values, scores, mask)
             x = x + pooled
-        present = F.pad(mask, (1, 0), value=True)  # (B, 1+K): the query always sees itself
-        attended, attention = self.attention(self.norm_tokens(tokens), present)
-        x = x + self.dropout(attended)
-        x = x + self.dropout(self.mlp(self.norm_mlp(x)))
-        vectors = torch.where(mask.any(1, keepdim=True), F.normalize(x, dim=-1), query)
-        return Fused(vectors, attention[:, 1:] if weights is None else weights)
+        if self.attention is not None and self.norm_tokens is not None:
+            present = F.pad(mask, (1, 0), value=True)  # (B, 1+K): the query always sees itself
+            attended, attention = self.attention(self.norm_tokens(tokens), present)
+            x = x + self.dropout(attended)
+            weights = attention[:, 1:] if self.pool is None else weights
+        if self.mlp is not None and self.norm_mlp is not None:
+            x = x + self.dropout(self.mlp(self.norm_mlp(x)))
+        refined = mask.any(1, keepdim=True) & (self.pool is not None or self.mlp is not None)
+        return Fused(torch.where(refined, F.normalize(x, dim=-1), query), weights)
 
 
 def build_fusions(name: str, dim: int, *, alpha: float = 1.0) -> Mapping[Side, Fusion]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from index_store.errors import IncompatibleSnapshot
 from index_store.manifest import same_encoder
 from index_store.neighbors import Neighbors
-from index_store.pairs import Id, Side
+from index_store.pairs import Id, Side, other
 from index_store.snapshot import Snapshot
 from models.clip import Encoded, Encoder
 from models.errors import ConfigError
@@ -54,6 +55,30 @@ class Embeddings:
             neighbors=None if self.neighbors is None else self.neighbors.row(i),
             weights=None if self.weights is None else self.weights[one],
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where neighbours are looked for, and what they bring; as it stands here it is RECO's own.
+
+    search: "uni" an image among images, a text among texts; "cross" its vector among those of the other side.
+    fuse: "cross" the found pairs' vectors of the side that the query is not on; "uni" of its own side; "both" all of these.
+    """
+
+    search: Literal["uni", "cross"] = "uni"
+    fuse: Literal["cross", "uni", "both"] = "cross"
+
+    def searched(self, side: Side) -> Side:
+        """The side of the memory that a query on `side` is compared with."""
+        return side if self.search == "uni" else other(side)
+
+    def valued(self, side: Side) -> Sequence[Side]:
+        """The sides whose vectors a query on `side` gets."""
+        sides: dict[str, Sequence[Side]] = {"cross": (other(side),), "uni": (side,), "both": (other(side), side)}
+        return sides[self.fuse]
+
+
+STRAIGHT = Route()
 
 
 class Reco:
@@ -101,6 +126,7 @@ class Reco:
         *,
         max_similarity: float | np.ndarray | None = None,
         exclude: Sequence[Collection[Id]] | None = None,
+        route: Route = STRAIGHT,
     ) -> Embeddings:
         """Refine vectors with what one snapshot holds near them; without a snapshot they stay plain.
 
@@ -112,7 +138,7 @@ class Reco:
             return Embeddings(plain, plain, np.zeros(len(plain), bool), None, None, None, Timings())
         self._refuse_stranger(snapshot)
         start = time.perf_counter()
-        neighbors = self._retrieve(encoded, side, snapshot, self.k if k is None else k, max_similarity, exclude)
+        neighbors = self._retrieve(encoded, side, snapshot, self.k if k is None else k, max_similarity, exclude, route)
         middle = time.perf_counter()
         fused = self._fuse(plain, neighbors, side)
         timings = Timings(retrieve=middle - start, fuse=time.perf_counter() - middle)
@@ -144,6 +170,7 @@ class Reco:
         k: int | np.ndarray,
         max_similarity: float | np.ndarray | None,
         exclude: Sequence[Collection[Id]] | None,
+        route: Route,
     ) -> Neighbors:
         """The neighbours of each row, those beyond its own k masked away."""
         each = np.broadcast_to(np.asarray(k), (len(encoded.vectors),))  # (B,)
@@ -152,10 +179,21 @@ class Reco:
             raise ConfigError(
                 f"k = {most if most > self.max_k else least} is outside 1 to {self.max_k}, what this fusion takes: choose a k within"
             )
-        key = encoded.key(snapshot.key_kind(side))
-        neighbors = snapshot.retrieve(key, side, most, max_similarity=max_similarity, exclude=exclude)
-        within = np.arange(neighbors.mask.shape[1]) < each[:, None]  # (B, K)
-        return neighbors if within.all() else _only(neighbors, within)
+        searched = route.searched(side)
+        if searched != side and snapshot.key_kind(searched) != "vector":
+            raise ConfigError(
+                f"{snapshot.ref} compares {searched} features before projection: a cross search needs a memory with vector keys"
+            )
+        key = encoded.key(snapshot.key_kind(searched))
+        found = [
+            snapshot.retrieve(
+                key, searched, most, max_similarity=max_similarity, exclude=exclude, values="same" if valued == searched else "other"
+            )
+            for valued in route.valued(side)
+        ]
+        within = np.arange(found[0].mask.shape[1]) < each[:, None]  # (B, K)
+        kept = [one if within.all() else _only(one, within) for one in found]
+        return kept[0] if len(kept) == 1 else kept[0].beside(kept[1])
 
     def _fuse(self, plain: np.ndarray, neighbors: Neighbors, side: Side) -> Fused:
         """(B, D) refined, on the encoder's device, in float32 whatever the encoder's precision."""

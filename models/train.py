@@ -3,18 +3,19 @@
 The encoder is frozen, so embeddings and neighbours are computed once and the loop sees arrays only.
 """
 
-import math
+import json
+import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 from index_store.pairs import SIDES, KeyKind, Pairs, Side
 from index_store.snapshot import Snapshot
@@ -23,31 +24,15 @@ from index_store.store import Store
 from models.checkpoint import save_fusions
 from models.clip import Encoder
 from models.episodes import Episode, joined, look_up
-from models.errors import DataError, TrainingFailed
+from models.errors import DataError
 from models.fusion import Fusion, build_fusions
-from models.losses import reco_loss
+from models.loop import Learning, Loop
 from models.prepare import encode_samples
 from models.reco import Reco
 from models.sources import read_samples
-from models.training_config import TERMS, EpisodeConfig, TrainConfig, expanded
+from models.training_config import EpisodeConfig, TrainConfig, expanded
 
-WARM_UP = 20  # steps
 EVALUATED = 1000  # held-out pairs ranked against each other, at most
-
-
-@dataclass(frozen=True, slots=True)
-class Learning:
-    """How the loop runs. scale: what the cosines are multiplied with; the rest as in TrainConfig."""
-
-    steps: int
-    batch: int
-    learning_rate: float
-    weight_decay: float
-    seed: int
-    scale: float
-    terms: Sequence[str] = TERMS
-    drop: float = 0.1
-    pool_learning_rate: float = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +57,8 @@ class Summary:
         return f"{self.output}: fusion {self.fusion_id}, {self.steps} steps in {self.seconds:.0f} s, {loss}, held-out accuracy {gains}"
 
 
-def train(config: TrainConfig) -> Summary:
-    """Everything `reco train` does, top to bottom."""
+def train(config: TrainConfig, *, resume: bool = False) -> Summary:
+    """Everything `reco train` does, top to bottom. resume: go on from the checkpoint that an earlier run left beside the output."""
     start = time.monotonic()
     torch.manual_seed(config.seed)
     encoder = Encoder.load(config.encoder)
@@ -92,16 +77,30 @@ def train(config: TrainConfig) -> Summary:
         terms=config.terms,
         drop=config.drop,
         pool_learning_rate=config.pool_learning_rate,
+        clip=config.clip,
+        learn_scale=config.learn_scale,
+        every=config.every,
+        patience=config.patience,
     )
-    losses = learn(fusions, episodes, [learned for learned, _ in splits], learning)
-    after = {episode.name: accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)}
-    card = {"trained": True, "config": asdict(config), "before": before, "after": after}
     output = Path(config.output)
+
+    def watch() -> float:
+        return float(np.mean([accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)]))
+
+    folder = output.with_suffix(".run")
+    loop = Loop(fusions, episodes, [learned for learned, _ in splits], learning, watch=watch, folder=folder)
+    if not (resume and loop.resume()):
+        shutil.rmtree(folder, ignore_errors=True)
+    losses = loop.run().losses
+    draw(folder)
+    after = {episode.name: accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)}
+    card = {"trained": True, "config": asdict(config), "before": before, "after": after, "steps": len(losses)}
+    card |= {"data": [episode.digest() for episode in episodes], "commit": _commit()}
     output.parent.mkdir(parents=True, exist_ok=True)
     fusion_id = save_fusions(output, fusions, encoder=encoder.fingerprint, k=config.k, card=card)
     tenth = max(1, len(losses) // 10)
     first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
-    return Summary(output.name, fusion_id, config.steps, time.monotonic() - start, first, last, before, after)
+    return Summary(output.name, fusion_id, len(losses), time.monotonic() - start, first, last, before, after)
 
 
 def _episode(episode: EpisodeConfig, config: TrainConfig, reco: Reco) -> Episode:
@@ -126,29 +125,6 @@ def _pairs(episode: EpisodeConfig, snapshot: Snapshot, encoder: Encoder) -> Pair
     return joined(blocks)
 
 
-def learn(fusions: Mapping[Side, Fusion], episodes: Sequence[Episode], learned: Sequence[np.ndarray], learning: Learning) -> list[float]:
-    """Train the fusions in place on the rows `learned` of each episode, one episode a step in turn; the loss of every step."""
-    device = next(fusions["image"].parameters()).device.type
-    layers = nn.ModuleDict({str(side): fusion for side, fusion in fusions.items()}).train()
-    optimiser = _optimiser(layers, learning)
-    peaks = [group["lr"] for group in optimiser.param_groups]
-    rng, losses = np.random.default_rng(learning.seed), list[float]()
-    for step in trange(learning.steps, desc="fusion", unit="step", disable=not sys.stderr.isatty()):
-        for group, peak in zip(optimiser.param_groups, peaks, strict=True):
-            group["lr"] = peak * _schedule(step, learning.steps)
-        turn = step % len(episodes)
-        rows = rng.permutation(learned[turn])[: learning.batch]
-        loss = _step_loss(fusions, episodes[turn], rows, learning, rng, device)
-        if not torch.isfinite(loss):
-            raise TrainingFailed(f"the loss is {loss.item()} at step {step}: lower learning_rate, which is {learning.learning_rate}")
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        losses.append(loss.item())
-    layers.eval()
-    return losses
-
-
 def accuracy(fusions: Mapping[Side, Fusion], episode: Episode, rows: np.ndarray) -> float:
     """Share of held-out photos whose own caption is the nearest of all held-out captions, both sides refined with every neighbour."""
     rows = rows[:EVALUATED]
@@ -159,37 +135,30 @@ def accuracy(fusions: Mapping[Side, Fusion], episode: Episode, rows: np.ndarray)
     return float(episode.same(rows)[np.arange(len(rows)), nearest].mean())
 
 
-def _optimiser(layers: nn.Module, learning: Learning) -> torch.optim.Optimizer:
-    """AdamW; the few numbers of the pool are far from where they start and need longer steps than a matrix bears."""
-    named = list(layers.named_parameters())
-    pool, others = ([value for name, value in named if (".pool." in name) is wanted] for wanted in (True, False))
-    groups = [{"params": others, "lr": learning.learning_rate, "weight_decay": learning.weight_decay}]
-    return torch.optim.AdamW([*groups, {"params": pool, "lr": learning.pool_learning_rate, "weight_decay": 0.0}])
-
-
-def _step_loss(
-    fusions: Mapping[Side, Fusion], episode: Episode, rows: np.ndarray, learning: Learning, rng: np.random.Generator, device: str
-) -> Tensor:
-    """The loss of one batch, each side refined with a random part of its neighbours."""
-    batches = {side: episode.lookups[side].batch(rows, _some(episode, side, rows, learning.drop, rng), device) for side in SIDES}
-    image, text = (fusions[side](*batches[side]) for side in SIDES)
-    both, image_only, text_only = (term in learning.terms for term in TERMS)
-    same = torch.from_numpy(episode.same(rows)).to(device)
-    plain_image, plain_text = (batches[side][0] for side in SIDES)
-    return reco_loss(image, text, plain_image, plain_text, learning.scale, both=both, image_only=image_only, text_only=text_only, same=same)
-
-
-def _some(episode: Episode, side: Side, rows: np.ndarray, drop: float, rng: np.random.Generator) -> np.ndarray:
-    """(B, K) bool: the nearest k of them with k drawn once for the batch, less the share `drop`."""
-    most = episode.lookups[side].mask.shape[1]
-    nearest = np.arange(most) < rng.integers(1, most + 1)  # (K,)
-    return np.asarray(nearest & (rng.random((len(rows), most)) >= drop))
-
-
 def _everything(episode: Episode, side: Side, rows: np.ndarray) -> np.ndarray:
     return np.ones((len(rows), episode.lookups[side].mask.shape[1]), bool)
 
 
-def _schedule(step: int, steps: int) -> float:
-    """A short linear rise, then half a cosine down to zero."""
-    return min(1.0, (step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+def draw(folder: Path) -> None:
+    """curve.jsonl as curve.png, where matplotlib is installed (the extra "plots")."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    lines = [json.loads(line) for line in (folder / "curve.jsonl").read_text("utf-8").splitlines()]
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    for place, name in enumerate(("loss", "held_out"), start=1):
+        axes = figure.add_subplot(1, 2, place)
+        known = [line for line in lines if name in line]
+        axes.plot([line["step"] for line in known], [line[name] for line in known])
+        axes.set(xlabel="step", title=name.replace("_", " "))
+    figure.savefig(folder / "curve.png")
+
+
+def _commit() -> str | None:
+    """The commit of the tree that this code runs from; None outside of one."""
+    done = subprocess.run(  # noqa: S603  a fixed command
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],  # noqa: S607  the user's own git
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.stdout.strip() or None

@@ -39,6 +39,9 @@ class TrainConfig:
 
     k: neighbours looked up; each step uses a random number of them up to k.  terms: which of the three terms of the loss are on.
     pool_learning_rate: for the few numbers of the training-free rule, learning_rate for all the rest.
+    clip: the longest gradient.  learn_scale: whether the loss learns its own temperature, from CLIP's on.
+    every: steps between two looks at the held-out accuracy and two checkpoints.  patience: looks without a better one before the run
+    stops with the best it saw; 0 = never.
     drop: share of the neighbours hidden in each step.  held_out: share of the photos kept for the accuracy before and after.
     """
 
@@ -60,12 +63,19 @@ class TrainConfig:
     terms: tuple[str, ...] = TERMS
     drop: float = 0.1
     held_out: float = 0.1
+    clip: float = 1.0
+    learn_scale: bool = False
+    every: int = 50
+    patience: int = 0
 
     def __post_init__(self) -> None:
         _require(self.preset in PRESETS, "preset", self.preset, f"one of {', '.join(PRESETS)}")
         _require(bool(self.terms) and set(self.terms) <= set(TERMS), "terms", list(self.terms), f"some of {', '.join(TERMS)}")
         _require(self.steps >= 1, "steps", self.steps, "at least 1")
         _require(self.batch >= 2, "batch", self.batch, "at least 2: a loss needs something to tell apart")
+        _require(self.clip > 0, "clip", self.clip, "above 0")
+        _require(self.every >= 1, "every", self.every, "at least 1")
+        _require(self.patience >= 0, "patience", self.patience, "0 for never, or a number of looks")
         _require(0 <= self.drop < 1, "drop", self.drop, "a share from 0 to below 1")
         _require(0 < self.held_out < 1, "held_out", self.held_out, "a share between 0 and 1")
         _require(bool(self.episodes), "episodes", [], "at least one [[episodes]] table")

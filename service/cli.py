@@ -17,6 +17,20 @@ EPILOG = """examples:
   reco memory import catalog embeddings/ --model ViT-B-32 --pretrained laion2b_s34b_b79k
   reco eval classify test.tar --memory catalog            does it help on my data?
 Every flag of `serve` is also RECO_<FLAG> in the environment and a key of a TOML file (--config)."""
+CLASSIFY = """examples:
+  reco eval classify test.tar --memory catalog --label class
+  reco eval classify test.tar --memory catalog --enhance both --k 1 5 10 20 --json k.json
+  reco eval classify test.tar --memory catalog --fusion mean:2 --per-class
+  reco eval classify test.tar --memory catalog --search uni cross --fuse cross uni"""
+RETRIEVE = """examples:
+  reco eval retrieve test.tar --memory pictures --enhance image text both
+  reco eval retrieve test.tar --memory pictures --fusion mean:0.5 --dehub 0.75"""
+ABLATE = """examples:
+  reco eval ablate grocery/test-*.tar --memory grocery --learn-from things --out var/ablation
+  reco eval ablate test.tar --memory catalog --learn-from pictures@v2 --seeds 3 --limit 500"""
+ENTITIES = """examples:
+  reco eval entities test.tar --memory everything --seen trained-on.txt
+  reco eval entities test.tar --memory everything --seen-share 0.5 --seed 1"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,8 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     _memory_parsers(memory)
     train = _command(commands, "train", "train", "train a fusion from a TOML file")
     train.add_argument("recipe", type=Path, metavar="CONFIG.toml")
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoint that a stopped run left beside the output")
     evaluate = commands.add_parser("eval", help="does it help on my data?").add_subparsers(metavar="COMMAND", required=True)
-    _classify_parser(evaluate)
+    _eval_parsers(evaluate)
     _with_settings(_command(commands, "info", "info", "print versions, the model and the store as JSON"), "store", "model")
     return parser
 
@@ -81,7 +96,11 @@ def _with_settings(parser: argparse.ArgumentParser, *groups: str) -> argparse.Ar
     if "model" in groups:
         parser.add_argument("--model", help="'starter', an open_clip name, or an open_clip config file")
         parser.add_argument("--pretrained", metavar="TAG|FILE", help="a hub tag, a local weights file, or 'random' for speed tests")
-        parser.add_argument("--fusion", metavar="FILE", help="what `reco train` wrote; default: the starter's, else the training-free rule")
+        parser.add_argument(
+            "--fusion",
+            metavar="none|mean|core|FILE",
+            help="what `reco train` wrote, or a rule (with its alpha: mean:2); default: the starter's, else the training-free rule",
+        )
         parser.add_argument("--device", choices=["auto", "cpu", "cuda"])
         parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"])
     return parser
@@ -159,15 +178,43 @@ def _with_making(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _classify_parser(commands: Any) -> None:
-    parser = _command(commands, "classify", "classify", "zero-shot accuracy, plain against enhanced, on labelled tars")
-    _with_settings(parser, "store", "memory", "model")
-    parser.add_argument("sources", nargs="+", type=Path, metavar="TAR", help="webdataset tars whose JSON names the class")
-    parser.add_argument("--label", default="class", metavar="FIELD", help="the JSON field of the class (default class)")
-    parser.add_argument("--templates", nargs="+", default=["a photo of a {}."], help="prompts, each with one {}")
-    parser.add_argument("--k", type=int, help="neighbours (default the fusion's)")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N images only")
+def _eval_parsers(commands: Any) -> None:
+    """The data are encoded once; every combination of what is listed is measured against plain CLIP with the same prompts."""
+    classify = _eval_command(commands, "classify", "zero-shot accuracy, plain against enhanced", CLASSIFY)
+    retrieve = _eval_command(commands, "retrieve", "text to image and image to text over all captions", RETRIEVE)
+    retrieve.add_argument("--caption", metavar="TEMPLATE", help="over the item's fields; default every caption that the tars hold")
+    entities = _eval_command(commands, "entities", "entities seen and never seen in training, apart", ENTITIES)
+    entities.add_argument("--seen", type=Path, metavar="FILE", help="the entities that training saw, one a line")
+    entities.add_argument("--seen-share", type=float, default=0.5, metavar="S", help="without a list: a seeded share of them (default 0.5)")
+    entities.add_argument("--seed", type=int, default=0)
+    ablate = _eval_command(commands, "ablate", "every claim of the method as a row of one table", ABLATE)
+    ablate.add_argument("--learn-from", required=True, metavar="NAME[@V]", help="the memory whose pairs the learned rows learn from")
+    ablate.add_argument("--out", type=Path, default=Path("var/ablation"), metavar="DIR", help="rows and table; a second run goes on")
+    ablate.add_argument("--seeds", type=int, default=3, metavar="N")
+    ablate.add_argument("--steps", type=int, default=200, metavar="N", help="of each learned row")
+    ablate.add_argument("--alpha", type=float, default=2.0, help="strength of every rule")
+    for parser in (classify, entities, ablate):
+        parser.add_argument("--label", default="class", metavar="FIELD", help="the JSON field of the class (default class)")
+        parser.add_argument("--labels", type=Path, metavar="FILE", help="the labels, one a line; default all that the data name")
+        parser.add_argument("--templates", nargs="+", default=["a photo of a {}."], help="prompts, each with one {}")
+    classify.add_argument("--per-class", action="store_true", help="class by class, and the worst confusions")
+
+
+def _eval_command(commands: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    parser = _with_settings(_command(commands, name, f"evaluating.{name}", summary), "store", "memory", "model")
+    parser.epilog, parser.formatter_class = examples, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help="webdataset tars, or folders with a captions.csv")
+    parser.add_argument("--enhance", nargs="+", default=["image", "text", "both"], choices=["none", "image", "text", "both"])
+    parser.add_argument("--search", nargs="+", default=["uni"], choices=["uni", "cross"], help="compare with the same side, or the other")
+    parser.add_argument("--fuse", nargs="+", default=["cross"], choices=["cross", "uni", "both"], help="whose vectors come back")
+    parser.add_argument("--k", type=int, nargs="+", help="neighbours (default the fusion's)")
+    parser.add_argument("--max-similarity", type=float, default=0.98, metavar="COS", help="nearer images are duplicates (default 0.98)")
+    parser.add_argument("--max-text-similarity", type=float, metavar="COS", help="nearer texts are duplicates (default none)")
+    parser.add_argument("--dehub", type=float, default=0.0, metavar="W", help="take W times each candidate's hubness off (NNN)")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N items only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON too")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write a page with plots and examples, and a Markdown table")
+    return parser
 
 
 if __name__ == "__main__":

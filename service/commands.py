@@ -9,8 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from index_store import Store
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from models.clip import Encoder
-    from models.reco import Reco
 
 Args = argparse.Namespace
 
@@ -99,38 +96,7 @@ def train(args: Args) -> None:
     from models.train import train as learn
     from models.training_config import TrainConfig
 
-    print(learn(TrainConfig.read(args.recipe)))
-
-
-def classify(args: Args) -> None:
-    """reco eval classify: how many are right, plain and enhanced."""
-    from models.evaluate import classify as evaluate
-    from models.samples import Sample
-    from models.sources import read_all
-    from models.starter import MEMORY
-
-    settings = read(vars(args), args.config)
-    template = f"{{{args.label}}}"
-    found = [sample.caption for sample in islice(read_all(args.sources, caption=template), args.limit) if isinstance(sample, Sample)]
-    if not found:
-        raise ServiceError(
-            f"no image with the field {args.label!r} in {', '.join(source.name for source in args.sources)}: name it with --label"
-        )
-    reco, store = _reco(settings), Store(settings.store)
-    if settings.model == "starter":
-        from models.starter import install_starter
-
-        install_starter(store)
-    snapshot = store.open(settings.memory or MEMORY, encoder=reco.encoder.fingerprint)
-    with progress(len(found), "classify") as bar:
-        samples = islice(read_all(args.sources, caption=template), args.limit)
-        report = evaluate(
-            reco, samples, snapshot, labels=sorted(set(found)), templates=args.templates, k=args.k, label_field=args.label,
-            on_progress=bar.update,
-        )  # fmt: skip
-    print(report.table())
-    if args.json:
-        args.json.write_text(json.dumps(asdict(report), indent=2) + "\n", "utf-8")
+    print(learn(TrainConfig.read(args.recipe), resume=args.resume))
 
 
 def encoder_of(settings: Settings) -> Encoder:
@@ -138,12 +104,6 @@ def encoder_of(settings: Settings) -> Encoder:
     from models.clip import Encoder, EncoderSpec
 
     return Encoder.load(EncoderSpec(settings.model, settings.pretrained, settings.precision, settings.device))
-
-
-def _reco(settings: Settings) -> Reco:
-    from service.engine import load_reco
-
-    return load_reco(settings)
 
 
 def _named(ref: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from index_store import Side, Snapshot, Store
-from models.checkpoint import load_fusions, untrained_fusions
+from models.checkpoint import fusion_named, untrained_fusions
 from models.clip import Encoder, EncoderSpec
 from models.gpu import gpu_memory
 from models.reco import Reco
@@ -307,6 +307,6 @@ class Engine:
 def load_reco(settings: Settings) -> Reco:
     """The encoder, with the fusion asked for, else the starter's own, else the training-free rule. Raises ModelError."""
     encoder = Encoder.load(EncoderSpec(settings.model, settings.pretrained, settings.precision, settings.device))
-    path = settings.fusion or (FUSION if settings.model == "starter" else None)
-    file = load_fusions(path, encoder=encoder.fingerprint) if path else untrained_fusions(encoder.dim)
+    name = settings.fusion or (str(FUSION) if settings.model == "starter" else None)
+    file = fusion_named(name, encoder=encoder.fingerprint, dim=encoder.dim) if name else untrained_fusions(encoder.dim)
     return Reco(encoder, file.fusions, fusion_id=file.fusion_id, k=file.k)

@@ -31,7 +31,7 @@ class Settings(BaseModel):
     memory: str | None = None  # the default memory; None = the only one, or the starter's
     model: str = "starter"
     pretrained: str | None = None
-    fusion: Path | None = None
+    fusion: str | None = None  # a file, or a rule: none, mean, core, with its alpha as in mean:2
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 

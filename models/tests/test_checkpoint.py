@@ -6,8 +6,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from models.checkpoint import load_fusions, save_fusions, untrained_fusions
-from models.errors import IncompatibleFusion
+from models.checkpoint import fusion_named, load_fusions, save_fusions, training_free, untrained_fusions
+from models.errors import ConfigError, IncompatibleFusion
 from models.fusion import PRESETS, build_fusions
 
 ENCODER = "tiny/random@0123456789ab"
@@ -82,3 +82,18 @@ def test_a_bad_file_is_one_line_without_a_path(how: str, tmp_path: Path) -> None
         load_fusions(path, encoder=ENCODER)
     assert "\n" not in str(refused.value)
     assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_fusion_is_named_by_rule_or_by_file(tmp_path: Path) -> None:
+    def named(name: str) -> str:
+        return fusion_named(name, encoder=ENCODER, dim=32).fusion_id
+
+    assert len({named("none"), named("mean"), named("mean:2"), named("core"), named("core:2")}) == 5
+    assert named("core:2") == training_free("core", 32, alpha=2.0).fusion_id
+    saved = save_fusions(tmp_path / "f.safetensors", build_fusions("mlp", 32), encoder=ENCODER, k=7, card={})
+    assert named(str(tmp_path / "f.safetensors")) == saved
+    for name, why in (("mean:much", "number above 0"), ("mean:-1", "alpha > 0")):
+        with pytest.raises(ConfigError, match=why):
+            named(name)
+    with pytest.raises(IncompatibleFusion, match="median"):
+        named("median")

@@ -44,6 +44,25 @@ def test_presets_have_the_papers_parameter_counts() -> None:
     assert sum(parameter.numel() for parameter in Fusion(without_ranks).parameters()) == 3_152_384
 
 
+def test_the_mlp_is_as_large_as_the_default_and_blind_to_neighbours() -> None:
+    assert abs(parameters("mlp", 512) / parameters("default", 512) - 1) < 0.002
+    query, values, scores, mask = batch(5)
+    fusion = trained(preset("mlp", D))
+    torch.testing.assert_close(fusion(query, values, scores, mask), fusion(query, -values, -scores, mask), rtol=0, atol=0)
+    assert (fusion(query, values, scores, mask) - query).norm(dim=1).min() > 0.1
+
+
+def test_the_rules_are_what_their_formulas_say() -> None:
+    query, values, scores, mask = batch(5)
+    plain, mean, core = (Fusion(preset(name, D, alpha=2.0)).fuse(query, values, scores, mask) for name in ("none", "mean", "core"))
+    assert torch.equal(plain.vectors, query)
+    assert not plain.weights.any()
+    torch.testing.assert_close(mean.vectors, F.normalize(query + 2 * values.mean(1), dim=-1))
+    weights = torch.softmax(20 * scores, 1)  # CoRE
+    torch.testing.assert_close(core.weights, weights)
+    torch.testing.assert_close(core.vectors, F.normalize(query + 2 * (weights[..., None] * values).sum(1), dim=-1))
+
+
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="default, paper, paper-split"):
         preset("best", 512)
@@ -127,6 +146,10 @@ def full_layer(fusion: Fusion) -> nn.TransformerEncoderLayer:
     width = round(config.dim * config.mlp_ratio)
     layer = nn.TransformerEncoderLayer(config.dim, config.heads, width, 0.0, "gelu", batch_first=True, norm_first=True)
     attention = fusion.attention
+    assert attention is not None
+    assert fusion.norm_tokens is not None
+    assert fusion.norm_mlp is not None
+    assert fusion.mlp is not None
     with torch.no_grad():
         layer.self_attn.in_proj_weight.copy_(torch.cat([attention.query.weight, attention.key_value.weight]))
         layer.self_attn.in_proj_bias.copy_(torch.cat([attention.query.bias, attention.key_value.bias]))
@@ -159,6 +182,7 @@ def test_attention_weights_equal_torchs_own() -> None:
     fusion = trained(preset("paper-split", D))
     query, values, scores, mask = batch(4)
     mask[1, 4:] = False
+    assert fusion.norm_tokens is not None
     tokens = fusion.norm_tokens(torch.cat([query[:, None], values], 1))
     absent = F.pad(~mask, (1, 0), value=False)
     _, weights = full_layer(fusion).self_attn(tokens[:, :1], tokens, tokens, key_padding_mask=absent)

@@ -13,11 +13,12 @@ from models.clip import Encoder
 from models.episodes import Episode, joined, look_up
 from models.errors import ConfigError, DataError, TrainingFailed
 from models.fusion import build_fusions
+from models.loop import Learning, learn
 from models.prepare import encode_samples
 from models.reco import Reco
 from models.sources import read_samples
 from models.tests.small import encoded_as, memory_of, picture, tar_of, unit
-from models.train import Learning, accuracy, learn, train
+from models.train import accuracy, train
 from models.training_config import EpisodeConfig, TrainConfig
 
 CLASSES = 12

@@ -135,12 +135,15 @@ def test_eval_classify_counts_plain_and_enhanced(tmp_path: Path) -> None:
     tar = DATA / "grocery" / "test-000.tar"
     if not tar.exists():
         pytest.skip(f"no Grocery Store photos under {DATA}: set RECO_DATA")
-    figures = tmp_path / "figures.json"
-    done = reco("eval", "classify", str(tar), "--limit", "200", "--json", str(figures), "--store", str(tmp_path / "store"))
+    store, figures, folder = tmp_path / "store", tmp_path / "figures.json", tmp_path / "report"
+    asked = ("--limit", "200", "--json", str(figures), "--report", str(folder), "--store", str(store), "--per-class")
+    done = reco("eval", "classify", str(tar), *asked)
     assert done.returncode == 0, done.stderr
     report = json.loads(figures.read_text())
-    right = {line["method"]: line["top1"] for line in report["lines"]}
-    plain = next(count for method, count in right.items() if "plain" in method or "none" in method)
-    both = next(count for method, count in right.items() if "both" in method)
-    assert both > plain + 20, right
-    assert str(report["images"]) in done.stdout
+    right = {method: round(200 * found["top-1"]["share"]) for method, found in report["lines"].items()}
+    assert right["both"] > right["none"] + 20, right
+    assert "200 images" in done.stdout
+    assert "taken for" in done.stdout
+    page = (folder / "report.html").read_text()
+    assert "Recommendation" in page
+    assert "data:image/jpeg;base64," in page

@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import numpy as np
+
+from index_store.pairs import Pairs
+from models.ablate import Bench, Recipe, ablate, markdown
+from models.clip import Encoded, Encoder
+from models.evaluate import Labels
+from models.queries import Photos, Queries
+from models.tests.small import memory_of, unit
+
+CLASSES = 6
+
+
+def world(encoder: Encoder, folder: Path) -> tuple[Photos, Labels, Pairs, Pairs]:
+    """Photos that resemble those of their class in the memory, whose captions are the very prompts; another memory to learn from."""
+    rng = np.random.default_rng(0)
+    names = [f"thing {i}" for i in range(CLASSES)]
+    labels = Labels(names, ["a photo of a {}."], encoder)
+    said = labels._prompts.encoded.vectors
+    seen = unit(rng.standard_normal((CLASSES, encoder.dim)))
+
+    def near(label: np.ndarray) -> np.ndarray:
+        return unit(seen[label] + 0.1 * rng.standard_normal((len(label), encoder.dim)))
+
+    of = np.arange(60) % CLASSES
+    records = [{"caption": names[i], "class": names[i]} for i in of]
+    memory, taught_by = (Pairs(np.array([f"{name}{i}" for i in range(60)]), near(of), said[of], records) for name in "mt")
+    asked = np.arange(30) % CLASSES
+    photos = Photos([str(i) for i in range(30)], [names[i] for i in asked], Queries(Encoded(near(asked), None), [()] * 30), [])
+    return photos, labels, memory, taught_by
+
+
+def test_every_claim_becomes_a_row_and_a_second_run_measures_nothing(encoder: Encoder, tmp_path: Path) -> None:
+    photos, labels, memory, taught_by = world(encoder, tmp_path)
+    one, two = (memory_of(tmp_path / name, pairs, encoder.fingerprint) for name, pairs in (("m", memory), ("t", taught_by)))
+    bench = Bench(encoder, photos, labels, one, two, Recipe(steps=2, batch=16, k=3, alpha=50.0, seeds=(0, 1)), tmp_path)
+    rows = ablate(bench, tmp_path / "rows.jsonl")
+    by_name = {(row.claim, row.setting): row for row in rows}
+    assert len(by_name) == len(rows) > 30
+    assert by_name["plain CLIP", "none"].gain == 0
+    assert by_name["side enhanced", "image"].shares == [1.0]  # the captions found are the prompts
+    assert by_name["side enhanced", "image"].low > 0
+    assert by_name["control", "shuffled memory"].gain < 0.5 * by_name["search keys", "the memory's own"].gain
+    assert len(by_name["fusion", "mlp, learned"].shares) == 2
+    assert markdown(rows).count("\n|") == len(rows) + 1
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    assert ablate(bench, tmp_path / "rows.jsonl") == rows
+    assert (tmp_path / "rows.jsonl").read_bytes() == before

@@ -1,0 +1,43 @@
+import numpy as np
+
+from models.evaluate import Details, Report, compared
+from models.queries import Setting
+from models.report_page import Example, best_line, page, recommendation, thumbnail
+from models.tests.small import picture
+
+SETTINGS = [Setting("both", 1), Setting("both", 10), Setting("image", 10)]
+
+
+def report_of(shares: dict[str, float]) -> Report:
+    """100 queries, of which so many are right, always the first ones."""
+    hits = {method: {"top-1": np.arange(100) < 100 * share} for method, share in shares.items()}
+    details = Details([("red <b>", 50, 0.1, 0.5), ("blue", 50, 0.3, 0.2)], [("red <b>", "blue", 3)])
+    return Report("classify", "m@1", "abc", 10, ["100 images"], compared(hits), details, hits, np.full(100, 0.7))
+
+
+def test_the_recommendation_follows_the_figures() -> None:
+    good = report_of({"none": 0.2, "both, k 1": 0.4, "both, k 10": 0.6, "image, k 10": 0.1, "(1-NN)": 0.7})
+    assert best_line(good).method == "both, k 10"
+    told = recommendation(good, SETTINGS)
+    assert told.startswith("Enhance both with k = 10: +40.0 points")
+    assert "(1-NN) reaches 70.0 %" in told
+    assert "lose against plain: image, k 10" in told
+    bad = report_of({"none": 0.2, "both, k 1": 0.2, "both, k 10": 0.1})
+    assert recommendation(bad, SETTINGS).startswith("Do not enhance")
+
+
+def test_the_page_is_whole_and_safe() -> None:
+    report = report_of({"none": 0.2, "both, k 1": 0.4, "both, k 10": 0.6, "image, k 10": 0.1})
+    example = Example(thumbnail(picture(0)), "red <script>", "blue", "red", [("a photo <i>", 0.81)])
+    text = page(report, SETTINGS, [example], [])
+    for part in (
+        "+40.0 points",
+        "<svg",
+        "data:image/jpeg;base64,",
+        "0.81 a photo &lt;i&gt;",
+        "Recommendation",
+        "top-1 by k, both enhanced",
+    ):
+        assert part in text
+    assert "<script>" not in text
+    assert "http" not in text  # nothing is loaded from elsewhere
