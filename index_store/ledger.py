@@ -17,7 +17,7 @@ from index_store.columns import open_lines, written_rows
 from index_store.durable import replace_text, sync, writing
 from index_store.pairs import SIDES, Id, Side
 from index_store.steps import Done, Job, Kept, Reject, Step
-from index_store.workplace import IDS, LOCK, PROGRESS, REJECTS, partial
+from index_store.workplace import IDS, LOCK, PROGRESS, REJECTS
 
 log = logging.getLogger("reco")
 KEPT_ROWS = 8192  # rows of one block given back to a source that goes on
@@ -80,8 +80,7 @@ def unfinished_version(memory: Path, digest: str) -> str | None:
     for path in sorted(memory.glob(f".*.partial/{PROGRESS}")):
         found = _read(path.parent)
         if found is not None and found.job == digest:
-            version = path.parent.name[1:].removesuffix(".partial")
-            return version if path.parent == partial(memory, version) else None
+            return path.parent.name[1:].removesuffix(".partial")
     return None
 
 
