@@ -7,11 +7,11 @@ BIN := .venv/bin
 UV := $(BIN)/uv
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade
 
-.PHONY: serve test setup lint format lock bench clean help
+.PHONY: serve test setup lint format lock bench bench-memory clean help
 .DEFAULT_GOAL := help
 
 help: ## show the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 serve: .venv/.runtime ## install what serving needs and serve the bundled starter on HOST:PORT
 	@$(BIN)/reco serve --host $(HOST) --port $(PORT)
@@ -36,6 +36,9 @@ lock: $(UV) ## resolve pyproject.toml anew into the two lock files
 
 bench: .venv/.dev ## served throughput against the raw forward pass; writes loadtests/results/
 	$(BIN)/python -m loadtests.bench
+
+bench-memory: .venv/.dev ## a memory of a million pairs beside bare faiss; writes loadtests/results/, takes half an hour on two cores
+	$(BIN)/python -m index_store.benchmarks.memory
 
 clean: ## remove the environment, the caches and the local store
 	rm -rf .venv var .mypy_cache .ruff_cache .pytest_cache .hypothesis
