@@ -32,7 +32,7 @@ PROBES = 32  # lists visited of 4 sqrt(N): what the synthetic million needs for 
 PQ_BYTES = 64  # of code per row and side
 ID_BYTES = 8  # that faiss keeps beside a row in a list
 REST_BYTES = 110  # of a pair beside vectors: an id of 14 bytes, its order 8, the record's offset 8, a record of 80
-GPU = {"name": "H200", "bandwidth": 4.8e12, "bytes": 141e9}  # from its data sheet, not measured
+GPU, GPU_BANDWIDTH, GPU_BYTES = "H200", 4.8e12, 141e9  # from its data sheet, not measured
 
 
 def measure(rows: int, folder: Path) -> dict[str, Any]:
@@ -101,14 +101,14 @@ def table(constants: dict[str, Any]) -> str:
             coarse, visited = lists * ns["flat32"], PROBES * pairs / lists
             gather = K * ns["gather"] / 1e6
             disk = _bytes(pairs * (4 * dim + REST_BYTES))
-            gpus = -(-pairs * 4 * dim // (0.8 * GPU["bytes"]))
+            gpus = -(-pairs * 4 * dim // (0.8 * GPU_BYTES))
             for recipe, index, where, ms, note in (
                 ("flat fp16", 4 * dim * pairs, "RAM", pairs * ns["flat16"] / 1e6 + gather, "exact"),
                 ("IVF, fp16", 2 * pairs * (2 * dim + ID_BYTES), "RAM", (coarse + visited * ns["list16"]) / 1e6 + gather, f"{PROBES} lists"),
                 ("IVF-PQ64 + values on NVMe", 2 * pairs * (PQ_BYTES + ID_BYTES), "RAM",
                  (coarse + visited * ns["pq"]) / 1e6 + gather, f"+ {K * read / 1000:.1f} ms of reads"),
-                ("GPU flat fp16", 4 * dim * pairs, f"{gpus:.0f} x {GPU['name']}",
-                 pairs * 2 * dim / GPU["bandwidth"] / gpus * 1000, "per batch; data sheet"),
+                ("GPU flat fp16", 4 * dim * pairs, f"{gpus:.0f} x {GPU}",
+                 pairs * 2 * dim / GPU_BANDWIDTH / gpus * 1000, "per batch; data sheet"),
             ):  # fmt: skip
                 rows.append([name, str(dim), disk, recipe, _bytes(index), where, f"{ms:,.2f}", note])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
