@@ -11,7 +11,7 @@ COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generat
 .DEFAULT_GOAL := help
 
 help: ## show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 serve: .venv/.runtime ## install what serving needs and serve the bundled starter on HOST:PORT
 	@$(BIN)/reco serve --host $(HOST) --port $(PORT)
@@ -37,10 +37,10 @@ lock: $(UV) ## resolve pyproject.toml anew into the two lock files
 bench: .venv/.dev ## served throughput against the raw forward pass; writes loadtests/results/
 	$(BIN)/python -m loadtests.bench
 
-bench-memory: .venv/.dev ## the memory beside bare faiss, a million pairs; writes loadtests/results/
+bench-memory: .venv/.dev ## a memory of a million pairs beside bare faiss; writes loadtests/results/, takes half an hour on two cores
 	$(BIN)/python -m index_store.benchmarks.memory
 
-chaos: .venv/.dev ## kill builds and edits at 200 random moments and more
+chaos: .venv/.dev ## kill builds, swaps and edits at 200 random moments each
 	RECO_KILLS=200 $(BIN)/python -m pytest index_store/tests/test_crash.py index_store/tests/test_edit_crash.py index_store/tests/test_resume.py
 
 clean: ## remove the environment, the caches and the local store

@@ -1,6 +1,7 @@
 """One block of pairs on disk: rows that are mapped, not read, and one faiss index per side."""
 
 import json
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ class Shard:
         self.pairs = pairs
         self.ids = self._rows("ids.npy", (pairs,))
         self._order = self._rows("order.npy", (pairs,))
-        self.values = {side: self._rows(f"{side}.npy", (pairs, manifest.dim)) for side in SIDES}
-        self.keys = {side: self._keys(side) for side in SIDES}
+        self.values = {side: self._rows(f"{side}.npy", (pairs, manifest.dim), here_and_there=True) for side in SIDES}
+        self.keys = {side: self._rows(keys_file(side, manifest.key_kind(side)), (pairs, manifest.key_dim(side))) for side in SIDES}
         self._offsets = self._rows("records.npy", (pairs + 1,))
         self._records = self._read("records.jsonl", lambda path: np.asarray(np.memmap(path, np.uint8, mode="r")))
         self.indexes: dict[Side, Any] = {side: self._index(side) for side in SIDES}
@@ -59,14 +60,13 @@ class Shard:
         found: np.ndarray = np.where(self.ids[rows] == ids, rows, -1)
         return found
 
-    def _keys(self, side: Side) -> np.ndarray:
-        if self._manifest.key_kind(side) == "vector":
-            return self.values[side]
-        return self._rows(keys_file(side, self._manifest.key_kind(side)), (self.pairs, self._manifest.key_dim(side)))
+    def _rows(self, name: str, shape: tuple[int, ...], *, here_and_there: bool = False) -> np.ndarray:
+        """Map one array; its shape must be the one that the manifest implies.
 
-    def _rows(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Map one array; its shape must be the one that the manifest implies."""
-        rows: np.ndarray = self._read(name, lambda path: np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)))
+        here_and_there: a search takes single rows, and the system is not to read the 128 KiB about each from the disk; scans, which
+        do want that, go through the keys, another map of the same file.
+        """
+        rows: np.ndarray = self._read(name, lambda path: _mapped(path, here_and_there))
         if rows.shape != shape:
             raise self._damaged(name, f"holds {rows.shape}, the manifest says {shape}")
         kinds = {"ids.npy": ("i8", "S"), "order.npy": ("i8",), "records.npy": ("i8",)}.get(name, ("f2",))
@@ -97,6 +97,13 @@ class Shard:
 
     def _damaged(self, name: str, what: str) -> DamagedVersion:
         return DamagedVersion(f"{self._manifest.ref}: {self._folder}/{name} {what}: restore or rebuild the version")
+
+
+def _mapped(path: Path, here_and_there: bool) -> np.ndarray:
+    rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    if here_and_there and hasattr(mmap, "MADV_RANDOM"):
+        rows._mmap.madvise(mmap.MADV_RANDOM)
+    return np.asarray(rows)
 
 
 def flat_index(keys: np.ndarray) -> faiss.Index:
