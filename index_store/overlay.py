@@ -12,11 +12,13 @@ from index_store.changes import Change, Put, decode
 from index_store.errors import DamagedVersion
 from index_store.journal import HEAD, log, read_records, shown
 from index_store.manifest import SEAL, Manifest
-from index_store.pairs import SIDES, Id
+from index_store.pairs import SIDES, Id, Side
+from index_store.sketch import Sketch
 from index_store.snapshot import Snapshot
 from index_store.tail import Tail
 
 FIRST_ROWS = 1_024  # room that the first edit makes; then it doubles
+SKETCHED_ROWS = 1_024  # fewer are as fast compared whole
 
 
 class Overlay:
@@ -30,9 +32,10 @@ class Overlay:
         self._columns = _columns(base.manifest, base.id_kind)
         self._lines: list[bytes] = []
         self._where: dict[Id | bytes, int] = {}
+        self._sketches: dict[Side, tuple[Sketch, _Column]] = {}
         base_died = np.zeros(base.manifest.pairs, np.uint32)  # pages that no edit touches are never given memory
         views = {name: column.rows[:0] for name, column in self._columns.items()}
-        self._tail = Tail(edits=0, dead=0, base=base.manifest.pairs, lines=self._lines, base_died=base_died, **_fields(views))
+        self._tail = Tail(edits=0, dead=0, base=base.manifest.pairs, lines=self._lines, base_died=base_died, sketches={}, **_fields(views))
 
     def apply(self, change: Change) -> Snapshot:
         """The next snapshot. It costs what the change holds, however many edits stand already."""
@@ -55,13 +58,27 @@ class Overlay:
         rows = {"ids": put.ids, "died": np.zeros(len(put.ids), np.uint32)}
         for side in SIDES:
             rows[side] = put.values[side]
-            rows[f"{side}_wide"] = put.own_keys.get(side, put.values[side])
+            rows[f"{side}_wide"] = put.own_keys.get(side, put.values[side]).astype(np.float32)
             if side in put.own_keys:
                 rows[f"{side}_key"] = put.own_keys[side]
         views = {name: column.append(rows[name]) for name, column in self._columns.items()}
         self._lines.extend(put.lines)
         self._where.update(zip(put.ids.tolist(), range(start, start + len(put.ids)), strict=True))
-        return dataclasses.replace(self._tail, **_fields(views))
+        return dataclasses.replace(self._tail, **_fields(views), sketches=self._sketched(views))
+
+    def _sketched(self, views: dict[str, np.ndarray]) -> dict[Side, tuple[Sketch, np.ndarray]]:
+        """What bounds the scores of the tail's rows, from the first rows that are worth it on."""
+        if len(views["ids"]) < SKETCHED_ROWS:
+            return {}
+        found: dict[Side, tuple[Sketch, np.ndarray]] = {}
+        for side in SIDES:
+            keys = views[f"{side}_wide"]
+            if side not in self._sketches:
+                sketch = Sketch(keys)
+                self._sketches[side] = sketch, _Column((sketch.width,), np.float32)
+            sketch, column = self._sketches[side]
+            found[side] = sketch, column.append(sketch.of(keys[column.filled :]))
+        return found
 
     def _bury(self, ids: np.ndarray, edits: int) -> int:
         """Note that the pairs of these ids end with change number `edits`; how many they were. Older tails look for smaller numbers."""

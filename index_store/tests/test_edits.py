@@ -12,9 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from index_store.changes import Delete
 from index_store.edits import Editor
 from index_store.errors import DamagedVersion, NameRefused, PairsRefused, StoreBusy, StoreUnwritable
+from index_store.journal import Journal
 from index_store.memory import Memory
+from index_store.overlay import seal_of
 from index_store.pairs import Id, Pairs, Side
 from index_store.snapshot import Snapshot
 from index_store.store import Store
@@ -186,10 +189,6 @@ def test_a_journal_that_went_away_is_missed(tmp_path: Path) -> None:
 
 
 def test_an_edit_that_does_not_fit_its_base(tmp_path: Path) -> None:
-    from index_store.changes import Delete
-    from index_store.journal import Journal
-    from index_store.overlay import seal_of
-
     manifest = built(tmp_path, some_pairs())
     journal = Journal.open(tmp_path / "things" / "v1.journal", seal_of(manifest))
     journal.append(Delete(np.array([b"pair-1"])).encode())
@@ -304,6 +303,38 @@ def test_a_pointer_that_cannot_be_written_leaves_the_old_version_serving(tmp_pat
     (tmp_path / "things" / ".CURRENT.fresh").rmdir()
     assert made.put(some_pairs(5, first=200)).ref == "things@v1+2"
     assert made.switch(prepared).ref == "things@v2+1"
+
+
+@pytest.mark.parametrize("step", ["before the journal", "before the pointer", "after the pointer"])
+def test_dying_between_the_steps_of_a_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    base, store = some_pairs(), Store(tmp_path)
+    made, oracle = editor(tmp_path, base), Oracle(base)
+    more = some_pairs(20, seed=1, first=50)
+    oracle.put(more)
+    made.put(more)
+    prepared = made.compact_build("v2")
+    oracle.delete(["pair-3", "pair-55"])
+    made.delete(["pair-3", "pair-55"])
+    activate = Store.activate
+
+    def dying(*args: Any, **options: Any) -> None:
+        if step == "after the pointer":
+            activate(*args, **options)
+        raise SystemExit
+
+    owner, name = (Journal, "create") if step == "before the journal" else (Store, "activate")
+    monkeypatch.setattr(owner, name, dying)
+    with pytest.raises(SystemExit):
+        made.switch(prepared)
+    monkeypatch.undo()
+    made.close()
+    again = Editor.open(store, "things", encoder=ENCODER)
+    assert again.snapshot.ref == ("things@v2+1" if step == "after the pointer" else "things@v1+2")
+    oracle.agrees(again.snapshot, unit_rows(3, 16, 1), "image", 30)
+    oracle.put(more)
+    again.put(more)
+    oracle.agrees(again.compact("v3"), unit_rows(3, 16, 1), "image", 30)
+    assert store.open("things", encoder=ENCODER).ref == "things@v3"
 
 
 def test_searches_race_edits_and_compactions(tmp_path: Path) -> None:

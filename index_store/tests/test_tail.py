@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from index_store.changes import Delete, put_of, stored_ids
-from index_store.overlay import Overlay
+from index_store.overlay import SKETCHED_ROWS, Overlay
 from index_store.pairs import Id, Pairs, Side
 from index_store.snapshot import Snapshot
 from index_store.tests.oracle import Oracle
-from index_store.tests.small import opened, part, some_pairs, unit_rows
+from index_store.tests.small import opened, part, some_pairs, unit, unit_rows
 
 LIST: list[dict[str, Any]] = [{"index": "Flat"}, {"index": "Flat", "shard_pairs": 25}, {"index": "IVF4,Flat"}, {"index": "SQfp16"}]
 
@@ -27,7 +27,6 @@ def delete(overlay: Overlay, ids: list[Id]) -> Snapshot:
 @pytest.mark.parametrize("options", LIST, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("queries", [1, 4, 5, 40])
 def test_added_replaced_and_deleted(tmp_path: Path, options: dict[str, Any], queries: int) -> None:
-    """Few queries and many take different ways through the tail; both are exact."""
     base = some_pairs(60, key_width=24)
     overlay, oracle = Overlay(opened(tmp_path, base, **options)), Oracle(base)
     for step in range(4):
@@ -42,6 +41,26 @@ def test_added_replaced_and_deleted(tmp_path: Path, options: dict[str, Any], que
             for k in (1, 7, 200):
                 oracle.agrees(snapshot, unit_rows(queries, width, step), side, k, probes=probes)
     assert (snapshot.edits, snapshot.ref) == (8, "things@v1+8")
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_a_tail_with_sketches_is_exact(tmp_path: Path, spread: float) -> None:
+    """More rows than are compared whole, close together or all over: few or most of them are candidates."""
+    rng = np.random.default_rng(1)
+    base, more = some_pairs(300, 32, key_width=40), some_pairs(SKETCHED_ROWS + 500, 32, key_width=40, first=250)
+    overlay, oracle = Overlay(opened(tmp_path, base, index="IVF4,Flat")), Oracle(base)
+    centres = unit_rows(12, 40, 5)[rng.integers(0, 12, len(more))]
+    keys = unit(centres + spread * rng.standard_normal((len(more), 40)) / 40**0.5)
+    more = Pairs(more.ids, more.image, more.text, more.records, image_key=keys)
+    for rows in (slice(0, 900), slice(900, 1100), slice(1100, None)):
+        oracle.put(part(more, rows))
+        snapshot = put(overlay, part(more, rows))
+    oracle.delete(["pair-1200", "pair-4"])
+    snapshot = delete(overlay, ["pair-1200", "pair-4"])
+    for queries in (1, 9):
+        oracle.agrees(snapshot, unit(keys[:queries] + 0.01), "image", 10, probes=4)
+        oracle.agrees(snapshot, unit_rows(queries, 40, 7), "image", 10, probes=4, max_similarity=0.3, exclude=[["pair-3"]] * queries)
+        oracle.agrees(snapshot, unit_rows(queries, 32, 7), "text", 400, probes=4)
 
 
 def test_a_snapshot_never_changes(tmp_path: Path) -> None:

@@ -1,0 +1,32 @@
+"""A few numbers per row that say how near it can be at most, so that most rows need not be compared."""
+
+import numpy as np
+
+SHARE = 8  # one number for eight of a row
+ROUNDS = 2  # of power iteration: the directions need not be the best ones, any are right
+ROUNDING = 1e-5  # of a squared length: more than float32 sums can be off, so that a bound may be too high but never too low
+
+
+class Sketch:
+    """Inner products of sketches are never below those of the rows themselves.
+
+    A row is split into its part within the few directions in which rows differ most, and the rest: the former is multiplied out, of the
+    rest only the length is kept, and no two rests have a greater product than their lengths. How tight that is depends on the rows, that
+    it holds does not.
+    """
+
+    def __init__(self, rows: np.ndarray) -> None:
+        """rows: (n, Dk) float32, of the kind that will be compared."""
+        width = rows.shape[1]
+        basis = np.random.default_rng(0).standard_normal((width, max(1, width // SHARE)), np.float32)
+        for _ in range(ROUNDS):
+            basis, _upper = np.linalg.qr(rows.T @ (rows @ basis))
+        self.width = basis.shape[1] + 1
+        self._basis = np.ascontiguousarray(basis, np.float32)  # (Dk, m), orthonormal columns
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """(n, m + 1) float32: the part within the basis, then the length of the rest.  rows: (n, Dk) float32."""
+        within = rows @ self._basis
+        whole = np.einsum("nd,nd->n", rows, rows)
+        rest = whole - np.einsum("nm,nm->n", within, within)
+        return np.hstack([within, np.sqrt(np.maximum(rest, 0) + ROUNDING * whole)[:, None]])
