@@ -34,13 +34,14 @@ from models.starter.teach import SERVED_K, best_alpha, grades, learned_fusion, p
 
 SEED = 0
 STEPS = 800
+NOISE = 1.0  # points on the Grocery test split: a smaller gain is no reason to give the simple rule up
 SENTENCES_KEPT = 300  # photos of Flickr8k val that the encoder never sees, for the lessons of the fusion
 CLASS_CAPTIONS = ("a photo of a {}.", "a photo of {}", "a photo of the {}.", "{}", "a picture of a {}", "a close-up photo of a {}.")
 
 NAMES = {"rule": "training-free rule", "learned": "learned fusion"}
 VERDICTS = {
-    "rule": "the training-free rule, because the learned fusion did not beat it on Grocery (figures below)",
-    "learned": "learned, because it beats the training-free rule that it started from on Grocery (figures below)",
+    "rule": "the training-free rule, because the learned fusion did not beat it by a point with both keys on Grocery (figures below)",
+    "learned": "learned, because it beats the training-free rule by a point with both keys on Grocery (figures below)",
 }
 
 
@@ -90,7 +91,8 @@ def make_starter(data: Path, work: Path, out: Path) -> None:
         candidates = teach(encoder, everything, Path(folder))
         snapshots = memories(memory, Path(folder))
         figures = {name: grocery(encoder, file, everything.grocery_test, snapshots) for name, file in candidates.items()}
-    shipped = "learned" if all(figures["learned"][key]["both"] > figures["rule"][key]["both"] for key in snapshots) else "rule"
+    gains = [figures["learned"][key]["both"] - figures["rule"][key]["both"] for key in snapshots]
+    shipped = "learned" if min(gains) > NOISE else "rule"
     chosen = candidates[shipped]
     fusion_id = save_fusions(out / "fusion.safetensors", chosen.fusions, encoder=encoder.fingerprint, k=SERVED_K, card=chosen.card)
     write_card(

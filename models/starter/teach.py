@@ -2,8 +2,9 @@
 
 Both are chosen and learned on the episodes of `lessons`; which of them is shipped is decided by `make_starter`. What pays is how sharply
 a neighbour's score weighs and how strongly each side is refined: four numbers, searched for by accuracy, because the gradient of the
-loss moves them past their best (on the lessons kept to choose by: mean of ten 64.5 %, searched 76.8 %, learned from there by gradient
-75.0 to 76.3 %). What is learned on top by gradient, the transformer's correction, changes little (77.1 %) and so takes small steps.
+loss moves them past their best (on the lessons kept to choose by, with an earlier encoder: mean of ten 64.5 %, searched 76.8 %, learned
+from there by gradient 75.0 to 76.3 %). What is learned on top by gradient, the transformer's correction, changes little (77.1 %) and so
+takes small steps.
 """
 
 from collections.abc import Mapping, Sequence

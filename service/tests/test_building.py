@@ -54,10 +54,15 @@ def ids(store: Path, name: str, version: str) -> list[bytes]:
     return [value for path in sorted((store / name / version).glob("shard-*/ids.npy")) for value in np.load(path).tolist()]
 
 
+def _heed() -> None:
+    """A background shell has its children ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupted(arguments: list[str], store: Path) -> str:
     """Begin a build, press Ctrl-C once rows are on the disk; what it says."""
     command = [sys.executable, "-m", "service.cli", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **SLOWLY}, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **SLOWLY}, stderr=subprocess.PIPE, text=True, preexec_fn=_heed)
     until = time.monotonic() + 200
     while time.monotonic() < until and process.poll() is None:
         if any(path.stat().st_size > 5000 for path in store.glob("crops/.*.partial/shard-0000/image.npy")):
