@@ -262,7 +262,7 @@ QUALITY = Dashboard(
         Panel(
             "Drift of the last swap",
             (("min by (name) (reco_drift_cosine{@})", "{{name}}"),),
-            about="Empty until a swap has measured it: mean cosine of recent vectors under the old and the new version.",
+            about="Mean cosine of recent vectors under the old and the new version, measured before it is served.",
         ),
     ),
     (MODALITY,),
