@@ -7,7 +7,7 @@
     ├── VersionExists          a version is written once and never overwritten
     ├── DamagedVersion         a file is missing, cut, altered, or disagrees with the manifest; edits with a hole among them
     ├── IncompatibleSnapshot   sound, but made by another encoder or a newer format
-    ├── PairsRefused           rows that no memory, or not this one, may hold: misaligned, not unit, not finite, ids twice or of another type
+    ├── PairsRefused           rows that this memory may not hold: misaligned, not unit, not finite, of other ids or widths
     ├── QueryRefused           a search that this memory cannot answer: width, k, not finite
     ├── RecipeRefused          faiss cannot make such an index of these rows
     ├── RecallTooLow           the index misses too many of the exact answers
