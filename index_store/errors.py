@@ -5,14 +5,14 @@
     ├── UnknownMemory          no memory of this name in the store
     ├── UnknownVersion         the memory exists, the version does not (or none is current)
     ├── VersionExists          a version is written once and never overwritten
-    ├── DamagedVersion         a file is missing, cut, altered, or disagrees with the manifest
+    ├── DamagedVersion         a file is missing, cut, altered, or disagrees with the manifest; edits with a hole among them
     ├── IncompatibleSnapshot   sound, but made by another encoder or a newer format
-    ├── PairsRefused           rows that no memory may hold: misaligned, not unit, not finite, ids twice
+    ├── PairsRefused           rows that this memory may not hold: misaligned, not unit, not finite, of other ids or widths
     ├── QueryRefused           a search that this memory cannot answer: width, k, not finite
     ├── RecipeRefused          faiss cannot make such an index of these rows
     ├── DeviceRefused          a GPU that is not there, or has no room for a shard
     ├── RecallTooLow           the index misses too many of the exact answers
-    ├── StoreBusy              another process is building this very version
+    ├── StoreBusy              another process is building or editing this very version
     └── StoreUnwritable        no permission, or no room left, where the store lies
 
 Messages are one line with the value, the limit and the remedy; paths are relative to the store, never absolute.
@@ -40,7 +40,7 @@ class VersionExists(StoreError):
 
 
 class DamagedVersion(StoreError):
-    """A file of the version is missing, cut, altered, or holds other counts than the manifest."""
+    """A file of the version is missing, cut, altered, or holds other counts than the manifest, or an acknowledged edit cannot be read."""
 
 
 class IncompatibleSnapshot(StoreError):
@@ -48,7 +48,7 @@ class IncompatibleSnapshot(StoreError):
 
 
 class PairsRefused(StoreError):
-    """The rows offered are misaligned, empty, not finite, not of unit length, or carry an id twice."""
+    """The rows offered are misaligned, empty, not finite, not of unit length, of another width, or carry an id twice or of another type."""
 
 
 class QueryRefused(StoreError):
@@ -68,7 +68,7 @@ class RecallTooLow(StoreError):
 
 
 class StoreBusy(StoreError):
-    """Another process is building this very version at this moment."""
+    """Another process is building or editing this very version at this moment, or has moved on from it."""
 
 
 class StoreUnwritable(StoreError):

@@ -4,6 +4,10 @@ import numpy as np
 
 SHARE = 8  # one number for eight of a row
 ROUNDS = 2  # of power iteration: the directions need not be the best ones, any are right
+QUIET_BLOCK = (
+    8_192  # numbers of a matrix that BLAS multiplies in the calling thread; above, it wakes others, for which a busy machine waits
+)
+QUIET_QUERIES = 32  # at a time, for the same reason: on two busy cores 0.04 ms become 3 ms otherwise, and 0.4 become 4 and more
 ROUNDING = 1e-5  # of a squared length: more than float32 sums can be off, so that a bound may be too high but never too low
 
 
@@ -22,11 +26,24 @@ class Sketch:
         for _ in range(ROUNDS):
             basis, _upper = np.linalg.qr(rows.T @ (rows @ basis))
         self.width = basis.shape[1] + 1
-        self._basis = np.ascontiguousarray(basis, np.float32)  # (Dk, m), orthonormal columns
+        self._basis = np.ascontiguousarray(basis.T, np.float32)  # (m, Dk), orthonormal
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """(n, m + 1) float32: the part within the basis, then the length of the rest.  rows: (n, Dk) float32."""
-        within = rows @ self._basis
+        within = products(self._basis, rows).T
         whole = np.einsum("nd,nd->n", rows, rows)
         rest = whole - np.einsum("nm,nm->n", within, within)
         return np.hstack([within, np.sqrt(np.maximum(rest, 0) + ROUNDING * whole)[:, None]])
+
+
+def products(rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """(n, B) float32 inner products, by one thread whatever the size.  rows: (n, D) float32.  queries: (B, D) float32."""
+    block = max(1, QUIET_BLOCK // rows.shape[1])
+    whole = len(rows) // block * block
+    found = np.empty((len(rows), len(queries)), np.float32)
+    for start in range(0, len(queries), QUIET_QUERIES):
+        some = slice(start, start + QUIET_QUERIES)
+        asked = np.ascontiguousarray(queries[some].T)  # (D, ≤ QUIET_QUERIES)
+        found[:whole, some] = (rows[:whole].reshape(whole // block, block, rows.shape[1]) @ asked).reshape(whole, asked.shape[1])
+        found[whole:, some] = rows[whole:] @ asked
+    return found

@@ -31,8 +31,10 @@ class Oracle:
 
     def expected(self, query: np.ndarray, side: Side, *, ceiling: float, floor: float, exclude: Collection[Id]) -> list[tuple[float, Id]]:
         """(score, id) of every pair that one query may see, nearest first."""
-        scores = {name: float(pair[f"{side}_key"] @ query) for name, pair in self.there.items()}
-        allowed = [(score, name) for name, score in scores.items() if floor <= score <= ceiling and name not in exclude]
+        if not self.there:
+            return []
+        scores = zip((np.stack([pair[f"{side}_key"] for pair in self.there.values()]) @ query).tolist(), self.there, strict=True)
+        allowed = [(score, name) for score, name in scores if floor <= score <= ceiling and name not in exclude]
         return sorted(allowed, key=lambda found: -found[0])
 
     def agrees(self, snapshot: Snapshot, queries: np.ndarray, side: Side, k: int, **limits: Any) -> None:
@@ -43,11 +45,8 @@ class Oracle:
         floor = -9.0 if limits.get("min_score") is None else limits["min_score"]
         for b, query in enumerate(queries):
             exclude = limits["exclude"][b] if limits.get("exclude") else ()
-            if any(
-                abs(score - limit) < SLACK
-                for score, _ in self.expected(query, side, ceiling=9, floor=-9, exclude=())
-                for limit in (ceilings[b], floor)
-            ):
+            every = np.array([score for score, _ in self.expected(query, side, ceiling=9, floor=-9, exclude=())])
+            if any((np.abs(every - limit) < SLACK).any() for limit in (ceilings[b], floor)):
                 continue  # rounding may decide otherwise at a threshold
             best = self.expected(query, side, ceiling=float(ceilings[b]), floor=floor, exclude=exclude)
             count = min(k, len(best))

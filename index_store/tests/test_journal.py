@@ -13,6 +13,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -183,6 +184,7 @@ def test_a_disk_that_loses_writes_is_not_trusted_again(path: Path, monkeypatch: 
 FULL = """
 import resource, sys
 from pathlib import Path
+from typing import Any
 from index_store.errors import StoreUnwritable
 from index_store.journal import Journal
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -233,6 +235,23 @@ def test_a_full_disk(tiny_disk: Path) -> None:
     (tiny_disk / "ballast").unlink()
     journal.append(b"z" * 20_000)
     assert read(path) == [b"x" * 20_000, b"z" * 20_000]
+
+
+def test_records_that_arrive_while_the_end_is_looked_at(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two more records behind what looked like the end are no hole in the journal."""
+    from index_store import journal as module
+
+    writer, real, late = Journal.open(path, SEAL), module._payload, [b"two", b"three"]
+    writer.append(b"one")
+
+    def slow(file: Any, mark: bytes) -> bytes | None:
+        found = real(file, mark)
+        while found is None and late:
+            writer.append(late.pop(0))
+        return found
+
+    monkeypatch.setattr(module, "_payload", slow)
+    assert read(path) == [b"one", b"two", b"three"]
 
 
 def test_reading_while_it_is_written(path: Path) -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from index_store.sketch import SHARE, Sketch
+from index_store.sketch import SHARE, Sketch, products
 from index_store.tests.small import unit, unit_rows
 
 
@@ -36,3 +36,11 @@ def test_narrow_rows(width: int) -> None:
     rows = unit_rows(50, width, 0)
     sketch = Sketch(rows)
     assert (sketch.of(rows) @ sketch.of(rows).T >= rows @ rows.T - 1e-6).all()
+
+
+@pytest.mark.parametrize(("n", "width", "queries"), [(0, 8, 2), (5, 8, 0), (1000, 65, 1), (1023, 512, 33), (40, 9000, 70)])
+def test_products_in_blocks(n: int, width: int, queries: int) -> None:
+    rows, asked = unit_rows(n, width, 0), unit_rows(queries, width, 1)
+    found = products(rows, asked)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, rows @ asked.T, atol=1e-6)

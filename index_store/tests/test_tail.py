@@ -38,26 +38,27 @@ def test_added_replaced_and_deleted(tmp_path: Path, options: dict[str, Any], que
         probes = 4 if "IVF" in str(options["index"]) else None
         sides: tuple[Side, Side] = ("image", "text")
         for side, width in zip(sides, (24, 16), strict=True):
-            for k in (1, 7, 200):
+            for k in (7, 200):
                 oracle.agrees(snapshot, unit_rows(queries, width, step), side, k, probes=probes)
     assert (snapshot.edits, snapshot.ref) == (8, "things@v1+8")
 
 
 @pytest.mark.parametrize("spread", [0.1, 3.0])
 def test_a_tail_with_sketches_is_exact(tmp_path: Path, spread: float) -> None:
-    """More rows than are compared whole, close together or all over: few or most of them are candidates."""
+    """More rows than are compared whole, in few directions or in all: few or most of them are candidates."""
     rng = np.random.default_rng(1)
     base, more = some_pairs(300, 32, key_width=40), some_pairs(SKETCHED_ROWS + 500, 32, key_width=40, first=250)
-    overlay, oracle = Overlay(opened(tmp_path, base, index="IVF4,Flat")), Oracle(base)
-    centres = unit_rows(12, 40, 5)[rng.integers(0, 12, len(more))]
-    keys = unit(centres + spread * rng.standard_normal((len(more), 40)) / 40**0.5)
+    flat = rng.standard_normal((len(more), 4)) @ unit_rows(4, 40, 5)
+    keys = unit(flat + spread * rng.standard_normal((len(more), 40)) / 40**0.5)
     more = Pairs(more.ids, more.image, more.text, more.records, image_key=keys)
+    base = Pairs(base.ids, base.image, base.text, base.records, image_key=keys[-300:])
+    overlay, oracle = Overlay(opened(tmp_path, base, index="IVF4,Flat")), Oracle(base)
     for rows in (slice(0, 900), slice(900, 1100), slice(1100, None)):
         oracle.put(part(more, rows))
         snapshot = put(overlay, part(more, rows))
     oracle.delete(["pair-1200", "pair-4"])
     snapshot = delete(overlay, ["pair-1200", "pair-4"])
-    for queries in (1, 9):
+    for queries in (1, 40):
         oracle.agrees(snapshot, unit(keys[:queries] + 0.01), "image", 10, probes=4)
         oracle.agrees(snapshot, unit_rows(queries, 40, 7), "image", 10, probes=4, max_similarity=0.3, exclude=[["pair-3"]] * queries)
         oracle.agrees(snapshot, unit_rows(queries, 32, 7), "text", 400, probes=4)
@@ -68,7 +69,7 @@ def test_a_snapshot_never_changes(tmp_path: Path) -> None:
     base = some_pairs(50)
     overlay, oracle = Overlay(opened(tmp_path, base)), Oracle(base)
     states: list[tuple[Snapshot, dict[Id, object]]] = [(overlay.snapshot, dict(oracle.there))]
-    for step in range(40):
+    for step in range(30):
         more = some_pairs(60, seed=step, first=37 * step)
         named = Pairs(np.array([name + "x" * (step // 10) * 20 for name in more.ids.tolist()]), more.image, more.text, more.records)
         for pairs in (more, named) if step % 10 == 9 else (more,):
