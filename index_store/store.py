@@ -13,6 +13,7 @@ from index_store.manifest import FILE_NAME, Manifest, read_manifest
 from index_store.overlay import replayed, seal_of
 from index_store.snapshot import Snapshot
 from index_store.verified import record_path, verify
+from index_store.workplace import rejects_file
 
 CURRENT = "CURRENT"  # first line the version that serves, second line the one before it
 DELETED = ".deleted"  # behind a leading dot: what is being removed
@@ -105,6 +106,7 @@ class Store:
             path.rename(path.with_name(f".{version}{DELETED}"))
             journal.unlink(missing_ok=True)
             record_path(path).unlink(missing_ok=True)
+            rejects_file(path.parent, version).unlink(missing_ok=True)
             for leftover in path.parent.glob(f".*{DELETED}"):
                 shutil.rmtree(leftover)
 
