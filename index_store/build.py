@@ -58,12 +58,7 @@ def build_version(
             parent=parent,
             source=dict(source() if callable(source) else source or {}),
         )
-        indexed, written = index_version(work, draft)
-        names = [*content.files, *written]
-        sight = Sight.of(work, names)
-        manifest = dataclasses.replace(indexed, files=digests(work, names))
-        _publish(work, manifest, sight)
-    return manifest
+        return _published(work, *index_version(work, draft))
 
 
 def _chosen(store: Store, name: str, job: str) -> str:
@@ -71,11 +66,14 @@ def _chosen(store: Store, name: str, job: str) -> str:
     return unfinished_version(store.root / plain(name), job) or store.next_version(name)
 
 
-def _publish(work: Path, manifest: Manifest, sight: Sight) -> None:
+def _published(work: Path, indexed: Manifest, written: Iterable[str]) -> Manifest:
     """Everything onto the disk, the manifest last, then the one rename that makes the version exist.
 
-    sight: of the files just before their digests were taken, so that the first opening need not read them again.
+    written: the files that came after those of the shards.
     """
+    names = [*indexed.files, *written]
+    sight = Sight.of(work, names)  # before their digests are taken, so that the first opening need not read them again
+    manifest = dataclasses.replace(indexed, files=digests(work, names))
     with writing(manifest.ref):
         for name in manifest.files:
             sync(work / name)
@@ -87,3 +85,4 @@ def _publish(work: Path, manifest: Manifest, sight: Sight) -> None:
         sync(finished.parent)
     forget_notes(finished)
     record(finished, manifest, sight)
+    return manifest

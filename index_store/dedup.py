@@ -69,7 +69,7 @@ class Deduplicator:
         """Keep the good rows, reject the others."""
         ids = pairs.ids.tolist()
         self._keep([ids[row] for row in good], image[good], pairs.text[good])
-        kept = pairs if len(good) == len(ids) else _part(pairs, good)
+        kept = pairs if len(good) == len(ids) else pairs.take(good)
         return replace(step, pairs=kept if good else None, rejects=(*step.rejects, *rejects))
 
     def _among_kept(self, image: np.ndarray, text: np.ndarray) -> list[tuple[float, Id]]:
@@ -140,8 +140,3 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     rows = rows.astype(np.float32)
     unit: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return unit
-
-
-def _part(pairs: Pairs, rows: list[int]) -> Pairs:
-    keys = {name: None if (key := getattr(pairs, name)) is None else key[rows] for name in ("image_key", "text_key")}
-    return Pairs(pairs.ids[rows], pairs.image[rows], pairs.text[rows], [pairs.records[row] for row in rows], **keys)

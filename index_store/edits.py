@@ -38,20 +38,20 @@ class Editor:
     Its state: the overlay, whose snapshot is what serves, and the journal once this process writes it. Both change under one lock.
     """
 
-    def __init__(self, store: Store, overlay: Overlay, size: int) -> None:
-        self._store, self._overlay, self._size = store, overlay, size
+    def __init__(self, store: Store, overlay: Overlay, size: int, devices: Sequence[int]) -> None:
+        self._store, self._overlay, self._size, self._devices = store, overlay, size, devices
         self._journal: Journal | None = None
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, store: Store, name: str, version: str | None = None, *, encoder: str) -> "Editor":
-        """A verified version, the current one where none is named, with every acknowledged edit.
+    def open(cls, store: Store, name: str, version: str | None = None, *, encoder: str, devices: Sequence[int] = ()) -> "Editor":
+        """A verified version, the current one where none is named, with every acknowledged edit.  devices: as in `Snapshot.open`.
 
         Takes no lock yet: the first edit does, and is refused with StoreBusy while another process edits this version.
         """
         version = store.current(name) if version is None else version
-        base = Snapshot.open(store.path(name, version), encoder=encoder)
-        return cls(store, *replayed(base, store.journal(name, version)))
+        base = Snapshot.open(store.path(name, version), encoder=encoder, devices=devices)
+        return cls(store, *replayed(base, store.journal(name, version)), devices)
 
     @property
     def snapshot(self) -> Snapshot:
@@ -109,7 +109,7 @@ class Editor:
             parent=snapshot.ref,
             source={**base.source, "compacted": {"edits": edits, "from": base.ref}},
         )
-        opened = Snapshot.open(self._store.path(base.name, built.version), encoder=base.encoder)
+        opened = Snapshot.open(self._store.path(base.name, built.version), encoder=base.encoder, devices=self._devices)
         return Prepared(opened, overlay.base, edits, size)
 
     def switch(self, prepared: Prepared) -> Snapshot:

@@ -61,9 +61,26 @@ class Pairs:
         own = self.image_key if side == "image" else self.text_key
         return self.values(side) if own is None else own
 
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Pairs":
+        """Some of the pairs, in this order.  rows: (R,) int."""
+        chosen = np.asarray(rows, np.int64)
+        image_key, text_key = (None if own is None else own[chosen] for own in (self.image_key, self.text_key))
+        records = [self.records[row] for row in chosen.tolist()]
+        return Pairs(self.ids[chosen], self.image[chosen], self.text[chosen], records, image_key, text_key)
+
     def has_own_keys(self, side: Side) -> bool:
         """True where the search on `side` compares something else than the CLIP vectors."""
         return (self.image_key if side == "image" else self.text_key) is not None
+
+
+def readable(ids: np.ndarray) -> np.ndarray:
+    """(R,) ids as the user gave them, from how a shard stores them: int64, or str from UTF-8 bytes."""
+    if ids.dtype.kind != "S":
+        return ids
+    try:
+        return ids.astype(np.str_)  # ASCII, in one go
+    except UnicodeDecodeError:
+        return np.char.decode(ids, "utf-8")
 
 
 def _check_ids(ids: np.ndarray) -> None:

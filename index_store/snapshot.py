@@ -18,7 +18,7 @@ from index_store.hits import Hits, Searched
 from index_store.limits import limits_of
 from index_store.manifest import Manifest, read_manifest, same_encoder
 from index_store.neighbors import Neighbors
-from index_store.pairs import SIDES, Id, KeyKind, Pairs, Side, other
+from index_store.pairs import SIDES, Id, KeyKind, Pairs, Side, other, readable
 from index_store.probes import DEPTH, Probes
 from index_store.search import Fan, nearest
 from index_store.shard import Shard
@@ -37,8 +37,11 @@ class Snapshot:
     Its files stay mapped until the last holder (a Memory, a batch, a Neighbors) lets go of it.
     """
 
-    def __init__(self, manifest: Manifest, shards: Sequence[Shard], probes: dict[Side, Probes]) -> None:
+    def __init__(
+        self, manifest: Manifest, shards: Sequence[Shard], probes: dict[Side, Probes], unread: frozenset[str] = frozenset()
+    ) -> None:
         self.manifest = manifest
+        self.unread = unread  # files taken on the word of an earlier reading: read them again at leisure
         self._fans = {side: Fan(shards, side) for side in SIDES}
         self._searched: Mapping[Side, Searched] = self._fans
         self._tail: Tail | None = None
@@ -61,10 +64,10 @@ class Snapshot:
             raise IncompatibleSnapshot(
                 f"{manifest.ref} was built by {manifest.encoder}, this service encodes with {encoder}: rebuild it, or serve its encoder"
             )
-        verify(path, manifest, trust=True)
+        unread = verify(path, manifest, trust=True)
         owners = cycle([Owner.of(device) for device in devices] or [None])
         shards = [Shard(path, shard["folder"], shard["pairs"], manifest, owner=next(owners)) for shard in manifest.shards]
-        return cls(manifest, shards, {side: Probes.read(path, side, manifest) for side in SIDES})
+        return cls(manifest, shards, {side: Probes.read(path, side, manifest) for side in SIDES}, unread)
 
     def with_tail(self, tail: Tail) -> "Snapshot":
         """The same version with these edits on top: a snapshot of its own that shares every file and index with this one."""
@@ -77,9 +80,13 @@ class Snapshot:
 
     @staticmethod
     def alive() -> dict[str, int]:
-        """How many snapshots of each memory are still held by anyone: more than one after a swap's last batch is a leak."""
+        """How many openings of each memory are still held by anyone: more than one after a swap's last batch is a leak.
+
+        Snapshots that edits made of one opening share its files, and count once.
+        """
         with _living_lock:
-            return dict(Counter(snapshot.manifest.name for snapshot in _living))
+            opened = {id(snapshot._fans): snapshot.manifest.name for snapshot in _living}
+        return dict(Counter(opened.values()))
 
     def __len__(self) -> int:
         return self._searched["image"].pairs
@@ -177,7 +184,7 @@ class Snapshot:
         def own_keys(side: Side) -> np.ndarray | None:
             return None if self.key_kind(side) == "vector" else fan.take(rows, lambda part: part.keys[side])
 
-        ids, records = _readable(fan.take(rows, lambda part: part.ids)), [self._record(row) for row in rows.tolist()]
+        ids, records = readable(fan.take(rows, lambda part: part.ids)), [self._record(row) for row in rows.tolist()]
         return Pairs(ids, values("image"), values("text"), records, own_keys("image"), own_keys("text"))
 
     def recall_of(self, queries: np.ndarray, side: Side) -> float:
@@ -203,7 +210,7 @@ class Snapshot:
         """Bring ids and the `valued` side's vectors of the rows found; zeros where none was."""
         mask = hits.mask
         rows = np.maximum(hits.rows, 0).ravel()  # (B * K,)
-        ids = _readable(fan.take(rows, lambda part: part.ids)).reshape(mask.shape)
+        ids = readable(fan.take(rows, lambda part: part.ids)).reshape(mask.shape)
         values = widened(fan.take(rows, lambda part: part.values[valued])).reshape(*mask.shape, self.dim)
         if not mask.all():
             ids[~mask] = ids.dtype.type()
@@ -213,13 +220,3 @@ class Snapshot:
     def _record(self, row: int) -> dict[str, Any]:
         part, place = self._searched["image"].place(row)
         return part.record(place)
-
-
-def _readable(ids: np.ndarray) -> np.ndarray:
-    """(R,) ids as the user gave them: int64, or str from UTF-8 bytes."""
-    if ids.dtype.kind != "S":
-        return ids
-    try:
-        return ids.astype(np.str_)  # ASCII, in one go
-    except UnicodeDecodeError:
-        return np.char.decode(ids, "utf-8")

@@ -74,11 +74,6 @@ class Job:
         return hashlib.sha256(json.dumps([self.identity, built], sort_keys=True).encode()).hexdigest()
 
 
-def readable(ids: np.ndarray) -> np.ndarray:
-    """(R,) ids as the user gave them, from how a shard stores them: int64, or str from UTF-8 bytes."""
-    return np.char.decode(ids, "utf-8") if ids.dtype.kind == "S" else ids
-
-
 def first_of_each(ids: Sequence[Id], seen: set[Id]) -> list[bool]:
     """For each id, whether it comes here for the first time; all of them are added to `seen`."""
     first = []

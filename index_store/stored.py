@@ -9,8 +9,8 @@ import numpy as np
 
 from index_store.errors import IncompatibleSnapshot, PairsRefused
 from index_store.manifest import FILE_NAME, Manifest, read_manifest, same_encoder
-from index_store.pairs import SIDES, Id, KeyKind, Pairs, Side
-from index_store.steps import Reject, Step, first_of_each, readable
+from index_store.pairs import SIDES, Id, KeyKind, Pairs, Side, readable
+from index_store.steps import Reject, Step, first_of_each
 from index_store.verified import verify
 
 BLOCK_ROWS = 4096

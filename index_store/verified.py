@@ -53,15 +53,15 @@ class Sight:
         return all(self.at_ns - ctime >= TICK_S * 1e9 for _, _, ctime, _, _ in self.stats.values())
 
 
-def verify(path: Path, manifest: Manifest, *, trust: bool = False, threads: int = READ_THREADS) -> None:
+def verify(path: Path, manifest: Manifest, *, trust: bool = False, threads: int = READ_THREADS) -> frozenset[str]:
     """Compare the files of the version at `path` with its manifest; DamagedVersion names each that differs, and where.
 
-    trust: large files whose stat is as it was when they were last read whole are not read again.
+    trust: large files whose stat is as it was when they were last read whole are not read again; they are what is returned.
     A version found whole is recorded as such for the next opening, a damaged one loses its record.
     """
     sight = Sight.of(path, manifest.files)
     known = _recorded(path, manifest) if trust else {}
-    unread = {name for name, stat in sight.stats.items() if known.get(name) == stat}
+    unread = frozenset(name for name, stat in sight.stats.items() if known.get(name) == stat)
     found = _faults(path, manifest, [name for name in manifest.files if name not in unread], threads)
     if found:
         with suppress(OSError):
@@ -69,6 +69,7 @@ def verify(path: Path, manifest: Manifest, *, trust: bool = False, threads: int 
         raise DamagedVersion(f"{manifest.ref}: {'; '.join(found)}: restore or rebuild the version")
     if known != sight.stats:
         record(path, manifest, sight)
+    return unread
 
 
 def record(path: Path, manifest: Manifest, sight: Sight) -> None:

@@ -4,6 +4,7 @@ What is learned here is learned from the pairs of another memory, which ask that
 that answers was never seen in training. Every finished row is kept on disk: a second run goes on where the first one stopped.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from index_store.store import Store
 from models.checkpoint import FusionFile, training_free
 from models.clip import Encoder
 from models.episodes import Episode, joined, look_up
+from models.errors import DataError
 from models.evaluate import PLAIN, Labels, answer
 from models.fusion import PRESETS, RULES, build_fusions
 from models.loop import Learning, learn
@@ -80,6 +82,14 @@ class Bench:
         self._taught = dict[tuple[object, ...], FusionFile]()
         self._parts = dict[tuple[float, int], Snapshot]()
         self._target = labels.target(photos)
+
+    @property
+    def identity(self) -> str:
+        """What the rows were measured on and how: rows of anything else are no part of this table."""
+        asked = [sorted(zip(self.photos.ids, self.photos.labels, strict=True)), self.labels.labels, self.labels.templates]
+        memories = [[snapshot.ref, snapshot.manifest.created] for snapshot in (self.memory, self.taught_by)]
+        content = json.dumps([asked, memories, self.encoder.fingerprint, asdict(self.recipe)])
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def right(self, trial: Trial) -> np.ndarray:
         """(N,) bool: which photos one trial gets right."""
@@ -151,8 +161,11 @@ class Planned:
 
 
 def ablate(bench: Bench, kept: Path) -> list[Row]:
-    """Every row, in the order of the plan; those that `kept` already holds are not measured again."""
-    done = {(row.claim, row.setting): row for row in _read(kept)}
+    """Every row, in the order of the plan; those that `kept` already holds are not measured again.
+
+    kept: a line that names the data, then a line per row. DataError where it was measured on something else.
+    """
+    done = {(row.claim, row.setting): row for row in _read(kept, bench.identity)}
     plain = bench.right(Trial(bench.rule("none"), bench.memory, PLAIN))
     rows = list[Row]()
     for planned in plan(bench):
@@ -229,13 +242,16 @@ def _row(planned: Planned, plain: np.ndarray, right: Sequence[np.ndarray]) -> Ro
 
 def _part(pairs: Pairs, share: float, seed: int) -> Pairs:
     """A random share of the pairs, two at least."""
-    rows = np.sort(np.random.default_rng(seed).permutation(len(pairs))[: max(2, round(share * len(pairs)))])
-    own = {f"{side}_key": pairs.keys(side)[rows] for side in SIDES if pairs.has_own_keys(side)}
-    return Pairs(pairs.ids[rows], pairs.image[rows], pairs.text[rows], [pairs.records[row] for row in rows], **own)
+    return pairs.take(np.sort(np.random.default_rng(seed).permutation(len(pairs))[: max(2, round(share * len(pairs)))]))
 
 
-def _read(kept: Path) -> list[Row]:
-    return [Row(**json.loads(line)) for line in kept.read_text("utf-8").splitlines()] if kept.exists() else []
+def _read(kept: Path, identity: str) -> list[Row]:
+    if not kept.exists():
+        kept.write_text(json.dumps({"identity": identity}) + "\n", "utf-8")
+    first, *rows = [json.loads(line) for line in kept.read_text("utf-8").splitlines()]
+    if first != {"identity": identity}:
+        raise DataError(f"{kept.name} holds rows measured on other data, memories or options: name another folder with --out")
+    return [Row(**row) for row in rows]
 
 
 def markdown(rows: Sequence[Row]) -> str:

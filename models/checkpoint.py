@@ -47,21 +47,30 @@ def save_fusions(path: Path, fusions: Mapping[Side, Fusion], *, encoder: str, k:
         "configs": json.dumps({name: asdict(layer.config) for name, layer in layers.items()}),
         "card": json.dumps(card),
     }
+    write_tensors(path, _tensors(layers), header)
+    return _fusion_id(layers)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> None:
+    """One safetensors file, whole or not at all. Equal tensors are written each for itself."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
-        file.write(save(_tensors(layers), metadata=header))
+        file.write(save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, metadata=dict(header)))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    return _fusion_id(layers)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """(header, tensors) of a safetensors file. Raises OSError or SafetensorError."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def load_fusions(path: Path, *, encoder: str) -> FusionFile:
     """The fusions of a file, refused unless trained on this very encoder."""
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        header, tensors = read_tensors(path)
         if header.get("format") != FORMAT:
             raise IncompatibleFusion(f"{path.name} is format {header.get('format')!r}, this version reads {FORMAT}: train it again")
         if not same_encoder(header["encoder"], encoder):
@@ -116,9 +125,7 @@ def _layer(config: Mapping[str, Any], name: str, tensors: Mapping[str, torch.Ten
 
 
 def _tensors(layers: Mapping[str, Fusion]) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": value.detach().cpu().contiguous() for name, layer in layers.items() for key, value in layer.state_dict().items()
-    }
+    return {f"{name}.{key}": value.detach().cpu() for name, layer in layers.items() for key, value in layer.state_dict().items()}
 
 
 def _fusion_id(layers: Mapping[str, Fusion]) -> str:

@@ -69,6 +69,12 @@ class Encoded:
         return Encoded(self.vectors[chosen], None if self.trunk is None else self.trunk[chosen])
 
 
+def together(blocks: Sequence[Encoded]) -> Encoded:
+    """Several blocks as one."""
+    trunks = [block.trunk for block in blocks if block.trunk is not None]
+    return Encoded(np.concatenate([block.vectors for block in blocks]), np.concatenate(trunks) if len(trunks) == len(blocks) else None)
+
+
 class Encoder:
     """A loaded CLIP. Immutable, and `encode` may run in several threads at once."""
 
@@ -258,10 +264,8 @@ def _hub(asked: bool) -> Iterator[None]:
 def _answers(url: str) -> bool:
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()  # noqa: S310 (the hub's own address)
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)  # a refusal is an answer too
     return True
 
 

@@ -125,10 +125,7 @@ def answer(reco: Reco, photos: Photos, labels: Labels, snapshot: Snapshot, setti
     """Every photo against every label under one setting."""
     refined = refine(reco, photos.queries, "image", snapshot, setting)
     candidates = labels.vectors(reco, snapshot, setting)
-    scores = refined.vectors @ candidates.T
-    if setting.dehub:
-        scores = scores - setting.dehub * hubness(references(snapshot, "image") @ candidates.T, HUB_NEAREST)
-    return Answers(scores, refined)
+    return Answers(_dehubbed(refined.vectors, candidates, snapshot, "image", setting), refined)
 
 
 def classify(
@@ -190,6 +187,7 @@ def retrieve(reco: Reco, asked: Captioned, snapshot: Snapshot, settings: Sequenc
 
 
 def _dehubbed(queries: np.ndarray, candidates: np.ndarray, snapshot: Snapshot, side: Side, setting: Setting) -> np.ndarray:
+    """(B, C) float32: every query's score with every candidate, less the candidates' hubness where the setting asks for it."""
     scores = queries @ candidates.T
     if setting.dehub:
         scores = scores - setting.dehub * hubness(references(snapshot, side) @ candidates.T, HUB_NEAREST)
@@ -212,10 +210,11 @@ def excluded(settings: Sequence[Setting]) -> list[str]:
 def compared(hits: Mapping[str, Hits]) -> list[Line]:
     """Every method against the first, which is plain."""
     plain = next(iter(hits.values()))
-    return [Line(method, [_figure(name, plain[name], right) for name, right in found.items()]) for method, found in hits.items()]
+    return [Line(method, [figure(name, plain[name], right) for name, right in found.items()]) for method, found in hits.items()]
 
 
-def _figure(name: str, before: np.ndarray, after: np.ndarray) -> Figure:
+def figure(name: str, before: np.ndarray, after: np.ndarray) -> Figure:
+    """One share with its gain over plain.  before, after: (N,) bool, which queries were right."""
     low, high = paired_interval(before, after)
     return Figure(name, len(after), float(after.mean()), float(after.mean() - before.mean()), low, high)
 

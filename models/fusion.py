@@ -161,6 +161,11 @@ class Fusion(nn.Module):
         self.mlp = Mlp(config) if some else None
         self.dropout = nn.Dropout(config.dropout)
 
+    @property
+    def refines(self) -> bool:
+        """False where no neighbour can change anything: plain CLIP behind this face."""
+        return self.pool is not None or self.mlp is not None
+
     def forward(self, query: Tensor, values: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
         """The refined query. Shapes as in `fuse`; returns (B, D) unit."""
         return self.fuse(query, values, scores, mask).vectors
@@ -187,8 +192,8 @@ class Fusion(nn.Module):
             weights = attention[:, 1:] if self.pool is None else weights
         if self.mlp is not None and self.norm_mlp is not None:
             x = x + self.dropout(self.mlp(self.norm_mlp(x)))
-        refined = mask.any(1, keepdim=True) & (self.pool is not None or self.mlp is not None)
-        return Fused(torch.where(refined, F.normalize(x, dim=-1), query), weights)
+        refined = torch.where(mask.any(1, keepdim=True), F.normalize(x, dim=-1), query)
+        return Fused(refined if self.refines else query, weights)
 
 
 def build_fusions(name: str, dim: int, *, alpha: float = 1.0) -> Mapping[Side, Fusion]:

@@ -3,11 +3,12 @@
 Alphabet: M training pairs, K neighbours, B batch.
 """
 
+import hashlib
 import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from index_store.pairs import SIDES, Side
+from models.checkpoint import read_tensors, write_tensors
 from models.episodes import Episode
 from models.errors import ConfigError, TrainingFailed
 from models.fusion import Fusion
@@ -25,6 +27,7 @@ from models.training_config import TERMS
 
 WARM_UP = 20  # steps
 MAX_SCALE = 100.0  # CLIP's own ceiling on the inverse temperature
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class Loop:
         self._optimiser = _optimiser(self._layers, self._scale, learning)
         self._peaks = [group["lr"] for group in self._optimiser.param_groups]
         self._best = _copied(self._layers)
+        self._identity = _identity(fusions, episodes, learning)
         self.progress = Progress()
 
     def run(self, until: int | None = None) -> Progress:
@@ -100,17 +104,22 @@ class Loop:
 
     def resume(self) -> bool:
         """Go on from the folder's checkpoint; False where there is none yet."""
-        path = None if self._folder is None else self._folder / "checkpoint.pt"
+        path = None if self._folder is None else self._folder / CHECKPOINT
         if path is None or not path.exists():
             return False
-        kept = torch.load(path, map_location=self._device, weights_only=True)
-        if kept["learning"] != repr(self._learning):
-            raise ConfigError(f"{path.name} was written by another configuration: give another output, or train from the start")
-        self._layers.load_state_dict(kept["layers"])
-        self._optimiser.load_state_dict(kept["optimiser"])
-        self._scale.data.copy_(kept["scale"])
-        self._best, self.progress = kept["best"], Progress(**kept["progress"])
-        torch.set_rng_state(kept["rng"].cpu())
+        header, tensors = read_tensors(path)
+        if header.get("identity") != self._identity:
+            raise ConfigError(f"{path.name} was written by another configuration or other data: give another output, or train anew")
+        self._layers.load_state_dict(_under(tensors, "layers"))
+        self._best = _under(tensors, "best")
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _under(tensors, "optimiser").items():
+            number, _, moment = name.partition(".")
+            moments.setdefault(int(number), {})[moment] = tensor
+        self._optimiser.load_state_dict({**self._optimiser.state_dict(), "state": moments})
+        self._scale.data.copy_(tensors["scale"])
+        self.progress = Progress(**json.loads(header["progress"]))
+        torch.set_rng_state(tensors["rng"].cpu())
         self._forget_later()
         return True
 
@@ -158,7 +167,7 @@ class Loop:
         with (self._folder / "curve.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if look:
-            self._save(self._folder / "checkpoint.pt")
+            self._save(self._folder / CHECKPOINT)
 
     def _look(self, found: float) -> float:
         if found > self.progress.best:
@@ -168,17 +177,17 @@ class Loop:
         return found
 
     def _save(self, path: Path) -> None:
-        """Everything that the next step depends on, in one move; tensors and plain values, read back with weights_only."""
-        progress = {name: getattr(self.progress, name) for name in Progress.__dataclass_fields__}
-        kept = {"layers": self._layers.state_dict(), "optimiser": self._optimiser.state_dict(), "scale": self._scale.data}
-        kept |= {"best": self._best, "progress": progress, "rng": torch.get_rng_state(), "learning": repr(self._learning)}
-        partial = path.with_name(".checkpoint.partial")
-        torch.save(kept, partial)
-        partial.replace(path)
+        """Everything that the next step depends on, in one move; nothing pickled."""
+        moments = self._optimiser.state_dict()["state"]
+        tensors = {f"layers.{name}": value for name, value in self._layers.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self._best.items()}
+        tensors |= {f"optimiser.{number}.{name}": value for number, each in moments.items() for name, value in each.items()}
+        tensors |= {"scale": self._scale.data, "rng": torch.get_rng_state()}
+        write_tensors(path, tensors, {"identity": self._identity, "progress": json.dumps(asdict(self.progress))})
 
     def _kept(self) -> str:
         """Which good state a failed run leaves behind, in words."""
-        if self._folder is None or not (self._folder / "checkpoint.pt").exists():
+        if self._folder is None or not (self._folder / CHECKPOINT).exists():
             return ""
         return f"; the last good checkpoint is of step {self.progress.step // self._learning.every * self._learning.every}"
 
@@ -186,6 +195,18 @@ class Loop:
 def learn(fusions: Mapping[Side, Fusion], episodes: Sequence[Episode], learned: Sequence[np.ndarray], learning: Learning) -> list[float]:
     """Train the fusions in place; the loss of every step."""
     return Loop(fusions, episodes, learned, learning).run().losses
+
+
+def _identity(fusions: Mapping[Side, Fusion], episodes: Sequence[Episode], learning: Learning) -> str:
+    """What a checkpoint must have been written under to be gone on from: the layers' shapes, the data, and how the loop runs."""
+    configs = {side: asdict(fusion.config) for side, fusion in fusions.items()}
+    content = json.dumps([configs, [episode.digest() for episode in episodes], asdict(learning)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _under(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Those of one part, by their names within it."""
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
 
 
 def _copied(layers: nn.Module) -> dict[str, Tensor]:

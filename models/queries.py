@@ -9,7 +9,7 @@ import numpy as np
 from index_store.pairs import Id, Side
 from index_store.snapshot import Snapshot
 from index_store.steps import Reject
-from models.clip import Encoded, Encoder
+from models.clip import Encoded, Encoder, together
 from models.errors import ConfigError, DataError
 from models.prepare import OnProgress, encode_images
 from models.reco import STRAIGHT, Reco, Route
@@ -92,12 +92,6 @@ def encode_photos(
 def encode_prompts(prompts: Sequence[str], encoder: Encoder) -> Encoded:
     """(N, D) the texts as the encoder gives them, in blocks."""
     return together([encoder.encode(encoder.tokenize(prompts[at : at + BLOCK]), "text") for at in range(0, len(prompts), BLOCK)])
-
-
-def together(blocks: Sequence[Encoded]) -> Encoded:
-    """Several blocks as one."""
-    trunks = [block.trunk for block in blocks if block.trunk is not None]
-    return Encoded(np.concatenate([block.vectors for block in blocks]), np.concatenate(trunks) if len(trunks) == len(blocks) else None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

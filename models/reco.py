@@ -128,13 +128,13 @@ class Reco:
         exclude: Sequence[Collection[Id]] | None = None,
         route: Route = STRAIGHT,
     ) -> Embeddings:
-        """Refine vectors with what one snapshot holds near them; without a snapshot they stay plain.
+        """Refine vectors with what one snapshot holds near them; without one, or with a fusion that refines nothing, they stay plain.
 
         k: neighbours, one number or one per row (B,); None = the fusion's.
         A snapshot made by another encoder raises IncompatibleSnapshot before anything is computed.
         """
         plain = encoded.vectors
-        if snapshot is None:
+        if snapshot is None or not self.fusions[side].refines:
             return Embeddings(plain, plain, np.zeros(len(plain), bool), None, None, None, Timings())
         self._refuse_stranger(snapshot)
         start = time.perf_counter()

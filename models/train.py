@@ -67,22 +67,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
     episodes = [_episode(episode, config, reco) for episode in config.episodes]
     splits = [episode.split(config.held_out, config.seed) for episode in episodes]
     before = {episode.name: accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)}
-    learning = Learning(
-        steps=config.steps,
-        batch=config.batch,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        scale=encoder.logit_scale,
-        terms=config.terms,
-        drop=config.drop,
-        pool_learning_rate=config.pool_learning_rate,
-        clip=config.clip,
-        learn_scale=config.learn_scale,
-        every=config.every,
-        patience=config.patience,
-    )
-    output = Path(config.output)
+    learning, output = _learning(config, encoder.logit_scale), Path(config.output)
 
     def watch() -> float:
         return float(np.mean([accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)]))
@@ -101,6 +86,24 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
     tenth = max(1, len(losses) // 10)
     first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
     return Summary(output.name, fusion_id, len(losses), time.monotonic() - start, first, last, before, after)
+
+
+def _learning(config: TrainConfig, scale: float) -> Learning:
+    return Learning(
+        steps=config.steps,
+        batch=config.batch,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        scale=scale,
+        terms=config.terms,
+        drop=config.drop,
+        pool_learning_rate=config.pool_learning_rate,
+        clip=config.clip,
+        learn_scale=config.learn_scale,
+        every=config.every,
+        patience=config.patience,
+    )
 
 
 def _episode(episode: EpisodeConfig, config: TrainConfig, reco: Reco) -> Episode:

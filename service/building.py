@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from index_store import Store, build_version
 from index_store.store import plain, plain_version
 from index_store.stored import is_version
-from service.commands import Args, encoder_of, progress
+from service.commands import Args, progress
 from service.errors import UsageError
 from service.settings import Settings, read
 
@@ -80,11 +80,12 @@ def build(args: Args) -> None:
     """reco memory build: encode the sources into one new version."""
     from models.sources import flattened
     from models.streams import Encoding, count_items, streams_of
+    from service.loading import load_encoder
 
     settings = _checked(args)
     sources = flattened(args.sources)
     counts = {source: count_items([source], args.caption) for source in sources if not is_version(source)}  # bad ones are told at once
-    encoder = encoder_of(settings)
+    encoder = load_encoder(settings)
     kinds: dict[Side, KeyKind] = {"image": args.image_key, "text": "vector"}
     encoding = Encoding(encoder, kinds, args.caption, settings.max_batch, settings.decode_workers, settings.max_pixels)
     streams = streams_of(sources, encoding, lambda paths: sum(counts[path] for path in paths))
@@ -96,12 +97,13 @@ def import_embeddings(args: Args) -> None:
     from models.embeddings import is_layout, read_layout
     from models.errors import DataError
     from models.streams import Encoding, embedding_stream, version_stream
+    from service.loading import load_encoder
 
     settings = _checked(args)
     folder: Path = args.folder.resolve()
     if not is_version(folder) and not is_layout(folder):
         raise DataError(f"{folder.name} holds neither img_emb, text_emb and metadata nor a version of our own: give a folder that does")
-    encoder = encoder_of(settings)
+    encoder = load_encoder(settings)
     kinds: dict[Side, KeyKind] = {"image": "vector", "text": "vector"}
     if is_version(folder):
         from index_store.manifest import read_manifest

@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from index_store import Store
 from service.errors import ServiceError, UsageError
-from service.settings import Settings, read
+from service.settings import read
 
 if TYPE_CHECKING:
     from tqdm import tqdm
-
-    from models.clip import Encoder
 
 Args = argparse.Namespace
 
@@ -35,8 +33,10 @@ def info(args: Args) -> None:
     """reco info: what would be served, without serving it."""
     from importlib.metadata import version
 
+    from service.loading import load_encoder
+
     settings = read(vars(args), args.config)
-    encoder, store = encoder_of(settings), Store(settings.store)
+    encoder, store = load_encoder(settings), Store(settings.store)
     packages = ("reco-serve", "torch", "torchvision", "open_clip_torch", "faiss-gpu" if sys.platform == "linux" else "faiss-cpu")
     print(
         json.dumps(
@@ -97,13 +97,6 @@ def train(args: Args) -> None:
     from models.training_config import TrainConfig
 
     print(learn(TrainConfig.read(args.recipe), resume=args.resume))
-
-
-def encoder_of(settings: Settings) -> Encoder:
-    """The encoder that the settings name."""
-    from models.clip import Encoder, EncoderSpec
-
-    return Encoder.load(EncoderSpec(settings.model, settings.pretrained, settings.precision, settings.device))
 
 
 def _named(ref: str) -> tuple[str, str]:

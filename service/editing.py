@@ -75,20 +75,22 @@ class Editing:
         pairs = _pairs(body.pairs, seen, read, snapshot)
         _, before, after = await self._live.edit(name, lambda editor: editor.put(pairs))
         added = len(after) - len(before)
-        return {**self._told(name, after), "added": added, "replaced": len(pairs) - added}
+        return {**self._told(name, before, after), "added": added, "replaced": len(pairs) - added}
 
     async def delete(self, name: str, pair_id: str) -> dict[str, Any]:
         """Remove one pair. Raises NotFound where there is none of this id."""
-        wanted: str | int = int(pair_id) if self._live.resolve(name).id_kind == "i" and _whole(pair_id) else pair_id
-        (_, missing), _, after = await self._live.edit(name, lambda editor: editor.delete([wanted]))
+        (_, missing), before, after = await self._live.edit(name, lambda editor: editor.delete([pair_id]))
         if missing:
             raise NotFound(f"{after.ref} has no pair {pair_id[:80]!r}: nothing was removed", "id")
-        return {**self._told(name, after), "deleted": wanted}
+        return {**self._told(name, before, after), "deleted": pair_id}
 
-    def _told(self, name: str, after: Snapshot) -> dict[str, Any]:
-        """What every reply says; where the edits have become many, folding them is begun."""
+    def _told(self, name: str, before: Snapshot, after: Snapshot) -> dict[str, Any]:
+        """What every reply says. Each time that another `compact_after` rows have come together, folding them is begun.
+
+        One that fails is tried again after as many more, and not with every edit.
+        """
         limit = self._settings.compact_after
-        if limit and after.overlaid >= limit and not self._swaps.busy(name):
+        if limit and after.overlaid // limit > before.overlaid // limit and not self._swaps.busy(name):
             self._swaps.compact(name)
         return {"object": "memory.edit", "memory": after.ref, "pairs": len(after)}
 
@@ -123,7 +125,7 @@ def _pairs(given: Sequence[PairBody], seen: dict[int, Row], read: dict[int, Row]
     own = snapshot.key_kind("image") == "trunk"
     keys = [_key(pair, seen.get(i), snapshot, f"pairs[{i}].image_key") for i, pair in enumerate(given)] if own else None
     return Pairs(
-        ids=_ids([pair.id for pair in given], snapshot),
+        ids=np.array([str(pair.id) for pair in given]),  # a memory of numbers reads them as such, or refuses them
         image=np.stack(image),
         text=np.stack(text),
         records=[{**pair.metadata, "caption": pair.caption} for pair in given],
@@ -151,17 +153,3 @@ def _numbers(given: Sequence[float], width: int, param: str) -> np.ndarray:
     if len(given) != width:
         raise InvalidValue(f"{param} has {len(given)} numbers, this memory's have {width}: send those of its own encoder", param)
     return np.array(given, np.float32)
-
-
-def _ids(ids: Sequence[str | int], snapshot: Snapshot) -> np.ndarray:
-    """(n,) as the memory keeps them: numbers where it keeps numbers, else strings."""
-    if snapshot.id_kind != "i":
-        return np.array([str(name) for name in ids])
-    wrong = next((name for name in ids if not _whole(str(name))), None)
-    if wrong is not None:
-        raise InvalidValue(f"id {str(wrong)[:80]!r}: the ids of {snapshot.ref} are whole numbers of 64 bits", "id")
-    return np.array([int(name) for name in ids], np.int64)
-
-
-def _whole(name: str) -> bool:
-    return name.lstrip("-").isascii() and name.lstrip("-").isdecimal() and -(2**63) <= int(name) < 2**63

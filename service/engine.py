@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from index_store import Side, Snapshot, Store
-from models.checkpoint import fusion_named, untrained_fusions
-from models.clip import Encoder, EncoderSpec
 from models.gpu import gpu_memory
 from models.reco import Reco
-from models.starter import FUSION, MEMORY, install_starter, starter_labels
+from models.starter import MEMORY, install_starter, starter_labels
 from service.batcher import Answer, Batcher, DeadlinePassed, QueueFull
 from service.budget import allowed_bytes
 from service.decode import Decoder
@@ -29,6 +26,7 @@ from service.jobs import Jobs
 from service.label_sets import LabelSets
 from service.labels import LabelSet
 from service.live import LiveMemories
+from service.loading import load_reco
 from service.metrics import Metrics, Stage
 from service.pulse import Pulse
 from service.ranking import Ranked, rank
@@ -37,18 +35,7 @@ from service.recent import Recent, drift
 from service.settings import Settings
 from service.swaps import Swaps
 from service.wire import Options
-from service.work import Query, Row, Work, answer
-
-log = logging.getLogger("reco")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Answered:
-    """Rows or refusals in the order of the items, and the seconds of each stage, the slowest item's."""
-
-    rows: Sequence[Row | ItemRefused]
-    seconds: dict[Stage, float]
-    tokens: int = 0  # of all texts, padding left out
+from service.work import Answered, Query, Row, Work, answer
 
 
 class Engine:
@@ -63,8 +50,9 @@ class Engine:
         default = settings.memory or (MEMORY if settings.model == "starter" else None)
         budget = allowed_bytes(settings.memory_budget_bytes)
         self.memories = LiveMemories(
-            store, encoder=encoder.fingerprint, fusion=reco.fusion_id, default=default, budget=budget, metrics=metrics
-        )
+            store, encoder=encoder.fingerprint, fusion=reco.fusion_id, default=default, budget=budget, devices=settings.search_devices,
+            metrics=metrics,
+        )  # fmt: skip
         self.label_sets = LabelSets(
             store.root / ".label-sets",
             reco.embed_labels,
@@ -82,7 +70,7 @@ class Engine:
             metrics=metrics,
         )
         self.editing = Editing(self.memories, self.swaps, self._encoded, settings)
-        self._recall = RecallSampler(self.memories.resolve, metrics, share=settings.recall_share)
+        self._recall = RecallSampler(self._recent, self.memories.resolve, metrics, share=settings.recall_share)
         self._decoder = Decoder(encoder.preprocess, max_pixels=settings.max_pixels, workers=settings.decode_workers)
         self._batchers: dict[Side, Batcher[Work, Row]] = {"image": self._batcher("image"), "text": self._batcher("text")}
         self._admitted: dict[Side, int] = {"image": 0, "text": 0}
@@ -225,7 +213,7 @@ class Engine:
 
     def _run(self, side: Side, batch: list[Work]) -> list[Row]:
         """In the model thread."""
-        rows = answer(self.reco, side, batch, self._recent)
+        rows = answer(self.reco, side, batch)
         for row in {id(row.timings): row for row in rows}.values():  # once per snapshot of the batch
             self.observe("retrieve", side, row.timings.retrieve)
             self.observe("fuse", side, row.timings.fuse)
@@ -241,7 +229,7 @@ class Engine:
         answers = await self._batchers[side].submit([Work(array, query) for array in good.values()], deadline)
         outcomes = dict(zip(good, answers, strict=True))
         rows = [array if isinstance(array, ItemRefused) else self._outcome(side, i, outcomes[i]) for i, array in enumerate(arrays)]
-        self._recall.note(query.snapshot, side, rows)
+        self._recent.note(query.snapshot, side, rows)
         slowest: dict[Stage, float] = {"queue": max((found.queued_s for found in answers if isinstance(found, Answer)), default=0.0)}
         timings = [row.timings for row in rows if isinstance(row, Row)]
         for stage in ("encode", "retrieve", "fuse"):
@@ -302,11 +290,3 @@ class Engine:
     def observe(self, stage: Stage, side: Side, seconds: float) -> None:
         """Add one duration to a stage's histogram."""
         self.metrics.stage_duration_seconds.labels(stage, side).observe(seconds)
-
-
-def load_reco(settings: Settings) -> Reco:
-    """The encoder, with the fusion asked for, else the starter's own, else the training-free rule. Raises ModelError."""
-    encoder = Encoder.load(EncoderSpec(settings.model, settings.pretrained, settings.precision, settings.device))
-    name = settings.fusion or (str(FUSION) if settings.model == "starter" else None)
-    file = fusion_named(name, encoder=encoder.fingerprint, dim=encoder.dim) if name else untrained_fusions(encoder.dim)
-    return Reco(encoder, file.fusions, fusion_id=file.fusion_id, k=file.k)

@@ -74,7 +74,7 @@ def entities(args: Args) -> None:
 def opened(args: Args) -> tuple[Reco, Snapshot]:
     """The model and the memory that the command line names; the starter's own memory is made where it is missing."""
     from models.starter import MEMORY, install_starter
-    from service.engine import load_reco
+    from service.loading import load_reco
 
     settings = read(vars(args), args.config)
     reco, store = load_reco(settings), Store(settings.store)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from typing import Any, TypeVar
@@ -27,8 +27,11 @@ class LiveMemories:
     version could not be opened with the reason. It changes on the event loop only; readers take `resolve`'s snapshot and keep it.
     """
 
-    def __init__(self, store: Store, *, encoder: str, fusion: str, default: str | None, budget: int, metrics: Metrics) -> None:
-        self._store, self._encoder, self._fusion, self._budget, self._metrics = store, encoder, fusion, budget, metrics
+    def __init__(
+        self, store: Store, *, encoder: str, fusion: str, default: str | None, budget: int, devices: Sequence[int], metrics: Metrics
+    ) -> None:
+        self._store, self._encoder, self._fusion, self._metrics = store, encoder, fusion, metrics
+        self._budget, self._devices = budget, devices
         self._live: dict[str, Memory] = {}
         self._editors: dict[str, Editor] = {}
         self._locks: dict[str, asyncio.Lock] = {}
@@ -52,8 +55,7 @@ class LiveMemories:
         snapshot = self._serving(name).current
         version, _, edits = pinned.partition("+")
         if version and version != snapshot.manifest.version:
-            if version not in self._store.versions(name):
-                raise UnknownVersion(f"memory {name!r} has no version {version!r}: it serves {snapshot.ref}")
+            self._store.path(name, version)  # raises UnknownVersion
             raise RetiredVersion(f"{name}@{version} is not being served, {snapshot.ref} is: pin that, or activate {version}", "memory")
         if edits and edits != str(snapshot.edits):
             raise RetiredVersion(f"{name}@{pinned[:80]} is not being served, {snapshot.ref} is: pin that, or {name}@{version}", "memory")
@@ -95,9 +97,7 @@ class LiveMemories:
 
     def version(self, name: str, version: str) -> str:
         """The version itself. Raises UnknownMemory, UnknownVersion."""
-        if version not in self._store.versions(name):
-            raise UnknownVersion(f"memory {name!r} has no version {version!r}: it has {', '.join(self._store.versions(name))}")
-        return version
+        return self._store.path(name, version).name
 
     def previous(self, name: str) -> str:
         """The version served before the current one. Raises UnknownMemory, UnknownVersion."""
@@ -108,12 +108,12 @@ class LiveMemories:
 
     def afford(self, name: str, version: str) -> None:
         """Raise BudgetExceeded where a version does not fit beside all that is served. Blocking."""
-        held = sum(memory.current.bytes["resident"] for memory in self._live.values())
+        held = sum(memory.current.bytes["resident"] for memory in list(self._live.values()))  # a list: the loop may add one meanwhile
         afford(self._store.manifest(name, version), held, self._budget)
 
     def open(self, name: str, version: str) -> Editor:
         """A verified version with its edits, not served yet. Blocking."""
-        return Editor.open(self._store, name, version, encoder=self._encoder)
+        return Editor.open(self._store, name, version, encoder=self._encoder, devices=self._devices)
 
     def reverify(self, name: str, version: str) -> None:
         """Read every byte of a version again. Blocking; raises DamagedVersion."""
@@ -176,17 +176,17 @@ class LiveMemories:
         async with self.editing(name):
             memory, editor = self._serving(name), self._editors[name]
             before = memory.current
-            self._refuse_unless_current(before)
-            result = await asyncio.to_thread(change, editor)
+            result = await asyncio.to_thread(self._changed, before, editor, change)
             memory.swap(editor.snapshot)
             self._describe(editor.snapshot)
             return result, before, editor.snapshot
 
-    def _refuse_unless_current(self, served: Snapshot) -> None:
-        """An edit of a version that the next start will not serve would be acknowledged, and then be missed."""
+    def _changed(self, served: Snapshot, editor: Editor, change: Callable[[Editor], T]) -> T:
+        """In a thread. An edit of a version that the next start will not serve would be acknowledged, and then be missed."""
         name, version = served.manifest.name, self._store.current(served.manifest.name)
         if version != served.manifest.version:
             raise StoreBusy(f"another process made {name}@{version} current, {served.ref} is served here: activate that here, then edit")
+        return change(editor)
 
     def _serving(self, name: str) -> Memory:
         if name in self._live:

@@ -9,13 +9,12 @@ from typing import Any
 from starlette.requests import Request
 
 from index_store import Side
-from service.engine import Answered
 from service.errors import BadRequest, InvalidValue, ItemRefused
 from service.intake import Intake, counted, read_image, read_json, read_text
 from service.metrics import Modality
 from service.settings import Settings
 from service.wire import OpenAIOptions
-from service.work import Row
+from service.work import Answered, Row
 
 
 @dataclass(frozen=True, slots=True)

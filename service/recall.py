@@ -6,46 +6,32 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-
-import numpy as np
+from collections.abc import Callable
 
 from index_store import Side, Snapshot
 from index_store.errors import StoreError
-from service.errors import ItemRefused, ServiceError
+from service.errors import ServiceError
 from service.metrics import Metrics
-from service.work import Row
+from service.recent import Asked, Recent
 
 __all__ = ["RecallSampler"]
 
 log = logging.getLogger("reco")
 PAUSE_S = 5.0  # between two checks at the least; a check that took t seconds is followed by a pause of t / share
-WAITING = 8  # queries of a memory's side kept for its next check: the latest, one of each request
+ASKED = 8  # of the latest queries of a memory's side, asked again in one check
 CHECKS = 32  # the last checks, whose mean the gauge shows
-
-Key = tuple[str, str, Side]  # name, version, side
 
 
 class RecallSampler:
-    """Compares what the index finds for live queries with an exact scan, and writes `reco_recall_sampled`.
+    """Compares what the index finds for recent queries with an exact scan, and writes `reco_recall_sampled`.
 
-    State, all of it changed on the event loop: the queries waiting for a check, and the last checks of each version being served.
-    It keeps vectors, never a snapshot: a retired one must be free to die.
+    State: how many queries of each memory and side had been asked at its last check, and the last checks of each version being served.
     """
 
-    def __init__(self, resolve: Callable[[str], Snapshot], metrics: Metrics, *, share: float) -> None:
-        self._resolve, self._metrics, self._share = resolve, metrics, share
-        self._waiting: dict[Key, deque[np.ndarray]] = {}
-        self._checks: dict[Key, deque[float]] = {}
-
-    def note(self, snapshot: Snapshot | None, side: Side, rows: Sequence[Row | ItemRefused]) -> None:
-        """Keep the first searched item of a request. On the request path: one vector is copied, no more."""
-        row = next((row for row in rows if isinstance(row, Row) and row.searched), None)
-        if snapshot is None or row is None or not self._share:
-            return
-        searched = row.trunk if row.trunk is not None and snapshot.key_kind(side) == "trunk" else row.plain
-        key = (snapshot.manifest.name, snapshot.manifest.version, side)
-        self._waiting.setdefault(key, deque(maxlen=WAITING)).append(searched.copy())  # a view would keep its whole batch
+    def __init__(self, recent: Recent, resolve: Callable[[str], Snapshot], metrics: Metrics, *, share: float) -> None:
+        self._recent, self._resolve, self._metrics, self._share = recent, resolve, metrics, share
+        self._counted: dict[Asked, int] = {}
+        self._checks: dict[Asked, tuple[str, deque[float]]] = {}  # of a version
 
     async def run(self) -> None:
         """Check for ever; a check that fails is logged, and the next one goes on."""
@@ -60,29 +46,32 @@ class RecallSampler:
             pause = max(PAUSE_S, (time.perf_counter() - start) / self._share)
 
     async def check(self) -> None:
-        """Measure with all queries that wait."""
-        self._forget_retired()
-        waiting, self._waiting = self._waiting, {}
-        for (name, version, side), queries in waiting.items():
-            recall = await self._measured(name, np.stack(queries), side)
-            checks = self._checks.setdefault((name, version, side), deque(maxlen=CHECKS))
-            checks.append(recall)
-            self._metrics.recall_sampled.labels(name, side).set(sum(checks) / len(checks))
+        """Measure every memory and side that was asked something since the last check."""
+        for (name, side), count in self._recent.counts().items():
+            snapshot = self._served(name, side)
+            if snapshot is not None and self._counted.get((name, side)) != count:
+                self._counted[name, side] = count
+                self._told(name, side, snapshot.manifest.version, await asyncio.to_thread(self._measured, snapshot, side))
 
-    async def _measured(self, name: str, queries: np.ndarray, side: Side) -> float:
-        return await asyncio.to_thread(self._resolve(name).recall_of, queries, side)
-
-    def _forget_retired(self) -> None:
-        """Drop what was asked of, and told about, versions that are served no longer."""
-        for key in {*self._waiting, *self._checks}:
-            name, version, side = key
-            if not self._serves(name, version):
-                self._waiting.pop(key, None)
-                if self._checks.pop(key, None) is not None:
-                    self._metrics.recall_sampled.remove(name, side)
-
-    def _serves(self, name: str, version: str) -> bool:
+    def _served(self, name: str, side: Side) -> Snapshot | None:
+        """What is asked now. What was told of another version is told no more."""
         try:
-            return self._resolve(name).manifest.version == version
+            snapshot = self._resolve(name)
         except (ServiceError, StoreError):  # deleted meanwhile
-            return False
+            snapshot = None
+        known = self._checks.get((name, side))
+        if known is not None and (snapshot is None or snapshot.manifest.version != known[0]):
+            del self._checks[name, side]
+            self._metrics.recall_sampled.remove(name, side)
+        return snapshot
+
+    def _measured(self, snapshot: Snapshot, side: Side) -> float:
+        """In a thread."""
+        queries = self._recent.of(snapshot.manifest.name, side, ASKED)
+        assert queries is not None  # noqa: S101  it was counted
+        return snapshot.recall_of(queries.key(snapshot.key_kind(side)), side)
+
+    def _told(self, name: str, side: Side, version: str, recall: float) -> None:
+        checks = self._checks.setdefault((name, side), (version, deque(maxlen=CHECKS)))[1]
+        checks.append(recall)
+        self._metrics.recall_sampled.labels(name, side).set(sum(checks) / len(checks))

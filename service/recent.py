@@ -1,44 +1,65 @@
-"""A reservoir of recent queries per memory: what a new version is compared with the old one on, before it is served."""
+"""What was asked lately: queries that an index is measured on while it serves, and that a new version is compared with the old one on."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from index_store import Side, Snapshot
 from index_store.pairs import SIDES
-from models.clip import Encoded
+from models.clip import Encoded, together
 from models.reco import Reco
+from service.errors import ItemRefused
+from service.work import Row
 
 KEPT = 256  # queries per side and memory; one search of all of them takes as long as eight batches
+OF_ONE = 16  # of a request: a large one must not drive out all others
+
+Asked = tuple[str, Side]  # a memory's name, and the side searched
 
 
 class Recent:
-    """The last KEPT encoded queries, or a batch more, that asked each memory, by side. Model threads add, swaps read."""
+    """The last KEPT queries, or a request more, of each memory and side, and how many there ever were.
+
+    Requests add on the event loop, swaps and checks read. It keeps vectors, never a snapshot: a retired one must be free to die.
+    """
 
     def __init__(self) -> None:
-        self._batches: dict[tuple[str, Side], deque[Encoded]] = {}
+        self._requests: dict[Asked, deque[Encoded]] = {}
+        self._counts: dict[Asked, int] = {}
         self._lock = threading.Lock()
 
-    def add(self, memory: str, side: Side, encoded: Encoded) -> None:
-        """Keep one batch; the oldest ones go once those behind them are enough."""
+    def note(self, snapshot: Snapshot | None, side: Side, rows: Sequence[Row | ItemRefused]) -> None:
+        """Remember the first items of a request that asked a memory."""
+        asked = [row for row in rows if isinstance(row, Row) and row.searched][:OF_ONE]
+        if snapshot is None or not asked:
+            return
+        trunks = [row.trunk for row in asked if row.trunk is not None]
+        encoded = Encoded(np.stack([row.plain for row in asked]), np.stack(trunks) if trunks else None)  # copies: a view keeps its batch
+        key = (snapshot.manifest.name, side)
         with self._lock:
-            kept = self._batches.setdefault((memory, side), deque())
+            kept = self._requests.setdefault(key, deque())
             kept.append(encoded)
-            while sum(len(batch.vectors) for batch in kept) - len(kept[0].vectors) >= KEPT:
+            self._counts[key] = self._counts.get(key, 0) + len(asked)
+            while sum(len(each.vectors) for each in kept) - len(kept[0].vectors) >= KEPT:
                 kept.popleft()
 
-    def of(self, memory: str, side: Side) -> Encoded | None:
-        """All that is kept, as one batch; None where nothing was asked yet."""
+    def counts(self) -> dict[Asked, int]:
+        """How many queries were remembered so far, those since forgotten included."""
         with self._lock:
-            kept = list(self._batches.get((memory, side), ()))
+            return dict(self._counts)
+
+    def of(self, memory: str, side: Side, most: int = KEPT) -> Encoded | None:
+        """The latest as one batch, oldest first; None where nothing was asked yet."""
+        with self._lock:
+            kept = list(self._requests.get((memory, side), ()))
         if not kept:
             return None
-        trunks = [batch.trunk for batch in kept if batch.trunk is not None]
-        return Encoded(np.concatenate([batch.vectors for batch in kept]), np.concatenate(trunks) if trunks else None)
+        whole = together(kept)
+        return whole.take(range(max(0, len(whole.vectors) - most), len(whole.vectors)))
 
 
 def drift(reco: Reco, recent: Recent, old: Snapshot, new: Snapshot) -> dict[str, dict[str, float]]:

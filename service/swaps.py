@@ -51,8 +51,9 @@ class Swaps:
         return name in self._under_way
 
     def verify(self, name: str) -> None:
-        """Read again, in the background, every byte of what was opened on the word of an earlier reading."""
-        self._keep(asyncio.create_task(self._verified(name)))
+        """Read again, in the background, what was opened on the word of an earlier reading."""
+        if self._live.resolve(name).unread:
+            self._keep(asyncio.create_task(self._verified(name)))
 
     async def close(self) -> None:
         """Give up what is under way; before its last phase nothing has changed."""

@@ -12,7 +12,8 @@ import numpy as np
 from index_store import Side, Snapshot
 from index_store.pairs import Id
 from models.reco import Embeddings, Reco, Timings
-from service.recent import Recent
+from service.errors import ItemRefused
+from service.metrics import Stage
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,8 +61,17 @@ class Row:
         return self.similarity is not None
 
 
-def answer(reco: Reco, side: Side, batch: Sequence[Work], recent: Recent) -> list[Row]:
-    """One row per item, in order. Items may pin different snapshots, or none; `recent` remembers those that asked one."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Answered:
+    """Rows or refusals in the order of the items, and the seconds of each stage, the slowest item's."""
+
+    rows: Sequence[Row | ItemRefused]
+    seconds: dict[Stage, float]
+    tokens: int = 0  # of all texts, padding left out
+
+
+def answer(reco: Reco, side: Side, batch: Sequence[Work]) -> list[Row]:
+    """One row per item, in order. Items may pin different snapshots, or none."""
     start = time.perf_counter()
     encoded = reco.encode(np.stack([work.array for work in batch]), side)
     encode_s = time.perf_counter() - start
@@ -71,8 +81,6 @@ def answer(reco: Reco, side: Side, batch: Sequence[Work], recent: Recent) -> lis
     rows: dict[int, Row] = {}
     for snapshot, members in by_snapshot.items():
         queries, mine = [batch[i].query for i in members], encoded.take(members)
-        if snapshot is not None:
-            recent.add(snapshot.manifest.name, side, mine)
         found = reco.enhance(
             mine,
             side,

@@ -1,9 +1,14 @@
 """Real builder processes, started quickly so that many can be killed."""
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 LOOP = """
@@ -24,6 +29,20 @@ for line in sys.stdin:
 def kills(usual: int) -> int:
     """How often a test kills: `make chaos` asks for more."""
     return int(os.environ.get("RECO_KILLS", usual))
+
+
+@contextmanager
+def tiny_disk(root: Path, size: str) -> Iterator[Path]:
+    """A real file system with little room, such as "300k"."""
+    root.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("a small file system can only be mounted by root")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(root)], capture_output=True).returncode:
+        pytest.skip("this machine does not let even root mount a file system")
+    try:
+        yield root
+    finally:
+        subprocess.run(["umount", "-l", str(root)], check=True)
 
 
 class Nursery:

@@ -4,7 +4,6 @@ import logging
 import os
 import re
 import resource
-import shutil
 import stat
 import struct
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, StoreBusy, StoreUnwritable
 from index_store.journal import HEAD, RECORD, Journal, read_records
+from index_store.tests.nursery import tiny_disk
 
 SEAL, OTHER = "5e" * 32, "0d" * 32
 PAYLOADS = [b"first" * 7, b"", b"third, a longer one" * 5, b"last" * 4]
@@ -210,29 +210,21 @@ def test_a_file_that_may_not_grow(path: Path) -> None:
 
 
 @pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system with room for 64 KB."""
-    root = tmp_path / "disk"
-    root.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("a small file system can only be mounted by root")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(root)], capture_output=True).returncode:
-        pytest.skip("this machine does not let even root mount a file system")
-    try:
+    with tiny_disk(tmp_path / "disk", "64k") as root:
         yield root
-    finally:
-        subprocess.run(["umount", "-l", str(root)], check=True)
 
 
-def test_a_full_disk(tiny_disk: Path) -> None:
-    path = tiny_disk / "v1.journal"
+def test_a_full_disk(full_disk: Path) -> None:
+    path = full_disk / "v1.journal"
     journal = Journal.open(path, SEAL)
     journal.append(b"x" * 20_000)
-    (tiny_disk / "ballast").write_bytes(bytes(20_000))
+    (full_disk / "ballast").write_bytes(bytes(20_000))
     with pytest.raises(StoreUnwritable, match="No space left on device; free some room"):
         journal.append(b"y" * 40_000)
     assert path.stat().st_size == journal.size
-    (tiny_disk / "ballast").unlink()
+    (full_disk / "ballast").unlink()
     journal.append(b"z" * 20_000)
     assert read(path) == [b"x" * 20_000, b"z" * 20_000]
 

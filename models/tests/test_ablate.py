@@ -1,10 +1,13 @@
+import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from index_store.pairs import Pairs
 from models.ablate import Bench, Recipe, ablate, markdown
 from models.clip import Encoded, Encoder
+from models.errors import DataError
 from models.evaluate import Labels
 from models.queries import Photos, Queries
 from models.tests.small import memory_of, unit
@@ -47,3 +50,6 @@ def test_every_claim_becomes_a_row_and_a_second_run_measures_nothing(encoder: En
     before = (tmp_path / "rows.jsonl").read_bytes()
     assert ablate(bench, tmp_path / "rows.jsonl") == rows
     assert (tmp_path / "rows.jsonl").read_bytes() == before
+    bench.recipe = dataclasses.replace(bench.recipe, steps=3)
+    with pytest.raises(DataError, match="measured on other data, memories or options"):
+        ablate(bench, tmp_path / "rows.jsonl")

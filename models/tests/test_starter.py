@@ -13,7 +13,7 @@ from models.checkpoint import load_fusions
 from models.clip import Encoder, EncoderSpec
 from models.make_starter import load_trunk
 from models.starter import CONFIG, FOLDER, FUSION, MEMORY, VERSIONS, StarterMemory, install_starter
-from models.starter.learn import Source, encode_tokens, learn, project, pseudo_features
+from models.starter.learn import Source, learn, project, pseudo_features
 from models.starter.lessons import invented
 from models.starter.photos import Reader, folded
 from models.tests.small import encoded_as, picture, tar_of, unit
@@ -96,14 +96,6 @@ def data() -> Path:
 @pytest.fixture(scope="session")
 def mobile(configs: Path) -> Encoder:
     return Encoder.load(EncoderSpec(str(configs / "tinymobile.json"), "random", device="cpu"))
-
-
-def test_texts_without_their_padding_give_the_same_vectors(encoder: Encoder) -> None:
-    texts = ["a", "two dogs run over a wet lawn", "a photo of a very long thing indeed, with many more words than fit here", "b c"] * 3
-    tokens = torch.from_numpy(encoder.tokenize(texts))
-    with torch.inference_mode():
-        ours, theirs = encode_tokens(encoder.module, tokens), encoder.module.encode_text(tokens)
-    assert F.cosine_similarity(ours, theirs).min() > 0.99999
 
 
 def test_features_are_those_of_the_encoder(mobile: Encoder, tmp_path: Path) -> None:

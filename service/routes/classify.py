@@ -8,14 +8,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Request
 from starlette.responses import Response
 
-from service.engine import Answered, Engine
+from service.engine import Engine
 from service.errors import ItemRefused, refusal
 from service.intake import Intake, read_either
 from service.labels import LabelSet
 from service.ranking import Ranked
 from service.routes.deps import EngineDep, WithAdmin, WithKey, deadline, failing, frame, reply, unless_gone
 from service.wire import ClassifyOptions, LabelSetBody, documented
-from service.work import Row
+from service.work import Answered, Row
 
 router = APIRouter(tags=["classify"])
 

@@ -16,10 +16,10 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from index_store import Snapshot
-from service.engine import Answered, Engine
+from service.engine import Engine
 from service.errors import InvalidValue, ItemRefused, MissingKey, WrongKey
 from service.wire import dump
-from service.work import Row
+from service.work import Answered, Row
 
 T = TypeVar("T")
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})

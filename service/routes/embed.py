@@ -9,12 +9,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from index_store import Side
-from service.engine import Answered, Engine
+from service.engine import Engine
 from service.errors import BadRequest, ItemRefused, refusal
 from service.intake import Intake, read_images, read_texts
 from service.routes.deps import EngineDep, WithKey, deadline, failing, frame, headers, reply, unless_gone
 from service.wire import NPY, EmbedOptions, documented, npy, vector
-from service.work import Query, Row
+from service.work import Answered, Query, Row
 
 router = APIRouter(dependencies=[WithKey], tags=["embed"])
 

@@ -7,13 +7,13 @@ import asyncio
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.engine import Answered, Engine
+from service.engine import Engine
 from service.errors import BadRequest
 from service.mixed import Mixed, read_input
 from service.routes.deps import EngineDep, WithKey, deadline, unless_gone
 from service.routes.embed import asked, told
 from service.wire import OpenAIOptions, documented
-from service.work import Query
+from service.work import Answered, Query
 
 router = APIRouter(dependencies=[WithKey], tags=["openai"])
 

@@ -23,7 +23,7 @@ PAIRS = "/memories/grocery/pairs"
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A service of our own; every test removes what it added."""
-    with serving(tmp_path_factory.mktemp("edits")) as server:
+    with serving(tmp_path_factory.mktemp("edits"), RECO_SEARCH_DEVICES="-1") as server:  # clones, as on a GPU, but in host memory
         yield server
 
 
@@ -63,6 +63,7 @@ def test_a_pair_is_found_by_the_next_request_replaced_and_removed(running: Serve
         told = client.post(PAIRS, json={"pairs": [{**pair, "caption": "an astronaut in orange"}]}).json()
         assert (told["added"], told["replaced"], told["pairs"]) == (0, 1, before["pairs"] + 1)
         assert nearest(client, photos["astronaut"])["caption"] == "an astronaut in orange"
+        assert 'reco_snapshots_alive{name="grocery"} 1.0' in client.get("/metrics").text  # edits share their base's opening
         assert nearest(client, photos["astronaut"], exclude=[pair["id"]])["id"].startswith("train/")
         assert nearest(client, photos["astronaut"], max_similarity=0.98)["id"] != pair["id"]
 
@@ -89,15 +90,17 @@ def unit(rng: np.random.Generator, width: int) -> list[float]:
 
 
 def test_vectors_may_be_given_instead(running: Server) -> None:
-    rng = np.random.default_rng(0)
-    image, key, text = unit(rng, 256), unit(rng, 1280), unit(rng, 256)
-    packed = base64.b64encode(np.array(text, "<f4").tobytes()).decode()
+    rng, said = np.random.default_rng(0), "made elsewhere"
     with running.client() as client:
-        pair = {"id": "given", "caption": "made elsewhere", "image_embedding": image, "image_key": key, "text_embedding": packed}
+        plain = client.post("/embed/text", json={"texts": [said], "enhance": False, "encoding_format": "base64"}).json()
+        packed = plain["data"][0]["embedding"]
+        pair = {"id": "given", "caption": said, "image_embedding": unit(rng, 256), "image_key": unit(rng, 1280), "text_embedding": packed}
         with added(client, **pair) as told:
             assert told["added"] == 1
-            found = client.post("/embed/text", json={"texts": ["made elsewhere"], "neighbors": True, "k": 100}).json()
+            found = client.post("/embed/text", json={"texts": [said], "neighbors": True}).json()
             assert found["memory"] == told["memory"]
+            assert found["data"][0]["neighbors"][0]["id"] == "given"
+            assert found["data"][0]["neighbors"][0]["score"] == pytest.approx(1, abs=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,24 @@ def test_a_bad_pair_is_named_and_none_of_its_batch_is_kept(running: Server, chan
         assert (after["pairs"], after["edits"]) == (before["pairs"], before["edits"])
 
 
+def test_edits_are_folded_each_time_that_enough_have_come_together(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    with serving(tmp_path, RECO_COMPACT_AFTER="5") as server, server.client() as client:
+        idle = wait(client, client.post("/memories/grocery/activate", json={"version": "fruit-and-vegetables", "dry_run": True}).json())
+        assert idle["drift"] == {}  # nobody asked anything: the service's own test items are no queries
+        for i in range(5):
+            pair = {"id": f"new-{i}", "caption": "x", "image_embedding": unit(rng, 256), "image_key": unit(rng, 1280)}
+            assert client.get("/memories/grocery").json()["current"] == "all"
+            assert client.post(PAIRS, json={"pairs": [{**pair, "text_embedding": unit(rng, 256)}]}).status_code == 200
+        until = time.monotonic() + 60
+        while client.get("/memories/grocery").json()["current"] == "all" and time.monotonic() < until:
+            time.sleep(0.1)
+        found = client.get("/memories/grocery").json()
+        assert (found["current"] != "all", found["edits"], found["previous"]) == (True, 0, "all")
+        odd = client.delete(f"{PAIRS}/--5")
+        assert odd.status_code == 404
+
+
 def test_an_unknown_memory_an_empty_batch_and_too_many(running: Server) -> None:
     with running.client() as client:
         pair = {"id": "x", "caption": "x", "image_embedding": [1.0]}
@@ -146,9 +167,10 @@ def test_an_unknown_memory_an_empty_batch_and_too_many(running: Server) -> None:
 def test_edits_stay_with_their_version_and_come_back_with_it(running: Server, photos: dict[str, bytes]) -> None:
     with running.client() as client, added(client, id="coffee", caption="a cup of coffee", image=encoded(photos["coffee"])):
         edits = client.get("/memories/grocery").json()["edits"]
+        client.post("/embed/image", json={"images": [encoded(photos["coffee"])] * 3})
         away = wait(client, client.post("/memories/grocery/activate", json={"version": "fruit-and-vegetables"}).json())
         assert (away["state"], away["edits_left"]) == ("done", edits)
-        assert set(away["drift"]) == {"image", "text"}
+        assert away["drift"]["image"]["queries"] >= 3
         assert away["drift"]["image"]["mean"] <= 1 + 1e-5
         assert away["drift"]["image"]["p5"] <= away["drift"]["image"]["mean"]
         assert nearest(client, photos["coffee"])["id"] != "coffee"

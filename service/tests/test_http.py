@@ -300,7 +300,7 @@ def test_unknown_routes_and_methods_answer_in_the_same_body(http: httpx.Client) 
     refused(http.get("/embed/text"), 405, "method_not_allowed")
     refused(http.get("/memories/nothing"), 404)
     refused(http.get("/jobs/nothing"), 404)
-    refused(http.post("/memories/grocery/activate", json={"version": "../x"}), 404)
+    refused(http.post("/memories/grocery/activate", json={"version": "../x"}), 422, "invalid_name")
     refused(http.post("/memories/grocery/activate", json={}), 400)
 
 

@@ -1,4 +1,4 @@
-"""The sampler on real snapshots: what the gauge says is what brute force says, and only of the version being served."""
+"""Recent queries, and the sampler on real snapshots: the gauge says what brute force says, and only of the version being served."""
 
 import asyncio
 import gc
@@ -13,9 +13,10 @@ from index_store import Memory, Snapshot
 from index_store.tests.small import opened, some_pairs, unit_rows
 from models.reco import Timings
 from service import recall
-from service.errors import NotServing
+from service.errors import ItemRefused, NotServing
 from service.metrics import Metrics
 from service.recall import RecallSampler
+from service.recent import KEPT, OF_ONE, Recent
 from service.work import Row
 
 D = 16
@@ -41,83 +42,100 @@ def coarse(tmp_path: Path) -> Snapshot:
     return opened(tmp_path, some_pairs(500), index="SQ4", recall_floor=0.01)
 
 
-def sampler(memory: Memory, metrics: Metrics, share: float = 0.01) -> RecallSampler:
-    return RecallSampler(lambda _: memory.current, metrics, share=share)
+def sampler(recent: Recent, memory: Memory, metrics: Metrics, share: float = 0.01) -> RecallSampler:
+    return RecallSampler(recent, lambda _: memory.current, metrics, share=share)
 
 
-def test_the_gauge_is_the_mean_over_checks_of_the_first_item_of_each_request(coarse: Snapshot, metrics: Metrics) -> None:
-    sampled = sampler(Memory(coarse), metrics)
-    expected = []
+def test_the_latest_of_each_memory_and_side_are_kept(coarse: Snapshot) -> None:
+    recent, many = Recent(), [rows(3, seed=i) for i in range(200)]
+    for request in many:
+        recent.note(coarse, "image", request)
+    kept = recent.of("things", "image")
+    assert kept is not None
+    assert KEPT <= len(kept.vectors) < KEPT + 3
+    np.testing.assert_array_equal(kept.vectors[-3:], [row.plain for row in many[-1]])
+    latest = recent.of("things", "image", 4)
+    assert latest is not None
+    np.testing.assert_array_equal(latest.vectors, [many[-2][2].plain, *(row.plain for row in many[-1])])
+    assert recent.of("things", "text") is None
+    assert recent.counts() == {("things", "image"): 600}
+
+
+def test_one_large_request_does_not_drive_out_all_others(coarse: Snapshot) -> None:
+    recent = Recent()
+    recent.note(coarse, "image", rows(2, seed=1))
+    recent.note(coarse, "image", rows(200, seed=2))
+    assert recent.counts() == {("things", "image"): 2 + OF_ONE}
+
+
+def test_plain_vectors_and_refused_items_are_not_queries(coarse: Snapshot) -> None:
+    recent, plain = Recent(), [replace(row, searched=False) for row in rows(2)]
+    recent.note(coarse, "image", plain)
+    recent.note(None, "image", rows(2))
+    recent.note(coarse, "image", [ItemRefused("images[0]", ValueError())])
+    assert recent.counts() == {}
+
+
+def test_the_gauge_is_the_mean_over_checks_of_the_latest_queries(coarse: Snapshot, metrics: Metrics) -> None:
+    recent = Recent()
+    sampled, expected = sampler(recent, Memory(coarse), metrics), []
     for check in range(3):
-        requests = [rows(2, seed=10 * check + i) for i in range(4)]
-        for request in requests:
-            sampled.note(coarse, "image", request)
+        asked = rows(20, seed=check)
+        for row in asked:
+            recent.note(coarse, "image", [row])
         asyncio.run(sampled.check())
-        expected.append(coarse.recall_of(np.stack([request[0].vector for request in requests]), "image"))
+        asyncio.run(sampled.check())  # nothing was asked since: nothing is measured again
+        expected.append(coarse.recall_of(np.stack([row.plain for row in asked[-recall.ASKED :]]), "image"))
+    assert len({*expected}) > 1
     assert min(expected) < 1
     assert gauge(metrics) == pytest.approx(np.mean(expected))
     assert gauge(metrics, "text") is None
 
 
-def test_only_the_latest_queries_wait(coarse: Snapshot, metrics: Metrics) -> None:
-    sampled, many = sampler(Memory(coarse), metrics), rows(40)
-    for row in many:
-        sampled.note(coarse, "image", [row])
-    asyncio.run(sampled.check())
-    latest = np.stack([row.vector for row in many[-recall.WAITING :]])
-    assert gauge(metrics) == pytest.approx(coarse.recall_of(latest, "image"))
-
-
-def test_plain_vectors_and_a_share_of_zero_are_never_sampled(coarse: Snapshot, metrics: Metrics) -> None:
-    plain = [replace(row, searched=False) for row in rows(2)]
-    never, sampled = sampler(Memory(coarse), metrics, share=0), sampler(Memory(coarse), metrics)
-    never.note(coarse, "image", rows(2))
-    sampled.note(coarse, "image", plain)
-    sampled.note(None, "image", plain)
-    asyncio.run(asyncio.wait_for(never.run(), 1))  # returns at once
-    asyncio.run(sampled.check())
+def test_with_a_share_of_zero_nothing_is_ever_measured(coarse: Snapshot, metrics: Metrics) -> None:
+    recent = Recent()
+    recent.note(coarse, "image", rows(2))
+    asyncio.run(asyncio.wait_for(sampler(recent, Memory(coarse), metrics, share=0).run(), 1))  # returns at once
     assert gauge(metrics) is None
 
 
 def test_after_a_swap_the_old_version_is_told_no_more(coarse: Snapshot, metrics: Metrics, tmp_path: Path) -> None:
-    memory = Memory(coarse)
-    sampled = sampler(memory, metrics)
-    sampled.note(coarse, "image", rows(1))
+    memory, recent = Memory(coarse), Recent()
+    sampled = sampler(recent, memory, metrics)
+    recent.note(coarse, "image", rows(8, seed=5))
     asyncio.run(sampled.check())
-    assert gauge(metrics) is not None
-    sampled.note(coarse, "image", rows(1))  # asked of the old version, checked after the swap
-    other = opened(tmp_path, some_pairs(60, D, seed=3), "v2")
-    memory.swap(other)
+    assert (gauge(metrics) or 1) < 1
+    memory.swap(opened(tmp_path, some_pairs(60, D, seed=3), "v2"))
     asyncio.run(sampled.check())
     assert gauge(metrics) is None
-    sampled.note(other, "image", rows(1))
+    recent.note(memory.current, "image", rows(1))
     asyncio.run(sampled.check())
     assert gauge(metrics) == 1.0  # a flat index is exact
 
 
 def test_a_memory_that_is_gone_is_told_no_more(coarse: Snapshot, metrics: Metrics) -> None:
-    there = True
+    there, recent = True, Recent()
 
     def resolve(name: str) -> Snapshot:
         if there:
             return coarse
         raise NotServing(f"no memory {name}")
 
-    sampled = RecallSampler(resolve, metrics, share=0.01)
-    sampled.note(coarse, "image", rows(1))
+    sampled = RecallSampler(recent, resolve, metrics, share=0.01)
+    recent.note(coarse, "image", rows(1))
     asyncio.run(sampled.check())
+    assert gauge(metrics) is not None
     there = False
-    sampled.note(coarse, "image", rows(1))
     asyncio.run(sampled.check())
     assert gauge(metrics) is None
 
 
 def test_a_sampled_snapshot_is_free_to_die(tmp_path: Path, metrics: Metrics) -> None:
-    memory = Memory(opened(tmp_path, some_pairs(60, D)))
-    sampled, held = sampler(memory, metrics), weakref.ref(memory.current)
-    sampled.note(memory.current, "image", rows(1))
+    memory, recent = Memory(opened(tmp_path, some_pairs(60, D))), Recent()
+    sampled, held = sampler(recent, memory, metrics), weakref.ref(memory.current)
+    recent.note(memory.current, "image", rows(1))
     asyncio.run(sampled.check())
-    sampled.note(memory.current, "image", rows(1))
+    recent.note(memory.current, "image", rows(1))
     memory.swap(opened(tmp_path, some_pairs(60, D), "v2"))
     gc.collect()
     assert held() is None
@@ -128,8 +146,9 @@ def test_a_check_that_fails_is_logged_and_the_next_one_goes_on(
 ) -> None:
     monkeypatch.setattr(recall, "PAUSE_S", 0.01)
     known: dict[str, Snapshot] = {}
-    sampled = RecallSampler(known.__getitem__, metrics, share=1.0)  # the memory is gone: KeyError
-    sampled.note(coarse, "image", rows(1))
+    recent = Recent()
+    sampled = RecallSampler(recent, known.__getitem__, metrics, share=1.0)  # the memory is gone: KeyError
+    recent.note(coarse, "image", rows(1))
 
     async def some_time() -> None:
         task = asyncio.create_task(sampled.run())

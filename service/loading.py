@@ -1,0 +1,22 @@
+"""The settings' model, loaded: what the service answers with and what an evaluation asks."""
+
+from __future__ import annotations
+
+from models.checkpoint import fusion_named, untrained_fusions
+from models.clip import Encoder, EncoderSpec
+from models.reco import Reco
+from models.starter import FUSION
+from service.settings import Settings
+
+
+def load_encoder(settings: Settings) -> Encoder:
+    """The encoder that the settings name. Raises ModelError."""
+    return Encoder.load(EncoderSpec(settings.model, settings.pretrained, settings.precision, settings.device))
+
+
+def load_reco(settings: Settings) -> Reco:
+    """The encoder, with the fusion asked for, else the starter's own, else the training-free rule. Raises ModelError."""
+    encoder = load_encoder(settings)
+    name = settings.fusion or (str(FUSION) if settings.model == "starter" else None)
+    file = fusion_named(name, encoder=encoder.fingerprint, dim=encoder.dim) if name else untrained_fusions(encoder.dim)
+    return Reco(encoder, file.fusions, fusion_id=file.fusion_id, k=file.k)
