@@ -2,6 +2,7 @@
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
+TEST_WORKERS ?= 2
 UV_VERSION := 0.13.9
 BIN := .venv/bin
 UV := $(BIN)/uv
@@ -17,7 +18,7 @@ serve: .venv/.runtime ## install what serving needs and serve the bundled starte
 	@$(BIN)/reco serve --host $(HOST) --port $(PORT)
 
 test: .venv/.dev ## install what the tests need and run them
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 setup: .venv/.dev ## install everything, development tools too
 

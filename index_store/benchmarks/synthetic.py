@@ -32,6 +32,17 @@ class Collection:
         members = np.random.default_rng(8).choice(len(self._share), size=count, p=self._share)
         return self._drawn(side, members, 9).astype(np.float32)
 
+    def fresh(self, count: int) -> Pairs:
+        """Further pairs from the same clusters, as edits add them."""
+        members = np.random.default_rng(10).choice(len(self._share), size=count, p=self._share)
+        image, text = (self._drawn(side, members, seed) for seed, side in enumerate(SIDES, 11))
+        return Pairs(
+            np.array([f"added-{i:09d}" for i in range(count)]),
+            image,
+            text,
+            [{"caption": f"the caption of addition {i}"} for i in range(count)],
+        )
+
     def blocks(self) -> Iterator[Pairs]:
         """The pairs as a builder takes them."""
         for start in range(0, self.pairs, BLOCK):

@@ -1,10 +1,16 @@
 """What the benchmarks stand on: their data, and the verdicts they print."""
 
+from pathlib import Path
+
 import numpy as np
 
 from index_store.benchmarks.constants import table
+from index_store.benchmarks.editing import measure_edits
 from index_store.benchmarks.memory import verdicts
 from index_store.benchmarks.synthetic import Collection
+from index_store.build import build_version
+from index_store.store import Store
+from index_store.tests.small import ENCODER
 
 
 def test_the_collection_is_the_same_each_time_and_its_queries_are_not_in_it() -> None:
@@ -21,12 +27,25 @@ def test_a_missed_target_is_called_so() -> None:
     rates = {"retrieve_vs_flat": 11.0, "retrieve_vs_bare": 0.89}
     report = {
         "search": {"recall_at_10": 0.99, "batch_1": rates, "batch_32": rates},
+        "edits": {"durable_adds_per_s": 499.0, "batch_1": {"slowed": 1.15}, "batch_32": {"slowed": 1.16}},
         "open": {"seconds": 2.0},
         "resident": {"of_allowed": 1.0},
         "build": {"speed_vs_bare": 0.5},
     }
-    missed = [figure for figure, *_, reached in verdicts(report) if not reached]
-    assert missed == ["retrieve / bare, batch 1", "retrieve / bare, batch 32"]
+    missed = [row["figure"] for row in verdicts(report) if not row["reached"]]
+    assert missed == ["retrieve / bare, batch_1", "retrieve / bare, batch_32", "slowed by a tail, batch_32", "durable adds per s"]
+
+
+def test_what_edits_cost_is_measured_and_leaves_no_edit(tmp_path: Path) -> None:
+    collection, store = Collection(3000, 32), Store(tmp_path)
+    manifest = build_version(
+        store, "b", "v", collection.blocks(), encoder=ENCODER, kinds={"image": "vector", "text": "vector"}, index="Flat"
+    )
+    store.activate("b", "v")
+    found = measure_edits(store, manifest, collection.fresh(300), collection.queries("image", 64), k=5, repeats=1)
+    assert found["durable_adds_per_s"] > 10
+    assert 0.2 < found["batch_1"]["slowed"] < 20
+    assert store.edits("b", "v") == 0
 
 
 def test_the_tables_grow_with_the_pairs() -> None:
