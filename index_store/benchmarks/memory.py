@@ -49,6 +49,7 @@ def measure_build(store: Store, collection: Collection, repeats: int) -> tuple[d
         )
         ours.append(time.perf_counter() - begun)
         bare.append(_bare_build(collection, manifest.index["recipe"], store.root))
+        print(f"build {repeat + 1} of {repeats}: {ours[-1]:.0f} s, faiss alone {bare[-1]:.0f} s", flush=True)
         if repeat < repeats - 1:
             shutil.rmtree(store.path(NAME, manifest.version))
     ratios = [alone / whole for alone, whole in zip(bare, ours, strict=True)]
