@@ -1,10 +1,20 @@
-"""Pairs that cluster as embeddings of a catalogue do, of any number, the same each time."""
+"""Pairs that cluster as embeddings of a catalogue do, of any number, the same each time.
 
+    python -m index_store.benchmarks.synthetic STORE NAME VERSIONS... --encoder FINGERPRINT [--pairs 1000000] [--dim 512] [--index RECIPE]
+
+writes versions of them, each of other pairs, for load tests of a service whose encoder has this fingerprint (`/info` tells it).
+"""
+
+import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
+from index_store.build import build_version
+from index_store.indexing import AUTO
 from index_store.pairs import SIDES, Pairs, Side
+from index_store.store import Store
 
 PAIRS_PER_CLUSTER = 100  # on average
 LATENT = 64  # embeddings of 512 numbers vary in far fewer directions; in all 512, clusters would never touch and any index would shine
@@ -16,9 +26,9 @@ BLOCK = 50_000
 class Collection:
     """N pairs of width D: `rows` are unit float16, image and text of a pair lie in the same cluster, drawn apart from each other."""
 
-    def __init__(self, pairs: int, dim: int) -> None:
+    def __init__(self, pairs: int, dim: int, seed: int = 7) -> None:
         self.pairs, self.dim = pairs, dim
-        rng = np.random.default_rng(7)
+        rng = np.random.default_rng(seed)
         clusters = max(1, pairs // PAIRS_PER_CLUSTER)
         share = rng.lognormal(sigma=1.0, size=clusters)  # some things are photographed often, most are not
         self._share = share / share.sum()
@@ -61,3 +71,28 @@ class Collection:
             rows = latent @ self._spread[side] + NOISE * rng.standard_normal((len(mine), self.dim), np.float32)
             drawn[start : start + BLOCK] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         return drawn
+
+
+def main() -> None:
+    """Write the versions; the first becomes the current one."""
+    parser = argparse.ArgumentParser(description="Versions of synthetic pairs.")
+    parser.add_argument("store", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("versions", nargs="+")
+    parser.add_argument("--encoder", required=True, help="the fingerprint that the versions name")
+    parser.add_argument("--pairs", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--index", default=AUTO)
+    args = parser.parse_args()
+    store = Store(args.store)
+    for seed, version in enumerate(args.versions, 7):
+        blocks = Collection(args.pairs, args.dim, seed).blocks()
+        built = build_version(
+            store, args.name, version, blocks, encoder=args.encoder, kinds={"image": "vector", "text": "vector"}, index=args.index
+        )
+        print(f"{built.ref}: {built.pairs} pairs, {built.index['recipe']}, recall {built.recall}", flush=True)
+    store.activate(args.name, args.versions[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -53,14 +53,20 @@ def test_calls_that_could_not_show_a_mix_are_left_out() -> None:
 class TwoVersions:
     """A service of two versions; `mixing` lets it name the new one while it still answers by the old."""
 
-    def __init__(self, *, mixing: bool = False, failing: bool = False) -> None:
+    def __init__(self, *, mixing: bool = False, failing: bool = False, leaking: bool = False) -> None:
         self._lock = threading.Lock()
         self._serving = self._named = "a"
-        self._mixing, self._failing = mixing, failing
+        self._mixing, self._failing, self._leaking = mixing, failing, leaking
         self._activations = 0
 
     def __call__(self, method: str, path: str, body: bytes) -> tuple[int, object, dict[str, str]]:
         with self._lock:
+            if path == "/metrics":
+                return (
+                    200,
+                    f'process_resident_memory_bytes 1e9\nreco_snapshots_alive{{name="m"}} {1 + self._leaking * self._activations}\n',
+                    {},
+                )
             if path.endswith("/activate"):
                 self._named = json.loads(body)["version"]
                 self._activations += 1
@@ -68,7 +74,7 @@ class TwoVersions:
                     self._serving = self._named
                 return 202, {"id": "1", "state": "running"}, {}
             if path.startswith("/jobs/"):
-                return 200, {"id": "1", "state": "done", "phase": "done"}, {}
+                return 200, {"id": "1", "state": "done", "phase": "done", "seconds": {"verify": 0.02, "publish": 0.0004}}, {}
             if self._failing and self._activations > 2:
                 return 503, {"error": {"message": "busy"}}, {}
             rows = body.count(b"image/jpeg") or (len(json.loads(body)["texts"]) if "text" in path else 1)
@@ -88,6 +94,8 @@ def test_a_clean_swap_passes(scripted: Scripted) -> None:
     assert set(report["replies_by_version"]) == {"m@a", "m@b"}
     assert report["replies_in"]["steady"] > 0
     assert "0 failed, 0 mixed" in swap.show(report)
+    assert report["phases_ms"]["publish"]["p99"] == 0.4
+    assert report["resident"] == {"first_mb": 1000.0, "last_mb": 1000.0, "most_mb": 1000.0, "growth": 0.0}
 
 
 def test_a_service_that_names_one_version_and_answers_by_another_is_caught(scripted: Scripted) -> None:
@@ -100,6 +108,19 @@ def test_a_service_that_names_one_version_and_answers_by_another_is_caught(scrip
 def test_failed_replies_are_caught(scripted: Scripted) -> None:
     scripted.handle = TwoVersions(failing=True)
     assert run(scripted)["failed"] > 0
+
+
+def test_a_version_that_lives_on_is_caught(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swap, "SETTLE_S", 0.3)
+    scripted.handle = TwoVersions(leaking=True)
+    report = run(scripted)
+    assert report["snapshots_alive"] == 7  # two to learn, four swaps
+    assert ("live snapshots at the end", 7.0, "<= 1", False) in swap.verdicts(report)
+
+
+def test_growth_is_of_the_last_fifth_over_the_first() -> None:
+    assert swap.growth([100e6] * 4 + [102e6] * 12 + [104e6] * 4) == {"first_mb": 100.0, "last_mb": 104.0, "most_mb": 104.0, "growth": 0.04}
+    assert swap.growth([100e6, 300e6, 100e6, 100e6, 100e6])["growth"] == 0  # one peak is no growth
 
 
 def test_a_refused_activation_ends_the_run_in_one_line(scripted: Scripted) -> None:
