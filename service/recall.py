@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from index_store import Side, Snapshot
 from index_store.errors import StoreError
+from service.aside import aside
 from service.errors import ServiceError
 from service.metrics import Metrics
 from service.recent import Asked, Recent
@@ -32,6 +33,7 @@ class RecallSampler:
         self._recent, self._resolve, self._metrics, self._share = recent, resolve, metrics, share
         self._counted: dict[Asked, int] = {}
         self._checks: dict[Asked, tuple[str, deque[float]]] = {}  # of a version
+        self._pool = aside(1, "recall")
 
     async def run(self) -> None:
         """Check for ever; a check that fails is logged, and the next one goes on."""
@@ -51,7 +53,8 @@ class RecallSampler:
             snapshot = self._served(name, side)
             if snapshot is not None and self._counted.get((name, side)) != count:
                 self._counted[name, side] = count
-                self._told(name, side, snapshot.manifest.version, await asyncio.to_thread(self._measured, snapshot, side))
+                recall = await asyncio.get_running_loop().run_in_executor(self._pool, self._measured, snapshot, side)
+                self._told(name, side, snapshot.manifest.version, recall)
 
     def _served(self, name: str, side: Side) -> Snapshot | None:
         """What is asked now. What was told of another version is told no more."""

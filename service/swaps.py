@@ -6,11 +6,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 from index_store import Snapshot
 from index_store.edits import Prepared
 from index_store.errors import DamagedVersion, StoreError
+from service.aside import aside
 from service.errors import SwapInProgress
 from service.jobs import Job, Jobs
 from service.live import LiveMemories
@@ -19,6 +20,9 @@ from service.recent import worst
 
 log = logging.getLogger("reco")
 
+WORKERS = 4  # of swaps of several memories, and of what is read again, at a time
+
+T = TypeVar("T")
 Prepare = Callable[[Snapshot], Awaitable[None]]
 Drift = Callable[[Snapshot, Snapshot], dict[str, dict[str, float]]]
 
@@ -27,13 +31,14 @@ class Swaps:
     """One swap or compaction per memory at a time; any failure leaves the current snapshot serving.
 
     prepare: embeds the stored label sets under a snapshot.  drift: compares two snapshots on recent queries, blocking.
-    State: the names under way, and their tasks.
+    State: the names under way, and their tasks. What takes long runs aside, so that requests are answered as fast as ever.
     """
 
     def __init__(self, live: LiveMemories, jobs: Jobs, *, prepare: Prepare, drift: Drift, metrics: Metrics) -> None:
         self._live, self._jobs, self._prepare, self._drift, self._metrics = live, jobs, prepare, drift, metrics
         self._under_way: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pool = aside(WORKERS, "swap")
 
     def swap(self, name: str, version: str, *, dry_run: bool = False) -> Job:
         """Start replacing what `name` serves; returns at once. Raises UnknownMemory, UnknownVersion, SwapInProgress."""
@@ -60,6 +65,7 @@ class Swaps:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, job: Job, work: Coroutine[Any, Any, None]) -> Job:
         if job.memory in self._under_way:
@@ -96,7 +102,7 @@ class Swaps:
             with self._jobs.phase(job.id, "budget"):
                 await asyncio.to_thread(self._live.afford, name, version)
             with self._jobs.phase(job.id, "verify"):
-                editor = await asyncio.to_thread(self._live.open, name, version)
+                editor = await self._aside(self._live.open, name, version)
             await self._proven(job, editor.snapshot)
             if job.dry_run:
                 return
@@ -115,7 +121,7 @@ class Swaps:
             self._jobs.note(job.id, progress=done / max(total, 1))
 
         with self._jobs.phase(job.id, "build"):
-            prepared: Prepared = await asyncio.to_thread(editor.compact_build, None, progress)
+            prepared: Prepared = await self._aside(editor.compact_build, None, progress)
         self._jobs.note(job.id, version=prepared.snapshot.manifest.version)
         await self._proven(job, prepared.snapshot)
         async with self._live.editing(name):
@@ -124,18 +130,18 @@ class Swaps:
             with self._jobs.phase(job.id, "publish"):
                 retired = self._live.publish(name, editor)
         self._jobs.note(job.id, retired=retired.ref if retired else None)
-        await asyncio.to_thread(self._live.drop_compacted, name)
+        await self._aside(self._live.drop_compacted, name)
 
     async def _proven(self, job: Job, snapshot: Snapshot) -> None:
         """Probes, label sets, drift: all that must hold, or be ready, before anybody is answered from `snapshot`."""
         with self._jobs.phase(job.id, "prove"):  # the probes also warm the index: every later search finds its pages mapped
-            self._jobs.note(job.id, recall=await asyncio.to_thread(snapshot.prove))
+            self._jobs.note(job.id, recall=await self._aside(snapshot.prove))
         with self._jobs.phase(job.id, "labels"):
             await self._prepare(snapshot)
         if job.memory not in self._live.names():
             return
         with self._jobs.phase(job.id, "drift"):
-            found = await asyncio.to_thread(self._drift, self._live.resolve(job.memory), snapshot)
+            found = await self._aside(self._drift, self._live.resolve(job.memory), snapshot)
         self._jobs.note(job.id, drift=found)
         lowest = worst(found)
         if lowest is not None:
@@ -148,10 +154,13 @@ class Swaps:
             log.warning("%s@%s lacks the %d online edits of what it replaced; a rollback brings them back", job.memory, job.version, left)
         self.verify(job.memory)
 
+    async def _aside(self, work: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+
     async def _verified(self, name: str) -> None:
         snapshot = self._live.resolve(name)
         try:
-            await asyncio.to_thread(self._live.reverify, name, snapshot.manifest.version)
+            await self._aside(self._live.reverify, name, snapshot.manifest.version)
         except DamagedVersion as error:
             if self._live.serves(name, snapshot.manifest.version):
                 self._live.damaged(name, error)

@@ -1,0 +1,28 @@
+"""Work that can wait runs below what answers requests."""
+
+import os
+import sys
+import threading
+
+import pytest
+
+from service.aside import NICE, aside
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of single threads are Linux's")
+def test_its_threads_and_theirs_give_way_and_no_other_does() -> None:
+    def nice() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def of_a_child() -> int:
+        found: list[int] = []
+        child = threading.Thread(target=lambda: found.append(nice()))
+        child.start()
+        child.join()
+        return found[0]
+
+    before = nice()
+    with aside(1, "test") as pool:
+        assert pool.submit(nice).result() == max(before, NICE)
+        assert pool.submit(of_a_child).result() == max(before, NICE)
+    assert nice() == before
