@@ -1,23 +1,18 @@
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from index_store.build import build_version
 from index_store.pairs import Pairs
-from index_store.store import Store
 from models.checkpoint import load_fusions
 from models.clip import Encoder
-from models.episodes import Episode, joined, look_up
+from models.episodes import Episode, look_up
 from models.errors import ConfigError, DataError, TrainingFailed
 from models.fusion import build_fusions
 from models.loop import Learning, learn
-from models.prepare import encode_samples
 from models.reco import Reco
-from models.sources import read_samples
-from models.tests.small import encoded_as, memory_of, picture, tar_of, unit
+from models.tests.small import memory_of, tar_of, unit
 from models.train import accuracy, train
 from models.training_config import EpisodeConfig, TrainConfig
 
@@ -98,44 +93,6 @@ def test_photos_are_held_out_whole(episode: Episode) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(episode: Episode, reco: Reco) -> None:
     with pytest.raises(TrainingFailed, match="learning_rate"):
         taught(episode, reco.encoder.dim, seed=0, scale=float("nan"), steps=2)
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    members: list[tuple[str, bytes | Mapping[str, object]]] = []
-    for row in range(24):
-        members += [(f"p{row}.jpg", encoded_as(picture(row % 8), "JPEG")), (f"p{row}.json", {"class": f"thing {row % 8}"})]
-    return tar_of(tmp_path / "photos.tar", [*members, ("broken.jpg", b"\xff\xd8\xff no"), ("broken.json", {"class": "none"})])
-
-
-@pytest.fixture
-def recipe(photos: Path, encoder: Encoder, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A configuration on disk, its memory built."""
-    samples = read_samples(photos, caption="a photo of {class}")
-    block = joined(list(encode_samples(samples, encoder, kinds={"image": "vector", "text": "vector"})))
-    store = Store(tmp_path / "store")
-    build_version(store, "things", "v1", [block], encoder=encoder.fingerprint, kinds={"image": "vector", "text": "vector"})
-    store.activate("things", "v1")
-    monkeypatch.setenv("PHOTOS", str(photos.parent))
-    path = tmp_path / "recipe.toml"
-    path.write_text(
-        f'''output = "{tmp_path}/made/fusion.safetensors"
-store = "{tmp_path}/store"
-model = "{configs}/tinyvit.json"
-pretrained = "random"
-device = "cpu"
-k = 3
-steps = 6
-batch = 16
-held_out = 0.25
-
-[[episodes]]
-sources = ["${{PHOTOS}}/photos.tar"]
-caption = "a photo of {{class}}"
-memory = "things@v1"
-'''
-    )
-    return path
 
 
 def test_a_configuration_becomes_a_checkpoint(recipe: Path, encoder: Encoder, capsys: pytest.CaptureFixture[str]) -> None:
