@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from index_store.columns import Column
 from index_store.durable import alone, sync, writing
 from index_store.errors import PairsRefused
 from index_store.filling import Filling, fill_from
@@ -170,10 +171,10 @@ def _write_lookup(work: Path, side: Side, found: Hits, snapshot: Snapshot) -> No
     """The three arrays of one side, the vectors copied block by block."""
     distinct, rows = compacted(found)
     with writing(work.name):
-        known = np.lib.format.open_memmap(work / f"{side}_known.npy", "w+", np.float16, (len(distinct), snapshot.dim))
+        known = Column(work / f"{side}_known.npy", snapshot.dim)
         for at in range(0, len(distinct), BLOCK):
-            known[at : at + BLOCK] = snapshot.vectors(distinct[at : at + BLOCK], other(side))
-        known.flush()
+            known.append(snapshot.vectors(distinct[at : at + BLOCK], other(side)))
+        known.finish()
         np.save(work / f"{side}_rows.npy", rows, allow_pickle=False)
         np.save(work / f"{side}_scores.npy", found.scores, allow_pickle=False)
         for name in _names(side):
