@@ -22,10 +22,11 @@ test: .venv/.dev ## install what the tests need and run them
 
 setup: .venv/.dev ## install everything, development tools too
 
-lint: .venv/.dev ## ruff and mypy --strict
+lint: .venv/.dev ## ruff, mypy --strict and hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 format: .venv/.dev ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .

@@ -19,7 +19,9 @@ from index_store.shard import flat_index
 BATCH = 32  # queries timed together, as a busy service asks them
 TIMED = 4  # batches of the probe queries that are timed
 FINENESS = 4  # the search for the fewest lists ends within a quarter of them: their recall is known no better than that
-FLAT_ROWS = 1 << 15  # rows that the cost of a flat search is taken from
+BLOCK = 1 << 15  # rows that the cost of a flat search is taken from
+
+Search = Callable[[np.ndarray], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +48,50 @@ class Point:
         return {"recipe": self.recipe, "probes": self.probes, "recall": round(self.worst, 4), "ms": round(self.ms, 4)}
 
 
-def measure(fans: Mapping[Side, Fan], questions: Mapping[Side, Probes], recipe: str, probes: int) -> Point:
+class Clock:
+    """What a search costs, told against a flat search of one block of rows that takes turns with it.
+
+    A machine that others share is twice as fast in one minute as in the next: recipes measured minutes apart could not be compared by
+    the wall clock. Milliseconds are those that the block took when the clock was made.
+    """
+
+    def __init__(self, fans: Mapping[Side, Fan], questions: Mapping[Side, Probes]) -> None:
+        self._questions, self._block, self._rows = questions, dict[Side, Search](), dict[Side, int]()
+        self._block_ms = dict[Side, float]()
+        for side in SIDES:
+            rows = fans[side].shards[0].keys[side][:BLOCK]
+            self._block[side], self._rows[side] = partial(flat_index(rows).search, k=questions[side].depth), len(rows)
+            self._block_ms[side] = statistics.median(_ms(self._block[side], batch) for batch in self._batches(side))
+
+    def ms(self, side: Side, search: Search) -> float:
+        """Milliseconds per query of a search in batches, the median over them."""
+        ratios = []
+        for batch in self._batches(side):
+            block = _ms(self._block[side], batch)
+            ratios.append(_ms(search, batch) / block)
+        return statistics.median(ratios) * self._block_ms[side]
+
+    def flat_ms(self, side: Side, pairs: int) -> float:
+        """What searching so many rows one by one would cost; converting all would take the memory that lists are to save."""
+        return self._block_ms[side] * pairs / self._rows[side]
+
+    def _batches(self, side: Side) -> Iterator[np.ndarray]:
+        queries = self._questions[side].queries  # (P, Dk) float16
+        for start in range(0, min(len(queries), TIMED * BATCH), BATCH):
+            yield queries[start : start + BATCH].astype(np.float32)
+
+
+def measure(fans: Mapping[Side, Fan], questions: Mapping[Side, Probes], clock: Clock, recipe: str, probes: int) -> Point:
     """Answer the probe queries visiting `probes` lists, for their recall and then once more for the time."""
     shares = {side: questions[side].found(fans[side], probes) for side in SIDES}  # (P,) each
     recall = {side: float(share.mean()) for side, share in shares.items()}
     sure = min(float(share.mean() - share.std() / math.sqrt(len(share))) for share in shares.values())
-    times = [_median_ms(partial(fans[side].search, k=questions[side].depth, probes=probes), questions[side].queries) for side in SIDES]
+    times = [clock.ms(side, partial(fans[side].search, k=questions[side].depth, probes=probes)) for side in SIDES]
     return Point(recipe, probes, recall, sure, statistics.mean(times))
 
 
 def settle(
-    fans: Mapping[Side, Fan], questions: Mapping[Side, Probes], recipe: str, *, floor: float, limit_ms: float = math.inf
+    fans: Mapping[Side, Fan], questions: Mapping[Side, Probes], clock: Clock, recipe: str, *, floor: float, limit_ms: float = math.inf
 ) -> tuple[Point, list[Point]]:
     """The fewest lists whose recall surely reaches the floor, or what came nearest to it; and every point that was measured.
 
@@ -64,26 +99,21 @@ def settle(
     """
     points: list[Point] = []
     for probes in _doubling(max(_lists(fans[side]) for side in SIDES)):
-        points.append(measure(fans, questions, recipe, probes))
+        points.append(measure(fans, questions, clock, recipe, probes))
         if points[-1].sure >= floor or points[-1].ms >= limit_ms:
             break
     low, high = (points[-2].probes if len(points) > 1 else 0), points[-1].probes
     while points[-1].sure >= floor and high - low > max(1, high // FINENESS):
         middle = (low + high) // 2
-        points.insert(-1, measure(fans, questions, recipe, middle))
+        points.insert(-1, measure(fans, questions, clock, recipe, middle))
         low, high = (low, middle) if points[-2].sure >= floor else (middle, high)
     points.sort(key=lambda point: point.probes)
     return _fewest(points, floor), points
 
 
-def flat_point(fans: Mapping[Side, Fan], questions: Mapping[Side, Probes], recipe: str) -> Point:
-    """What searching every row would cost, from a block of them: converting all would take the memory that lists are to save."""
-    times = []
-    for side in SIDES:
-        rows = fans[side].shards[0].keys[side][:FLAT_ROWS]
-        ms = _median_ms(partial(flat_index(rows).search, k=questions[side].depth), questions[side].queries)
-        times.append(ms * fans[side].pairs / len(rows))
-    return Point(recipe, 0, dict.fromkeys(SIDES, 1.0), 1.0, statistics.mean(times))
+def flat_point(fans: Mapping[Side, Fan], clock: Clock, recipe: str) -> Point:
+    """What searching every row would cost."""
+    return Point(recipe, 0, dict.fromkeys(SIDES, 1.0), 1.0, statistics.mean(clock.flat_ms(side, fans[side].pairs) for side in SIDES))
 
 
 def _fewest(points: Sequence[Point], floor: float) -> Point:
@@ -110,12 +140,8 @@ def _lists(fan: Fan) -> int:
     return max((index.nlist for index in inverted if index is not None), default=0)
 
 
-def _median_ms(search: Callable[[np.ndarray], object], queries: np.ndarray) -> float:
-    """Milliseconds per query, the median over batches.  queries: (P, Dk) float16."""
-    times = []
-    for start in range(0, min(len(queries), TIMED * BATCH), BATCH):
-        batch = queries[start : start + BATCH].astype(np.float32)
-        begun = time.perf_counter()
-        search(batch)
-        times.append((time.perf_counter() - begun) * 1000 / len(batch))
-    return statistics.median(times)
+def _ms(search: Search, batch: np.ndarray) -> float:
+    """Milliseconds per query of one batch."""
+    begun = time.perf_counter()
+    search(batch)
+    return (time.perf_counter() - begun) * 1000 / len(batch)

@@ -10,7 +10,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from index_store.curve import Point, flat_point, settle
+from index_store.curve import Clock, Point, flat_point, settle
 from index_store.durable import writing
 from index_store.errors import RecallTooLow, RecipeRefused
 from index_store.half import widened
@@ -87,22 +87,23 @@ def _first_shard(work: Path, draft: Manifest) -> Indexed:
     files = _write_indexes(work, draft, shard, recipe)
     fans = _fans(work, draft, [shard], files)
     questions = _questions(fans)
-    flat = [] if recipe == FLAT else [flat_point(fans, questions, FLAT)]
+    clock = Clock(fans, questions)
+    flat = [] if recipe == FLAT else [flat_point(fans, clock, FLAT)]
     limit = flat[0].ms if finer and draft.pairs <= FLAT_MOST else math.inf
-    best, points = settle(fans, questions, recipe, floor=floor, limit_ms=limit)
+    best, points = settle(fans, questions, clock, recipe, floor=floor, limit_ms=limit)
     done = Indexed(recipe, files, questions, best, [*flat, *points])
     if finer and (best.sure < floor or best.ms * CHEAP > flat[0].ms):
-        done = _finer(work, draft, done, finer[0], limit)
+        done = _finer(work, draft, done, clock, finer[0], limit)
     if finer and (done.best.worst < floor or done.best.ms >= limit):
         done = _flat(work, done)
     return done
 
 
-def _finer(work: Path, draft: Manifest, coarse: Indexed, recipe: str, limit_ms: float) -> Indexed:
+def _finer(work: Path, draft: Manifest, coarse: Indexed, clock: Clock, recipe: str, limit_ms: float) -> Indexed:
     """Try more lists on the first shard, and go back to the fewer where these are not the faster."""
     shard, floor = draft.shards[0], draft.recall["floor"]
     files = _write_indexes(work, draft, shard, recipe)
-    best, points = settle(_fans(work, draft, [shard], files), coarse.questions, recipe, floor=floor, limit_ms=limit_ms)
+    best, points = settle(_fans(work, draft, [shard], files), coarse.questions, clock, recipe, floor=floor, limit_ms=limit_ms)
     fine = Indexed(recipe, files, coarse.questions, best, points)
     faster = min(coarse, fine, key=lambda tried: (tried.best.sure < floor, tried.best.ms))
     if faster is coarse:
@@ -125,8 +126,9 @@ def _other_shards(work: Path, draft: Manifest, first: Indexed) -> Indexed:
         files += _write_indexes(work, draft, shard, recipe, may_stay_flat=shard is draft.shards[-1])
     fans = _fans(work, draft, draft.shards, files)
     questions = _questions(fans)
-    best, points = settle(fans, questions, first.recipe, floor=draft.recall["floor"])
-    flat = [] if first.recipe == FLAT else [flat_point(fans, questions, FLAT)]
+    clock = Clock(fans, questions)
+    best, points = settle(fans, questions, clock, first.recipe, floor=draft.recall["floor"])
+    flat = [] if first.recipe == FLAT else [flat_point(fans, clock, FLAT)]
     return Indexed(first.recipe, files, questions, best, [*flat, *points])
 
 

@@ -6,6 +6,7 @@ that answers was never seen in training. Every finished row is kept on disk: a s
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,26 +15,27 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from index_store.build import build_version
-from index_store.pairs import SIDES, KeyKind, Pairs, Side
+from index_store.pairs import SIDES, Pairs, Side
 from index_store.snapshot import Snapshot
-from index_store.store import Store
 from models.checkpoint import FusionFile, training_free
 from models.clip import Encoder
 from models.episodes import Episode, joined, look_up
 from models.errors import DataError
 from models.evaluate import PLAIN, Labels, answer
+from models.finetune import Tuning, finetuned
 from models.fusion import PRESETS, RULES, build_fusions
 from models.loop import Learning, learn
 from models.metrics import paired_interval, top_k_hits
+from models.parts import SHARES, Parts
+from models.prepare import encode_samples
 from models.queries import ENHANCE, Photos, Setting
 from models.reco import Reco, Route
 from models.report_tables import table
+from models.samples import Sample
 from models.training_config import TERMS
 
-SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)  # of the memory
 KS = (1, 2, 5, 10, 20, 50)
-LEFT_OUT = "full fine-tuning of the encoder: left out, the encoder is frozen here and its training does not fit this command"
+NOTHING = -1.0  # a limit that every neighbour exceeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,10 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table.  shares: top-1 by seed.  gain over plain with its 95 % interval, of the seeds' mean per photo."""
+    """One line of the table.  shares: top-1 by seed.  gain over plain with its 95 % interval, of the seeds' mean per photo.
+
+    seconds: how long the learning took from photos to weights, where that is what the row compares.
+    """
 
     claim: str
     setting: str
@@ -58,6 +63,24 @@ class Row:
     gain: float
     low: float
     high: float
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """What full fine-tuning takes.  pairs: its photos with captions.  photos: the queries, encoded by another encoder."""
+
+    pairs: Sequence[Sample]
+    photos: Callable[[Encoder], Photos]
+    tuning: Tuning
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """(N,) bool, which photos one seed of a row gets right, and the seconds of its learning where they count."""
+
+    right: np.ndarray
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +93,23 @@ class Trial:
 
 
 class Bench:
-    """The data of all rows.  folder: where memories are built and rows are kept."""
+    """The data of all rows.  folder: where memories are built and rows are kept.  rival: None leaves full fine-tuning out."""
 
     def __init__(
-        self, encoder: Encoder, photos: Photos, labels: Labels, memory: Snapshot, taught_by: Snapshot, recipe: Recipe, folder: Path
+        self,
+        encoder: Encoder,
+        photos: Photos,
+        labels: Labels,
+        memory: Snapshot,
+        taught_by: Snapshot,
+        recipe: Recipe,
+        folder: Path,
+        rival: Rival | None = None,
     ) -> None:
-        self.encoder, self.photos, self.labels, self.recipe = encoder, photos, labels, recipe
+        self.encoder, self.photos, self.labels, self.recipe, self.rival = encoder, photos, labels, recipe, rival
         self.memory, self.taught_by = memory, taught_by
-        self._store = Store(folder / "memories")
-        self._pairs = joined(list(memory.blocks()))
+        self.parts, self._lessons = Parts(memory, folder / "memories"), Parts(taught_by, folder / "lessons")
         self._taught = dict[tuple[object, ...], FusionFile]()
-        self._parts = dict[tuple[float, int], Snapshot]()
         self._target = labels.target(photos)
 
     @property
@@ -88,7 +117,8 @@ class Bench:
         """What the rows were measured on and how: rows of anything else are no part of this table."""
         asked = [sorted(zip(self.photos.ids, self.photos.labels, strict=True)), self.labels.labels, self.labels.templates]
         memories = [[snapshot.ref, snapshot.manifest.created] for snapshot in (self.memory, self.taught_by)]
-        content = json.dumps([asked, memories, self.encoder.fingerprint, asdict(self.recipe)])
+        rival = self.rival and [[sample.id for sample in self.rival.pairs], asdict(self.rival.tuning)]
+        content = json.dumps([asked, memories, self.encoder.fingerprint, asdict(self.recipe), rival])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def right(self, trial: Trial) -> np.ndarray:
@@ -96,6 +126,25 @@ class Bench:
         reco = Reco(self.encoder, trial.file.fusions, trial.file.fusion_id, min(trial.file.k, len(trial.snapshot)))
         scores = answer(reco, self.photos, self.labels, trial.snapshot, trial.setting).scores
         return top_k_hits(scores, self._target, 1)
+
+    def tuned(self, rival: Rival) -> Outcome:
+        """The whole encoder learned from the rival's pairs; it answers alone, without a memory."""
+        begun = time.perf_counter()
+        encoder = finetuned(self.encoder, rival.pairs, rival.tuning)
+        seconds = time.perf_counter() - begun
+        rule, photos = self.rule("none"), rival.photos(encoder)
+        labels = Labels(self.labels.labels, self.labels.templates, encoder)
+        plain = answer(Reco(encoder, rule.fusions, rule.fusion_id, rule.k), photos, labels, self.memory, PLAIN).scores
+        return Outcome(top_k_hits(plain, labels.target(photos), 1), seconds)
+
+    def fused(self, rival: Rival, seed: int) -> Outcome:
+        """The default fusion alone learned from the same pairs, encoding them and finding their neighbours included; served as ever."""
+        begun = time.perf_counter()
+        kinds = {side: self.memory.key_kind(side) for side in SIDES}
+        pairs = joined(list(encode_samples(rival.pairs, self.encoder, kinds=kinds)))
+        file = self._learned("default", seed, TERMS, self._asked(pairs, self._lessons.built(pairs)))
+        seconds = time.perf_counter() - begun
+        return Outcome(self.right(Trial(file, self.memory, Setting("both"))), seconds)
 
     def rule(self, name: str) -> FusionFile:
         """A training-free fusion."""
@@ -105,58 +154,36 @@ class Bench:
         """A fusion learned from `share` of the other memory's pairs, once for each combination."""
         key = (preset, seed, tuple(terms), share)
         if key not in self._taught:
-            recipe = self.recipe
-            torch.manual_seed(seed)
-            fusions = build_fusions(preset, self.encoder.dim, alpha=recipe.alpha)
-            learning = Learning(recipe.steps, recipe.batch, recipe.learning_rate, 0.01, seed, self.encoder.logit_scale, terms)
-            episode = self._episode(share, seed)
-            learn(fusions, [episode], [np.arange(len(episode))], learning)
-            self._taught[key] = FusionFile(fusions, recipe.k, f"{preset}-{seed}", {})
+            self._taught[key] = self._learned(preset, seed, terms, self._episode(share, seed))
         return self._taught[key]
+
+    def _learned(self, preset: str, seed: int, terms: Sequence[str], episode: Episode) -> FusionFile:
+        recipe = self.recipe
+        torch.manual_seed(seed)
+        fusions = build_fusions(preset, self.encoder.dim, alpha=recipe.alpha)
+        learning = Learning(recipe.steps, recipe.batch, recipe.learning_rate, 0.01, seed, self.encoder.logit_scale, terms)
+        learn(fusions, [episode], [np.arange(len(episode))], learning)
+        return FusionFile(fusions, recipe.k, f"{preset}-{seed}", {})
 
     def _episode(self, share: float, seed: int) -> Episode:
         """Every pair of the other memory asks it, or a part of it."""
-        pairs = joined(list(self.taught_by.blocks()))
-        snapshot = self.taught_by if share == 1 else self.built(_part(pairs, share, seed), self.kinds(self.taught_by))
+        return self._asked(joined(list(self.taught_by.blocks())), self._lessons.share(share, seed))
+
+    def _asked(self, pairs: Pairs, snapshot: Snapshot) -> Episode:
+        """What each pair finds in a memory, itself and its near-copies passed over."""
         rule = self.rule("mean")
         reco = Reco(self.encoder, rule.fusions, rule.fusion_id, rule.k)
         limits: Mapping[Side, float | None] = {"image": 0.98, "text": None}
         return look_up("ablation", pairs, snapshot, reco, min(self.recipe.k, len(snapshot)), limits)
 
-    def part(self, share: float, seed: int) -> Snapshot:
-        """A random share of the memory."""
-        if share == 1:
-            return self.memory
-        if (share, seed) not in self._parts:
-            self._parts[share, seed] = self.built(_part(self._pairs, share, seed), self.kinds(self.memory))
-        return self._parts[share, seed]
-
-    def shuffled(self, seed: int) -> Snapshot:
-        """The control: every image with the text of another pair."""
-        rows = np.random.default_rng(seed).permutation(len(self._pairs))
-        return self.built(replace(self._pairs, text=self._pairs.text[rows], text_key=None), {**self.kinds(self.memory), "text": "vector"})
-
-    def by_vectors(self) -> Snapshot:
-        """The memory with the CLIP vectors as keys."""
-        return self.built(replace(self._pairs, image_key=None, text_key=None), {"image": "vector", "text": "vector"})
-
-    def kinds(self, snapshot: Snapshot) -> dict[Side, KeyKind]:
-        """What a search of this memory compares."""
-        return {side: snapshot.key_kind(side) for side in SIDES}
-
-    def built(self, pairs: Pairs, kinds: Mapping[Side, KeyKind]) -> Snapshot:
-        """A memory of these pairs."""
-        manifest = build_version(self._store, "ablation", None, [pairs], encoder=self.encoder.fingerprint, kinds=dict(kinds))
-        return self._store.open("ablation", manifest.version, encoder=self.encoder.fingerprint)
-
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A row to be measured.  trial: what a seed asks.  seeded: whether the seed matters."""
+    """A row to be measured.  measure: what comes of a seed.  seeded: whether the seed matters."""
 
     claim: str
     setting: str
-    trial: Callable[[int], Trial]
+    measure: Callable[[int], Outcome]
     seeded: bool = False
 
 
@@ -168,11 +195,11 @@ def ablate(bench: Bench, kept: Path) -> list[Row]:
     done = {(row.claim, row.setting): row for row in _read(kept, bench.identity)}
     plain = bench.right(Trial(bench.rule("none"), bench.memory, PLAIN))
     rows = list[Row]()
-    for planned in plan(bench):
+    for planned in [*plan(bench), *contest(bench)]:
         row = done.get((planned.claim, planned.setting))
         if row is None:
             seeds = bench.recipe.seeds if planned.seeded else bench.recipe.seeds[:1]
-            row = _row(planned, plain, [bench.right(planned.trial(seed)) for seed in seeds])
+            row = _row(planned, plain, [planned.measure(seed) for seed in seeds])
             with kept.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(row)) + "\n")
         rows.append(row)
@@ -180,14 +207,17 @@ def ablate(bench: Bench, kept: Path) -> list[Row]:
 
 
 def plan(bench: Bench) -> Iterator[Planned]:
-    """What is measured, claim by claim."""
+    """What is measured, claim by claim, on the frozen encoder."""
     core, both, memory = bench.rule("core"), Setting("both"), bench.memory
 
     def fixed(claim: str, setting: str, trial: Trial) -> Planned:
-        return Planned(claim, setting, partial(_same, trial))
+        return seeded(claim, setting, lambda _: trial, matters=False)
+
+    def seeded(claim: str, setting: str, trial: Callable[[int], Trial], *, matters: bool = True) -> Planned:
+        return Planned(claim, setting, lambda seed: Outcome(bench.right(trial(seed))), matters)
 
     yield fixed("plain CLIP", "none", Trial(core, memory, PLAIN))
-    vectors = bench.by_vectors()
+    vectors = bench.parts.by_vectors()
     for route in (Route("uni", "cross"), Route("uni", "uni"), Route("cross", "cross"), Route("cross", "uni")):
         cell = f"{route.search} search, {route.fuse} fusion"
         yield fixed("search x fusion, vector keys", cell, Trial(core, vectors, replace(both, route=route)))
@@ -195,22 +225,29 @@ def plan(bench: Bench) -> Iterator[Planned]:
     for name in RULES:
         yield fixed("fusion", f"{name}, not learned", Trial(bench.rule(name), memory, both))
     for name in PRESETS:
-        yield Planned("fusion", f"{name}, learned", partial(_learned, bench, name, TERMS), True)
-    yield Planned("control", "shuffled memory", lambda seed: Trial(core, bench.shuffled(seed), both), True)
+        yield seeded("fusion", f"{name}, learned", partial(_learned, bench, name, TERMS))
+    yield fixed("control", "empty memory", Trial(core, memory, replace(both, image_limit=NOTHING, text_limit=NOTHING)))
+    yield seeded("control", "shuffled memory", lambda seed: Trial(core, bench.parts.shuffled(seed), both))
     for enhance in ENHANCE[1:]:
         yield fixed("side enhanced", enhance, Trial(core, memory, Setting(enhance)))
     for k in KS:
         if k <= len(memory):
             yield fixed("neighbours", f"k {k}", Trial(core, memory, replace(both, k=k)))
     for share in SHARES:
-        yield Planned("size of the memory", f"{share:.0%}, core", partial(_smaller, bench, share), share < 1)
-        yield Planned("size of the memory", f"{share:.0%}, default learned with 1 %", partial(_grown, bench, share), True)
+        yield seeded("size of the memory", f"{share:.0%}, core", partial(_smaller, bench, share), matters=share < 1)
+        yield seeded("size of the memory", f"{share:.0%}, default learned with 1 %", partial(_grown, bench, share))
     for term in TERMS:
-        yield Planned("loss", f"{term} alone", partial(_learned, bench, "default", (term,)), True)
+        yield seeded("loss", f"{term} alone", partial(_learned, bench, "default", (term,)))
 
 
-def _same(trial: Trial, _seed: int) -> Trial:
-    return trial
+def contest(bench: Bench) -> Iterator[Planned]:
+    """The fusion alone against the whole encoder, on the same pairs; fine-tuning with one seed, as it takes minutes."""
+    if (rival := bench.rival) is None:
+        return
+    claim, tuning, recipe = f"learned from the same {len(rival.pairs)} pairs", rival.tuning, bench.recipe
+    asked = f"default fusion alone, {recipe.steps} x {recipe.batch}"
+    yield Planned(claim, asked, lambda seed: bench.fused(rival, seed), True)
+    yield Planned(claim, f"full fine-tuning, {tuning.steps} x {tuning.batch}, no memory, one seed", lambda _: bench.tuned(rival))
 
 
 def _learned(bench: Bench, preset: str, terms: Sequence[str], seed: int) -> Trial:
@@ -219,13 +256,13 @@ def _learned(bench: Bench, preset: str, terms: Sequence[str], seed: int) -> Tria
 
 
 def _smaller(bench: Bench, share: float, seed: int) -> Trial:
-    snapshot = bench.part(share, seed)
+    snapshot = bench.parts.share(share, seed)
     return Trial(bench.rule("core"), snapshot, _within(Setting("both"), snapshot))
 
 
 def _grown(bench: Bench, share: float, seed: int) -> Trial:
     """Learned with a hundredth of one memory, served with a share of the other."""
-    snapshot = bench.part(share, seed)
+    snapshot = bench.parts.share(share, seed)
     return Trial(bench.taught("default", seed, share=0.01), snapshot, _within(Setting("both"), snapshot))
 
 
@@ -234,15 +271,14 @@ def _within(setting: Setting, snapshot: Snapshot) -> Setting:
     return replace(setting, k=min(10, len(snapshot)))
 
 
-def _row(planned: Planned, plain: np.ndarray, right: Sequence[np.ndarray]) -> Row:
+def _row(planned: Planned, plain: np.ndarray, outcomes: Sequence[Outcome]) -> Row:
+    right = [outcome.right for outcome in outcomes]
     mean = np.mean(right, axis=0)  # (N,)
     low, high = paired_interval(plain, mean)
-    return Row(planned.claim, planned.setting, [float(each.mean()) for each in right], float(mean.mean() - plain.mean()), low, high)
-
-
-def _part(pairs: Pairs, share: float, seed: int) -> Pairs:
-    """A random share of the pairs, two at least."""
-    return pairs.take(np.sort(np.random.default_rng(seed).permutation(len(pairs))[: max(2, round(share * len(pairs)))]))
+    times = [outcome.seconds for outcome in outcomes if outcome.seconds is not None]
+    seconds = float(np.median(times)) if times else None
+    shares = [float(each.mean()) for each in right]
+    return Row(planned.claim, planned.setting, shares, float(mean.mean() - plain.mean()), low, high, seconds)
 
 
 def _read(kept: Path, identity: str) -> list[Row]:
@@ -264,7 +300,8 @@ def markdown(rows: Sequence[Row]) -> str:
             f"{100 * np.std(row.shares):.1f}" if len(row.shares) > 1 else "",
             f"{100 * row.gain:+.1f}",
             f"{100 * row.low:+.1f} to {100 * row.high:+.1f}",
+            "" if row.seconds is None else f"{row.seconds:.0f}",
         )
         for row in rows
     ]
-    return table(("claim", "setting", "top-1 %", "spread over seeds", "gain over plain", "95 % interval"), cells) + f"\n\n{LEFT_OUT}"
+    return table(("claim", "setting", "top-1 %", "spread over seeds", "gain over plain", "95 % interval", "learned in, s"), cells)

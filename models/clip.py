@@ -105,6 +105,10 @@ class Encoder:
         """The open_clip model itself, for a script that trains or takes it apart; serving has no use for it."""
         return self._model
 
+    def around(self, model: Any) -> "Encoder":
+        """This encoder with other weights: what training made of a copy of `module`. Its fingerprint is that of the weights."""
+        return Encoder(self.spec, model, self._tokenizer, f"{self.fingerprint.partition('@')[0]}+tuned@{_digest(model)}")
+
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """(3, H, W) uint8: open_clip's own resize and crop; normalising is left to `encode`, on the device."""
         return np.ascontiguousarray(np.asarray(self._crop(image)).transpose(2, 0, 1))
@@ -130,7 +134,7 @@ class Encoder:
 
 
 def _crop(preprocess: Mapping[str, Any]) -> Crop:
-    """The half of open_clip's evaluation transform that makes pixels; its ToTensor and Normalize are `_normalise`."""
+    """The half of open_clip's evaluation transform that makes pixels; its ToTensor and Normalize are `normalised`."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
     from torchvision.transforms import Compose
 
@@ -140,7 +144,7 @@ def _crop(preprocess: Mapping[str, Any]) -> Crop:
     return Crop((height, width), config.resize_mode, config.interpolation, Compose(pixels))
 
 
-def _normalise(pixels: "torch.Tensor", preprocess: Mapping[str, Any]) -> "torch.Tensor":
+def normalised(pixels: "torch.Tensor", preprocess: Mapping[str, Any]) -> "torch.Tensor":
     """(B, 3, H, W) uint8 -> float32, as open_clip's ToTensor and Normalize."""
     scaled = pixels.float() / 255
     mean, std = (scaled.new_tensor(preprocess[name]).view(3, 1, 1) for name in ("mean", "std"))
@@ -153,7 +157,7 @@ def _see(model: Any, pixels: "torch.Tensor") -> tuple["torch.Tensor", "torch.Ten
     from open_clip.transformer import VisionTransformer
 
     visual = model.visual
-    pixels = _normalise(pixels, visual.preprocess_cfg).to(model.logit_scale.dtype)
+    pixels = normalised(pixels, visual.preprocess_cfg).to(model.logit_scale.dtype)
     if isinstance(visual, TimmModel):
         trunk = visual.trunk(pixels)
         return visual.head(trunk), trunk if trunk.ndim == 2 and len(visual.head) else None

@@ -4,7 +4,7 @@ Alphabet: N queries, C labels or candidates, D width, K neighbours.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from models.metrics import (
     top_k_hits,
     worst_pairs,
 )
+from models.parts import SHARES, Parts
 from models.queries import Photos, Queries, Refined, Setting, encode_prompts, refine
 from models.reco import Reco
 
@@ -77,6 +78,7 @@ class Report:
     hits: Mapping[str, Hits] = field(default_factory=dict, repr=False)
     nearest: np.ndarray | None = field(default=None, repr=False)  # (N,) the best neighbour's score of each image
     guesses: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)  # by method, (N,) int, the label each photo is taken for
+    memory_curve: Sequence[tuple[int, float]] = ()  # (pairs, share right) of the best setting over growing parts of the memory
 
     def as_json(self) -> dict[str, object]:
         """The figures without the arrays."""
@@ -88,6 +90,8 @@ class Report:
         found |= {"queries": {each.name: each.queries for each in self.lines[0].figures}, "lines": lines}
         if self.details is not None:
             found |= {"classes": [*self.details.classes], "confused": [*self.details.confused]}
+        if self.memory_curve:
+            found["memory_curve"] = [*self.memory_curve]
         return found
 
 
@@ -144,6 +148,16 @@ def classify(
     notes = [f"{len(photos.queries)} images, {len(labels.labels)} labels, {len(photos.rejects)} rejected", *excluded(settings)]
     details = _details(hits, guesses[best], best, target, labels)
     return Report("classify", snapshot.ref, reco.fusion_id, reco.k, notes, compared(hits), details, hits, nearest, guesses)
+
+
+def memory_curve(reco: Reco, photos: Photos, labels: Labels, parts: Parts, setting: Setting) -> list[tuple[int, float]]:
+    """(pairs, top-1 share) with random parts of a memory, the smallest first; each of them once, so that small ones scatter."""
+    points, target = list[tuple[int, float]](), labels.target(photos)
+    for share in SHARES:
+        part = parts.share(share, seed=0)
+        asked = replace(setting, k=min(setting.k or reco.k, len(part)))
+        points.append((len(part), float(top_k_hits(answer(reco, photos, labels, part, asked).scores, target, 1).mean())))
+    return points
 
 
 def entities(reco: Reco, photos: Photos, labels: Labels, snapshot: Snapshot, settings: Sequence[Setting], seen: Sequence[str]) -> Report:

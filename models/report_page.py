@@ -87,13 +87,16 @@ def recommendation(report: Report, settings: Sequence[Setting]) -> str:
 
 
 def plots(report: Report, settings: Sequence[Setting], best: Line) -> list[str]:
-    """Gain by k, by class, and how near the neighbours of helped and hurt queries were; each only where it was measured."""
+    """Gain by k, by size of the memory, by class, and how near neighbours were where they helped and hurt; each where it was measured."""
     found = list[str]()
     shares = {line.method: line.figures[0].share for line in report.lines}
     for enhance in ("image", "text", "both"):
         curve = sorted((each.k, 100 * shares[str(each)]) for each in settings if each.enhance == enhance and each.k is not None)
         if len(curve) > 1:
             found.append(line_plot(f"{report.lines[0].figures[0].name} by k, {enhance} enhanced", curve))
+    if report.memory_curve:
+        grown = [(pairs, 100 * share) for pairs, share in report.memory_curve]
+        found.append(line_plot(f"{report.lines[0].figures[0].name} by pairs in the memory, {best.method}", grown))
     if report.details is not None:
         gains = sorted((100 * (after - before) for _, _, before, after in report.details.classes), reverse=True)
         found.append(bar_plot("gain by class, in points, best class first", gains))

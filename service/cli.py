@@ -27,7 +27,8 @@ RETRIEVE = """examples:
   reco eval retrieve test.tar --memory pictures --fusion mean:0.5 --dehub 0.75"""
 ABLATE = """examples:
   reco eval ablate grocery/test-*.tar --memory grocery --learn-from things --out var/ablation
-  reco eval ablate test.tar --memory catalog --learn-from pictures@v2 --seeds 3 --limit 500"""
+  reco eval ablate test.tar --memory catalog --learn-from pictures@v2 --seeds 3 --limit 500
+  reco eval ablate test.tar --memory catalog --learn-from things --tune-on things.tar --tune-caption 'a photo of {class}'"""
 ENTITIES = """examples:
   reco eval entities test.tar --memory everything --seen trained-on.txt
   reco eval entities test.tar --memory everything --seen-share 0.5 --seed 1"""
@@ -193,6 +194,10 @@ def _eval_parsers(commands: Any) -> None:
     ablate.add_argument("--seeds", type=int, default=3, metavar="N")
     ablate.add_argument("--steps", type=int, default=200, metavar="N", help="of each learned row")
     ablate.add_argument("--alpha", type=float, default=2.0, help="strength of every rule")
+    ablate.add_argument("--tune-on", type=Path, nargs="+", metavar="SOURCE", help="pairs for the rows that compare full fine-tuning")
+    ablate.add_argument("--tune-caption", metavar="TEMPLATE", help="over their fields; default every caption that they hold")
+    ablate.add_argument("--tune-steps", type=int, default=100, metavar="N")
+    ablate.add_argument("--tune-pairs", type=int, default=2048, metavar="N", help="so many of them, drawn with a fixed seed")
     for parser in (classify, entities, ablate):
         parser.add_argument("--label", default="class", metavar="FIELD", help="the JSON field of the class (default class)")
         parser.add_argument("--labels", type=Path, metavar="FILE", help="the labels, one a line; default all that the data name")

@@ -34,6 +34,7 @@ from service.recall import RecallSampler
 from service.recent import Recent, drift
 from service.settings import Settings
 from service.swaps import Swaps
+from service.tracing import Tracing
 from service.wire import Options
 from service.work import Answered, Query, Row, Work, answer
 
@@ -75,6 +76,7 @@ class Engine:
         self._batchers: dict[Side, Batcher[Work, Row]] = {"image": self._batcher("image"), "text": self._batcher("text")}
         self._admitted: dict[Side, int] = {"image": 0, "text": 0}
         self._pulse = Pulse(self._test_item)
+        self.tracing = Tracing.from_environment()
         self._tasks: list[asyncio.Task[None]] = []
         self.draining = False
         self.inside = 0  # requests let in and not yet answered; the gate counts
@@ -114,6 +116,8 @@ class Engine:
             self.label_sets.vectors.close()
             self._decoder.close()
             self.memories.close()
+            if self.tracing is not None:
+                await asyncio.to_thread(self.tracing.close)
 
     def not_live(self) -> str | None:
         """None, or that a worker has ended."""
@@ -234,7 +238,11 @@ class Engine:
         timings = [row.timings for row in rows if isinstance(row, Row)]
         for stage in ("encode", "retrieve", "fuse"):
             slowest[stage] = max((getattr(timing, stage) for timing in timings), default=0.0)
-        return Answered(rows, {**seconds, **slowest})
+        spent: dict[Stage, float] = {**seconds, **slowest}
+        if self.tracing is not None:
+            memory = "none" if query.snapshot is None else query.snapshot.ref
+            self.tracing.stages(spent, {"reco.side": side, "reco.items": len(arrays), "reco.memory": memory})
+        return Answered(rows, spent)
 
     def _outcome(self, side: Side, index: int, found: Answer[Row] | Exception) -> Row | ItemRefused:
         if isinstance(found, Exception):

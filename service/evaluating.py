@@ -7,7 +7,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +22,7 @@ from service.settings import Settings, read
 
 if TYPE_CHECKING:
     from index_store.steps import Reject
+    from models.ablate import Rival
     from models.evaluate import Captioned, Labels, Report
     from models.queries import Photos, Setting
     from models.reco import Reco
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 
 Args = argparse.Namespace
 Pictured = tuple[list["Example"], list["Example"]]  # helped, hurt
+CURVE_PAIRS = 200_000  # more are not taken apart for a plot: their vectors would have to be read whole
 EXAMPLES, NEIGHBOURS = 8, 5  # of either kind in a report, and the neighbours shown of each
 
 
@@ -41,11 +47,28 @@ def classify(args: Args) -> None:
     labels = Labels(names, args.templates, reco.encoder)
     settings = settings_of(args)
     report = evaluate(reco, photos, labels, snapshot, settings, args.label)
+    if args.report:
+        report = _with_memory_curve(report, settings, reco, photos, labels, snapshot)
     _tell(report, args, settings, lambda: _examples(report, settings, reco, photos, labels, snapshot, args))
     if args.per_class:
         from models.report_tables import details
 
         print(details(report))
+
+
+def _with_memory_curve(
+    report: Report, settings: Sequence[Setting], reco: Reco, photos: Photos, labels: Labels, snapshot: Snapshot
+) -> Report:
+    """The report with the best setting asked of growing parts of the memory; a memory too large for that is left whole."""
+    from models.evaluate import memory_curve
+    from models.parts import Parts
+    from models.report_page import best_line
+
+    setting = next((each for each in settings if str(each) == best_line(report).method), None)
+    if setting is None or len(snapshot) > CURVE_PAIRS:
+        return report
+    with TemporaryDirectory() as folder:
+        return replace(report, memory_curve=memory_curve(reco, photos, labels, Parts(snapshot, Path(folder)), setting))
 
 
 def retrieve(args: Args) -> None:
@@ -252,8 +275,28 @@ def ablate(args: Args) -> None:
     photos, labels = _photos(args, reco, names), Labels(names, args.templates, reco.encoder)
     recipe = Recipe(steps=args.steps, alpha=args.alpha, seeds=tuple(range(args.seeds)))
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = measure(Bench(reco.encoder, photos, labels, snapshot, taught_by, recipe, args.out), args.out / "rows.jsonl")
+    bench = Bench(reco.encoder, photos, labels, snapshot, taught_by, recipe, args.out, _rival(args, names))
+    rows = measure(bench, args.out / "rows.jsonl")
     asked = f"{len(photos.queries)} photos, {len(names)} labels; encoder {reco.encoder.fingerprint}"
-    head = f"{asked}; memory {snapshot.ref}, learned from {taught_by.ref}; seeds {args.seeds}, {args.steps} steps"
-    (args.out / "table.md").write_text(f"{head}\n\n{markdown(rows)}\n", "utf-8")
+    head = f"{asked}; memory {snapshot.ref}, learned from {taught_by.ref}; seeds {args.seeds}, {args.steps} steps, alpha {args.alpha:g}"
+    (args.out / "table.md").write_text(f"{datetime.now(UTC):%Y-%m-%d}: {head}\n\n{markdown(rows)}\n", "utf-8")
     print((args.out / "table.md").read_text("utf-8"))
+
+
+def _rival(args: Args, names: Sequence[str]) -> Rival | None:
+    """The pairs that full fine-tuning and the fusion alone both learn from, where sources are given."""
+    from models.ablate import Rival
+    from models.finetune import Tuning
+    from models.queries import encode_photos
+    from models.samples import Sample
+    from models.sources import read_all
+
+    if not args.tune_on:
+        return None
+    found = [item for item in read_all(args.tune_on, caption=args.tune_caption) if isinstance(item, Sample)]
+    drawn = np.random.default_rng(0).permutation(len(found))[: args.tune_pairs]
+    return Rival(
+        [found[row] for row in sorted(drawn.tolist())],
+        lambda encoder: encode_photos(_samples(args, f"{{{args.label}}}"), encoder, labels=set(names)),
+        Tuning(args.tune_steps),
+    )

@@ -16,10 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.engine import Engine
 from service.errors import NotServing, Refusal, SlowSender, TooLarge, refusal
 from service.settings import Settings
+from service.tracing import finish, template
 from service.wire import dump
 
 PLAIN_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 UNGUARDED = frozenset({"/health", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/ping", "/metrics", "/info", "/v1/models"})
+
+LEFT = 499  # the caller left before the reply
 
 
 def error_response(error: Exception) -> Response:
@@ -38,7 +41,14 @@ class Gate:
         """Let one request through, or answer it here."""
         if scope["type"] != "http" or scope["path"] in UNGUARDED:
             await self._app(scope, receive, send)
-            return
+        elif self._engine.tracing is None:
+            await self._guarded(scope, receive, send)
+        else:
+            with self._engine.tracing.request(scope) as span:
+                finish(span, scope, await self._guarded(scope, receive, send))
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> int:
+        """One request that counts; the status it was answered with."""
         visit = _Visit(scope, receive, send, self._engine.settings)
         scope.setdefault("state", {})["modality"] = "none"
         self._engine.inside += 1
@@ -55,13 +65,11 @@ class Gate:
         finally:
             self._engine.inside -= 1
             self._count(scope, visit)
+        return visit.status or LEFT
 
     def _count(self, scope: Scope, visit: _Visit) -> None:
-        route = scope.get("route")
-        endpoint = route.path if route is not None else "unmatched"  # the template, never the caller's own path
-        modality = scope["state"]["modality"]
-        metrics = self._engine.metrics
-        metrics.requests_total.labels(endpoint, modality, str(visit.status or 499)).inc()  # 499: the caller left before the reply
+        endpoint, modality, metrics = template(scope), scope["state"]["modality"], self._engine.metrics
+        metrics.requests_total.labels(endpoint, modality, str(visit.status or LEFT)).inc()
         metrics.request_duration_seconds.labels(endpoint, modality).observe(time.perf_counter() - visit.start)
 
 

@@ -23,7 +23,6 @@ import numpy as np
 from index_store.benchmarks.editing import ADDED, measure_edits
 from index_store.benchmarks.picture import draw
 from index_store.benchmarks.synthetic import Collection
-from index_store.benchmarks.targets import judged, told
 from index_store.benchmarks.turns import BATCHES, Search, compared, median, rates, seconds
 from index_store.build import build_version
 from index_store.indexing import FLAT, empty_index, training_rows
@@ -31,7 +30,7 @@ from index_store.manifest import Manifest, index_file
 from index_store.pairs import SIDES
 from index_store.shard import BLOCK_ROWS, flat_index
 from index_store.store import Store
-from loadtests.report import environment, write
+from loadtests.report import environment, judged, told, write
 
 ENCODER = "synthetic@0123456789ab"
 NAME = "bench"

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import faiss
@@ -7,11 +8,14 @@ import numpy as np
 import pytest
 
 from index_store import curve, indexing
-from index_store.curve import Point
+from index_store.curve import Clock, Point
 from index_store.errors import RecipeRefused
 from index_store.indexing import candidates, check_recipe
 from index_store.manifest import Manifest
-from index_store.pairs import Pairs
+from index_store.pairs import SIDES, Pairs
+from index_store.probes import Probes
+from index_store.search import Fan
+from index_store.shard import Shard
 from index_store.tests.small import built, opened, some_pairs, unit, unit_rows
 
 
@@ -91,8 +95,8 @@ def test_finer_lists_are_tried_where_the_first_are_dear_and_kept_where_faster(
     pairs = clustered(2000)
     real, costs = curve.measure, {"IVF32,SQfp16": 2.0, "IVF128,SQfp16": 1.0}
 
-    def measure(fans: Any, questions: Any, recipe: str, probes: int) -> Point:
-        return replace(real(fans, questions, recipe, probes), ms=costs[recipe])
+    def measure(fans: Any, questions: Any, clock: Any, recipe: str, probes: int) -> Point:
+        return replace(real(fans, questions, clock, recipe, probes), ms=costs[recipe])
 
     monkeypatch.setattr(curve, "measure", measure)
     monkeypatch.setattr(indexing, "CHEAP", 1e9)
@@ -105,6 +109,26 @@ def test_finer_lists_are_tried_where_the_first_are_dear_and_kept_where_faster(
     assert curve_of(coarser, "IVF128,SQfp16")
     index: Any = faiss.read_index(str(tmp_path / "things" / "v2" / "shard-0000" / "text.faiss"))
     assert (index.nlist, index.ntotal) == (32, 2000)
+
+
+def test_a_slower_minute_makes_no_search_dearer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that slows down five times after the block was timed: a search of three blocks' work still costs three blocks."""
+    manifest = built(tmp_path, clustered(2000))
+    fan = Fan([Shard(tmp_path / "things" / "v1", "shard-0000", 2000, manifest)], "image")
+    questions = Probes.sample(fan)
+    now, pace = 0.0, 1.0
+
+    def work(blocks: float) -> None:
+        nonlocal now
+        now += blocks * pace
+
+    monkeypatch.setattr(curve, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(curve, "flat_index", lambda rows: SimpleNamespace(search=lambda queries, k: work(1)))
+    clock = Clock(dict.fromkeys(SIDES, fan), dict.fromkeys(SIDES, questions))
+    block = clock.flat_ms("image", 2000)
+    assert clock.flat_ms("image", 20_000) == pytest.approx(10 * block)
+    pace = 5.0
+    assert clock.ms("image", lambda queries: work(3)) == pytest.approx(3 * block)
 
 
 def test_lists_that_are_no_faster_are_not_kept(tmp_path: Path, small_is_large: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def test_a_version_that_lives_on_is_caught(scripted: Scripted, monkeypatch: pyte
     scripted.handle = TwoVersions(leaking=True)
     report = run(scripted)
     assert report["snapshots_alive"] == 7  # two to learn, four swaps
-    assert ("live snapshots at the end", 7.0, "<= 1", False) in swap.verdicts(report)
+    assert {"figure": "live snapshots at the end", "value": 7.0, "target": "<= 1", "reached": False} in swap.verdicts(report)
 
 
 def test_growth_is_of_the_last_fifth_over_the_first() -> None:

@@ -3,8 +3,8 @@
     python -m models.benchmarks.train [--pairs 100000] [--dim 512] [--turns 7] [--steps 5] [--searches 3]
 
 What is compared takes turns, and a ratio is taken inside a turn, so that a machine whose speed drifts does not bend it (a look-up
-is compared with the bare searches before and after it); figures are medians over the turns. Neighbours are looked up in a process of its own, whose peak is told. Writes JSON; exits with 1 where a target
-is missed.
+is compared with the bare searches before and after it); figures are medians over the turns. Neighbours are looked up in a process of
+its own, whose peak is told. Writes JSON; exits with 1 where a target is missed.
 """
 
 import argparse
@@ -20,14 +20,13 @@ import numpy as np
 import torch
 
 from index_store.benchmarks.synthetic import Collection
-from index_store.benchmarks.targets import judged, told
 from index_store.benchmarks.turns import median, seconds
 from index_store.build import build_version
 from index_store.manifest import Manifest, index_file
 from index_store.pairs import SIDES
 from index_store.shard import flat_index
 from index_store.store import Store
-from loadtests.report import environment, write
+from loadtests.report import environment, judged, told, write
 from models.benchmarks.plain import PlainLoop
 from models.benchmarks.prepare import NAME, VERSION, K, looked_up
 from models.clip import Encoder, EncoderSpec

@@ -6,10 +6,14 @@ import pytest
 
 from index_store.pairs import Pairs
 from models.ablate import Bench, Recipe, ablate, markdown
+from models.checkpoint import training_free
 from models.clip import Encoded, Encoder
+from models.episodes import joined
 from models.errors import DataError
-from models.evaluate import Labels
-from models.queries import Photos, Queries
+from models.evaluate import Labels, memory_curve
+from models.parts import Parts
+from models.queries import Photos, Queries, Setting
+from models.reco import Reco
 from models.tests.small import memory_of, unit
 
 CLASSES = 6
@@ -53,3 +57,30 @@ def test_every_claim_becomes_a_row_and_a_second_run_measures_nothing(encoder: En
     bench.recipe = dataclasses.replace(bench.recipe, steps=3)
     with pytest.raises(DataError, match="measured on other data, memories or options"):
         ablate(bench, tmp_path / "rows.jsonl")
+
+
+def test_more_of_the_memory_is_right_more_often(encoder: Encoder, tmp_path: Path) -> None:
+    photos, labels, pairs, _ = world(encoder, tmp_path)
+    memory, rule = memory_of(tmp_path / "m", pairs, encoder.fingerprint), training_free("core", encoder.dim, alpha=50.0, k=3)
+    reco = Reco(encoder, rule.fusions, rule.fusion_id, rule.k)
+    points = memory_curve(reco, photos, labels, Parts(memory, tmp_path / "parts"), Setting("image"))
+    assert [pairs for pairs, _ in points] == [2, 3, 6, 15, 30, 60]
+    assert points[0][1] < 0.6 < points[-1][1] == 1.0
+
+
+def test_parts_are_of_the_same_pairs_and_keys(encoder: Encoder, tmp_path: Path) -> None:
+    _, _, pairs, _ = world(encoder, tmp_path)
+    keys = unit(np.random.default_rng(1).standard_normal((60, 9)))
+    memory = memory_of(
+        tmp_path / "m", dataclasses.replace(pairs, image_key=keys), encoder.fingerprint, {"image": "trunk", "text": "vector"}
+    )
+    parts = Parts(memory, tmp_path / "parts")
+    assert parts.share(1.0, 0) is memory
+    half = parts.share(0.5, 0)
+    assert parts.share(0.5, 0) is half
+    assert (len(half), half.key_kind("image"), half.manifest.key_dim("image")) == (30, "trunk", 9)
+    assert {str(name) for block in half.blocks() for name in block.ids} < set(pairs.ids.tolist())
+    assert parts.by_vectors().key_kind("image") == "vector"
+    shuffled = joined(list(parts.shuffled(0).blocks()))
+    np.testing.assert_array_equal(shuffled.image, joined(list(memory.blocks())).image)
+    assert (shuffled.text != joined(list(memory.blocks())).text).any()

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 
 from models.evaluate import Details, Report, compared
@@ -33,7 +35,7 @@ def test_the_recommendation_follows_the_figures() -> None:
 def test_the_page_is_whole_and_safe() -> None:
     report = report_of({"none": 0.2, "both, k 1": 0.4, "both, k 10": 0.6, "image, k 10": 0.1})
     example = Example(thumbnail(picture(0)), "red <script>", "blue", "red", [("a photo <i>", 0.81)])
-    text = page(report, SETTINGS, [example], [])
+    text = page(dataclasses.replace(report, memory_curve=[(10, 0.3), (100, 0.6)]), SETTINGS, [example], [])
     for part in (
         "+40.0 points",
         "<svg",
@@ -41,6 +43,7 @@ def test_the_page_is_whole_and_safe() -> None:
         "0.81 a photo &lt;i&gt;",
         "Recommendation",
         "top-1 by k, both enhanced",
+        "top-1 by pairs in the memory, both, k 10",
     ):
         assert part in text
     assert "<script>" not in text
