@@ -36,7 +36,7 @@ lock: $(UV) ## resolve pyproject.toml anew into the two lock files
 	$(COMPILE) --extra build pyproject.toml -o requirements.lock
 	$(COMPILE) --extra build --extra dev -c requirements.lock pyproject.toml -o requirements-dev.lock
 
-bench: .venv/.dev ## served throughput against the raw forward pass; writes loadtests/results/
+bench: .venv/.dev ## serving beside the bare model; writes loadtests/results/
 	$(BIN)/python -m loadtests.bench
 
 bench-memory: .venv/.dev ## a memory of a million pairs beside bare faiss; writes loadtests/results/, takes half an hour on two cores
