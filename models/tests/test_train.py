@@ -4,11 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from index_store.errors import IncompatibleSnapshot
 from index_store.pairs import Pairs
 from models.checkpoint import load_fusions
 from models.clip import Encoder
 from models.episodes import Episode, look_up
-from models.errors import ConfigError, DataError, TrainingFailed
+from models.errors import ConfigError, DataError, EncoderUnavailable, TrainingFailed
 from models.fusion import build_fusions
 from models.loop import Learning, learn
 from models.reco import Reco
@@ -142,3 +143,22 @@ def test_sources_that_give_nothing_are_named(recipe: Path, tmp_path: Path) -> No
         train(dataclasses.replace(config, episodes=(EpisodeConfig((str(empty),), "things", "{class}"),)))
     with pytest.raises(ConfigError, match="NOWHERE_TO_BE_FOUND"):
         train(dataclasses.replace(config, episodes=(EpisodeConfig(("${NOWHERE_TO_BE_FOUND}/x.tar",), "things"),)))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "error", "named"),
+    [
+        ("k = 3", "k = 25", ConfigError, r"k is 25, but things@v1 holds 24 pairs"),
+        ("a photo of {class}", "a thing", DataError, "things@v1: of 24 photos, 18 pairs to learn from have 1 different captions"),
+        ("held_out = 0.25", "held_out = 0.97", DataError, "1 pairs to learn from"),
+        ('pretrained = "random"', 'pretrained = "laion2b"', EncoderUnavailable, "laion2b"),
+        ("tinyvit.json", "tinymobile.json", IncompatibleSnapshot, "things@v1.*tinyvit"),
+    ],
+)
+def test_what_cannot_teach_is_refused_in_one_line(recipe: Path, before: str, after: str, error: type[Exception], named: str) -> None:
+    text = recipe.read_text()
+    assert before in text
+    recipe.write_text(text.replace(before, after, 1))
+    with pytest.raises(error, match=named) as refused:
+        train(TrainConfig.read(recipe))
+    assert "\n" not in str(refused.value)
