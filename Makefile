@@ -8,7 +8,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade
 
-.PHONY: serve test setup lint format lock bench bench-memory chaos clean help
+.PHONY: serve test setup lint format lock bench bench-memory bench-train chaos clean help
 .DEFAULT_GOAL := help
 
 help: ## show the targets
@@ -36,11 +36,14 @@ lock: $(UV) ## resolve pyproject.toml anew into the two lock files
 	$(COMPILE) --extra build pyproject.toml -o requirements.lock
 	$(COMPILE) --extra build --extra dev -c requirements.lock pyproject.toml -o requirements-dev.lock
 
-bench: .venv/.dev ## served throughput against the raw forward pass; writes loadtests/results/
+bench: .venv/.dev ## serving beside the bare model; writes loadtests/results/
 	$(BIN)/python -m loadtests.bench
 
 bench-memory: .venv/.dev ## a memory of a million pairs beside bare faiss; writes loadtests/results/, takes half an hour on two cores
 	$(BIN)/python -m index_store.benchmarks.memory
+
+bench-train: .venv/.dev ## training beside plain PyTorch and bare faiss; writes loadtests/results/, takes six minutes on two cores
+	$(BIN)/python -m models.benchmarks.train
 
 chaos: .venv/.dev ## kill builds, swaps and edits at 200 random moments each
 	RECO_KILLS=200 $(BIN)/python -m pytest index_store/tests/test_crash.py index_store/tests/test_edit_crash.py index_store/tests/test_resume.py

@@ -10,6 +10,7 @@ from index_store.errors import QueryRefused
 from index_store.hits import Hits, Searched
 from index_store.pairs import Id
 
+FEW = 32  # so many excluded ids of a query are compared with all others' in one go, more are sorted first
 WHOLE_NUMBER = re.compile(r"-?[0-9]{1,19}")
 
 
@@ -47,10 +48,22 @@ class Limits:
             allowed &= hits.scores >= self.floor
         if self.exclude is not None and self.spare:
             names = fan.take(np.maximum(hits.rows, 0).ravel(), lambda part: part.ids).reshape(hits.rows.shape)
-            for query, ids in enumerate(self.exclude):
-                if len(ids):
-                    allowed[query] &= ~np.isin(names[query], ids)
+            allowed &= ~_named(names, self.exclude)
         return allowed
+
+
+def _named(names: np.ndarray, lists: Sequence[np.ndarray]) -> np.ndarray:
+    """(B, K) bool, True where a query's list holds the name.  names: (B, K).  lists: B arrays (E,), each E its own."""
+    found = np.zeros(names.shape, bool)
+    few = [query for query, ids in enumerate(lists) if 0 < len(ids) <= FEW]
+    if few:
+        owner = np.repeat(few, [len(lists[query]) for query in few])  # (sum of E,)
+        row, column = np.nonzero(names[owner] == np.concatenate([lists[query] for query in few])[:, None])
+        found[owner[row], column] = True
+    for query, ids in enumerate(lists):
+        if len(ids) > FEW:
+            found[query] = np.isin(names[query], ids)
+    return found
 
 
 def limits_of(

@@ -139,12 +139,30 @@ class Snapshot:
         exclude: ids to pass over, one collection per query.  min_score: farther ones are masked.
         k neighbours still come back where k remain, and no others. probes: index lists to visit, the manifest's where None.
         """
+        hits = self.search(queries, side, k, probes=probes, max_similarity=max_similarity, exclude=exclude, min_score=min_score)
+        return self._gathered(hits, self._searched[side], side if values == "same" else other(side))
+
+    def search(
+        self,
+        queries: np.ndarray,
+        side: Side,
+        k: int,
+        *,
+        probes: int | None = None,
+        max_similarity: float | np.ndarray | None = None,
+        exclude: Sequence[Collection[Id]] | None = None,
+        min_score: float | None = None,
+    ) -> Hits:
+        """The first half of `retrieve`, for who gathers later: the rows, which mean something to this very snapshot alone."""
         fan = self._searched[side]
         queries = self._checked(queries, fan, k)
         limits = limits_of(len(queries), self.id_kind, max_similarity=max_similarity, exclude=exclude, min_score=min_score)
         lists = self.manifest.index["probes"]
-        hits = nearest(fan, queries, k, (probes or lists) if lists else 0, limits)
-        return self._gathered(hits, fan, side if values == "same" else other(side))
+        return nearest(fan, queries, k, (probes or lists) if lists else 0, limits)
+
+    def vectors(self, rows: np.ndarray, side: Side) -> np.ndarray:
+        """(R, D) float16 as stored.  rows: (R,) int64 that a search of this snapshot found, none absent."""
+        return self._searched[side].take(rows, lambda part: part.values[side])
 
     def prove(self) -> dict[Side, float]:
         """Answer the stored probe queries; recall per side, or RecallTooLow where one is below the manifest's floor."""

@@ -14,7 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["environment", "quantiles", "table", "write"]
+__all__ = ["environment", "judged", "quantiles", "table", "told", "write"]
+
+Goal = tuple[str, float, str, float]  # figure, value, ">=" or "<=", target
 
 PACKAGES = ("torch", "open_clip_torch", "faiss-gpu", "faiss-cpu", "numpy", "httpx")
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +43,20 @@ def table(rows: Sequence[Sequence[object]]) -> str:
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in texts
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def judged(goals: Sequence[Goal]) -> list[dict[str, Any]]:
+    """Figure, value, target, and whether it was reached."""
+    return [
+        {"figure": name, "value": value, "target": f"{sign} {goal:g}", "reached": value >= goal if sign == ">=" else value <= goal}
+        for name, value, sign, goal in goals
+    ]
+
+
+def told(verdicts: Sequence[dict[str, Any]]) -> str:
+    """What `judged` found, as a table for people."""
+    rows = [(row["figure"], f"{row['value']:.4g}", row["target"], "ok" if row["reached"] else "MISSED") for row in verdicts]
+    return table([("figure", "value", "target", ""), *rows])
 
 
 def environment(package: str = "loadtests") -> dict[str, Any]:

@@ -22,6 +22,7 @@ import httpx
 
 from loadtests.calls import Call, classify_call, image_call, open_client, run_to_end, send, text_call
 from loadtests.photos import crops, read_photos
+from loadtests.picture import draw_quantiles
 from loadtests.report import environment, quantiles, table, write
 
 LABELS = ("a cat", "a person", "a cup of coffee", "a rocket", "a galaxy", "an eye", "some coins", "a lawn")
@@ -119,9 +120,14 @@ def show(summary: dict[str, Any]) -> str:
     return table(rows)
 
 
+def photos_of(arguments: argparse.Namespace) -> list[bytes]:
+    """The photos asked for, or crops."""
+    return read_photos(arguments.image) if arguments.image else [photo for _, photo in crops(64)]
+
+
 async def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole test; returns the report."""
-    photos = read_photos(arguments.image) if arguments.image else [photo for _, photo in crops(64)]
+    photos = photos_of(arguments)
     calls, weights = prepare(photos, arguments.mix)
     moments = schedule(arguments.rate, arguments.warmup + arguments.seconds, arguments.arrivals, arguments.seed)
     async with open_client(arguments.url, timeout_s=arguments.timeout) as client:
@@ -131,13 +137,10 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**environment(), "settings": settings, "photos": len(photos), "service": info, "routes": summarise(samples, arguments.warmup)}
 
 
-def main() -> int:
-    """Parse, run, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m loadtests.steady", description="Open-loop load; latency from the scheduled time.")
+def add_load(parser: argparse.ArgumentParser, program: str) -> None:
+    """What every open-loop program lets one choose."""
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--rate", type=float, default=5.0, help="requests per second, all routes together")
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--warmup", type=float, default=5.0, help="seconds at the same rate before counting")
+    parser.add_argument("--warmup", type=float, default=5.0, help="seconds of load before counting")
     parser.add_argument(
         "--image", type=Path, nargs="+", help="photos to send: files, folders, tar shards (default: crops of scikit-image's)"
     )
@@ -145,11 +148,20 @@ def main() -> int:
     parser.add_argument("--arrivals", choices=("poisson", "constant"), default="poisson")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a request counts as failed")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("loadtests/results/steady.json"))
+    parser.add_argument("--out", type=Path, default=Path(f"loadtests/results/{program}.json"))
+
+
+def main() -> int:
+    """Parse, run, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m loadtests.steady", description="Open-loop load; latency from the scheduled time.")
+    add_load(parser, "steady")
+    parser.add_argument("--rate", type=float, default=5.0, help="requests per second, all routes together")
+    parser.add_argument("--seconds", type=float, default=60.0)
     arguments = parser.parse_args()
     report = run_to_end(run(arguments))
     print(show(report["routes"]))
     write(arguments.out, report)
+    draw_quantiles({route: of["latency_ms"] for route, of in report["routes"].items()}, arguments.out.with_suffix(".png"))
     return 0 if report["routes"]["all"]["sent"] == report["routes"]["all"]["ok"] else 1
 
 

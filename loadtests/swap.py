@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,11 +21,12 @@ from typing import Any
 
 import httpx
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests.calls import Call, Reply, Unexpected, image_call, open_client, run_to_end, send, text_call
+from loadtests.gauges import Held, growth, held
 from loadtests.photos import crops, read_photos
-from loadtests.report import environment, quantiles, table, write
+from loadtests.picture import draw_swap
+from loadtests.report import Goal, environment, judged, quantiles, table, told, write
 
 SLOWER = 1.5  # p99 of replies that a swap touched, against the others
 PUBLISH_MS = 1.0  # the phase in which the old snapshot is replaced by the new one
@@ -58,15 +58,14 @@ class Answer:
 class Swap:
     """One activation, from its request to the end of its job.
 
-    phases: seconds that the job reports.  resident: bytes of the service's process afterwards.  alive: snapshots of the memory in it.
+    phases: seconds that the job reports.  held: what the service held afterwards.
     """
 
     version: str
     start: float
     end: float
     phases: Mapping[str, float]
-    resident: float
-    alive: float
+    held: Held
 
 
 class Admin:
@@ -86,28 +85,24 @@ class Admin:
         while time.perf_counter() - start < timeout_s:
             job = (await self._client.get(f"/jobs/{asked.json()['id']}", headers=self._headers)).raise_for_status().json()
             if job["state"] == "done":
-                return Swap(version, start, time.perf_counter(), job.get("seconds", {}), *await self.held())
+                return Swap(version, start, time.perf_counter(), job.get("seconds", {}), await self.held())
             if job["state"] == "failed":
                 raise Unexpected(f"activate {self._memory}@{version}: {job}")
             await asyncio.sleep(0.02)
         raise Unexpected(f"activate {self._memory}@{version}: not done after {timeout_s:.0f} s")
 
-    async def held(self) -> tuple[float, float]:
-        """Resident bytes of the service, and live snapshots of this memory."""
-        text = (await self._client.get("/metrics")).raise_for_status().text
-        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-        resident = sum(sample.value for sample in samples if sample.name == "process_resident_memory_bytes")
-        alive = sum(sample.value for sample in samples if sample.name == "reco_snapshots_alive" and sample.labels["name"] == self._memory)
-        return resident, alive
+    async def held(self) -> Held:
+        """What the service holds of this memory."""
+        return await held(self._client, self._memory)
 
     async def settled(self) -> float:
         """Live snapshots once the last request is answered and what was retired is gone, or after SETTLE_S."""
         until = time.perf_counter() + SETTLE_S
-        _, alive = await self.held()
-        while alive > 1 and time.perf_counter() < until:
+        now = await self.held()
+        while now.alive > 1 and time.perf_counter() < until:
             await asyncio.sleep(0.1)
-            _, alive = await self.held()
-        return alive
+            now = await self.held()
+        return now.alive
 
 
 def prepare(photos: Sequence[bytes], memory: str) -> list[Call]:
@@ -226,7 +221,8 @@ def judge(answers: Sequence[Answer], swaps: Sequence[Swap]) -> dict[str, Any]:
         "replies_by_version": dict(sorted(Counter(a.memory for a in answers).items())),
         "swap_ms": quantiles([s.end - s.start for s in swaps]),
         "phases_ms": {phase: quantiles([s.phases[phase] for s in swaps if phase in s.phases]) for phase in phases},
-        "resident": growth([s.resident for s in swaps]),
+        "resident": growth([s.held.resident for s in swaps]),
+        "resident_mb": [round(s.held.resident / 1e6, 1) for s in swaps],
         "replies_in": {name: during.count(flag) for name, flag in spans.items()},
         "latency_ms": {
             name: quantiles([a.end - a.start for a, d in zip(answers, during, strict=True) if d is flag]) for name, flag in spans.items()
@@ -234,29 +230,20 @@ def judge(answers: Sequence[Answer], swaps: Sequence[Swap]) -> dict[str, Any]:
     }
 
 
-def growth(resident: Sequence[float]) -> dict[str, float]:
-    """Megabytes after the first fifth of the swaps, after the last fifth (medians) and at most; and by what share they grew."""
-    fifth = max(1, len(resident) // 5)
-    first, last = statistics.median(resident[:fifth]), statistics.median(resident[-fifth:])
-    megabytes = {"first_mb": first / 1e6, "last_mb": last / 1e6, "most_mb": max(resident) / 1e6}
-    return {**{name: round(value, 1) for name, value in megabytes.items()}, "growth": round(last / first - 1, 4) if first else 0.0}
-
-
-def verdicts(report: Mapping[str, Any]) -> list[tuple[str, float, str, bool]]:
-    """(figure, value, target, reached); the latencies are told only, as they also say how busy the machine was."""
-    alive, grown = report["snapshots_alive"], report["resident"]["growth"]
-    rows = [
-        ("failed replies", report["failed"], "0", report["failed"] == 0),
-        ("mixed replies", report["mixed"], "0", report["mixed"] == 0),
-        ("live snapshots at the end", alive, "<= 1", alive <= 1),
-        ("growth of resident memory", grown, f"<= {GROWTH}", grown <= GROWTH),
+def verdicts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each figure beside its target; the latencies are told only, as they also say how busy the machine was."""
+    goals: list[Goal] = [
+        ("failed replies", report["failed"], "<=", 0),
+        ("mixed replies", report["mixed"], "<=", 0),
+        ("live snapshots at the end", report["snapshots_alive"], "<=", 1),
+        ("growth of resident memory", report["resident"]["growth"], "<=", GROWTH),
     ]
     touched, steady = (report["latency_ms"][span].get("p99") for span in ("in swap windows", "steady"))
     if touched and steady:
-        rows.append(("p99 in swap windows / steady", round(touched / steady, 3), f"<= {SLOWER}", touched / steady <= SLOWER))
+        goals.append(("p99 in swap windows / steady", round(touched / steady, 3), "<=", SLOWER))
     if publish := report["phases_ms"].get("publish"):
-        rows.append(("publish, ms (p99)", publish["p99"], f"< {PUBLISH_MS:g}", publish["p99"] < PUBLISH_MS))
-    return rows
+        goals.append(("publish, ms (p99)", publish["p99"], "<=", PUBLISH_MS))
+    return judged(goals)
 
 
 def show(report: dict[str, Any]) -> str:
@@ -264,9 +251,8 @@ def show(report: dict[str, Any]) -> str:
     rows: list[list[object]] = [["", "replies", "p50 ms", "p95 ms", "p99 ms", "max ms"]]
     for name, latency in report["latency_ms"].items():
         rows.append([name, report["replies_in"][name], *(latency.get(q, "-") for q in ("p50", "p95", "p99", "max"))])
-    told = [(name, f"{value:g}", goal, "ok" if ok else "MISSED") for name, value, goal, ok in verdicts(report)]
     head = f"{report['swaps']} swaps, {report['replies']} replies: {report['failed']} failed, {report['mixed']} mixed"
-    return "\n".join([table(rows), table([("figure", "value", "target", ""), *told]), head, *report["first_faults"]])
+    return "\n".join([table(rows), told(verdicts(report)), head, *report["first_faults"]])
 
 
 def main() -> int:
@@ -285,7 +271,8 @@ def main() -> int:
     arguments = parser.parse_args()
     report = run_to_end(run(arguments))
     print(show(report))
-    write(arguments.out, {**environment(), **report})
+    write(arguments.out, {**environment(), **report, "targets": verdicts(report)})
+    draw_swap(report, arguments.out.with_suffix(".png"))
     if len(report["replies_by_version"]) < 2 or not report["replies_in"]["in swap windows"]:
         print("no reply in a swap window, or of one version only: nothing is shown; use more --workers or --swaps")
         return 1

@@ -93,7 +93,11 @@ class Trial:
 
 
 class Bench:
-    """The data of all rows.  folder: where memories are built and rows are kept.  rival: None leaves full fine-tuning out."""
+    """The data of all rows.
+
+    folder: where memories are built and rows are kept.  served: the fusion that answers requests, for a row of its own.
+    rival: None leaves full fine-tuning out.
+    """
 
     def __init__(
         self,
@@ -104,17 +108,22 @@ class Bench:
         taught_by: Snapshot,
         recipe: Recipe,
         folder: Path,
+        *,
+        served: FusionFile | None = None,
         rival: Rival | None = None,
     ) -> None:
         self.encoder, self.photos, self.labels, self.recipe, self.rival = encoder, photos, labels, recipe, rival
-        self.memory, self.taught_by = memory, taught_by
+        self.memory, self.taught_by, self.served = memory, taught_by, served
         self.parts, self._lessons = Parts(memory, folder / "memories"), Parts(taught_by, folder / "lessons")
         self._taught = dict[tuple[object, ...], FusionFile]()
         self._target = labels.target(photos)
 
     @property
     def identity(self) -> str:
-        """What the rows were measured on and how: rows of anything else are no part of this table."""
+        """What the rows were measured on and how: rows of anything else are no part of this table.
+
+        The fusion that serves is left out, since its rows name it.
+        """
         asked = [sorted(zip(self.photos.ids, self.photos.labels, strict=True)), self.labels.labels, self.labels.templates]
         memories = [[snapshot.ref, snapshot.manifest.created] for snapshot in (self.memory, self.taught_by)]
         rival = self.rival and [[sample.id for sample in self.rival.pairs], asdict(self.rival.tuning)]
@@ -224,6 +233,10 @@ def plan(bench: Bench) -> Iterator[Planned]:
     yield fixed("search keys", "the memory's own", Trial(core, memory, both))
     for name in RULES:
         yield fixed("fusion", f"{name}, not learned", Trial(bench.rule(name), memory, both))
+    if (served := bench.served) is not None:
+        for name in RULES[1:] if served.k != bench.recipe.k else ():
+            yield fixed("fusion", f"{name}, not learned, k {served.k}", Trial(bench.rule(name), memory, replace(both, k=served.k)))
+        yield fixed("fusion", f"{served.fusion_id}, which serves, k {served.k}", Trial(served, memory, both))
     for name in PRESETS:
         yield seeded("fusion", f"{name}, learned", partial(_learned, bench, name, TERMS))
     yield fixed("control", "empty memory", Trial(core, memory, replace(both, image_limit=NOTHING, text_limit=NOTHING)))

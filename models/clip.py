@@ -20,6 +20,7 @@ from PIL import Image
 from index_store.pairs import KeyKind, Side
 from models.crop import Crop
 from models.errors import ConfigError, EncoderUnavailable
+from models.images import MAX_PIXELS, read_image
 from models.text import text_encoder
 
 if TYPE_CHECKING:
@@ -112,6 +113,10 @@ class Encoder:
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """(3, H, W) uint8: open_clip's own resize and crop; normalising is left to `encode`, on the device."""
         return np.ascontiguousarray(np.asarray(self._crop(image)).transpose(2, 0, 1))
+
+    def read(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        """`preprocess` of an encoded image, which may come from anyone; or an ImageError."""
+        return self.preprocess(read_image(data, max_pixels=max_pixels, frame=self.image_size))
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """(B, L) int64, cut at the context length. Half a surrogate pair, which no tokenizer survives, becomes a "?"."""

@@ -15,7 +15,6 @@ from tqdm import trange
 
 from models.clip import Encoder, normalised
 from models.errors import DataError
-from models.images import read_image
 from models.losses import info_nce
 from models.samples import Sample
 from models.text import text_encoder
@@ -61,5 +60,5 @@ def finetuned(encoder: Encoder, samples: Sequence[Sample], tuning: Tuning) -> En
 
 def _pixels(samples: Sequence[Sample], encoder: Encoder) -> Tensor:
     """(B, 3, H, W) float32, normalised."""
-    pixels = np.stack([encoder.preprocess(read_image(sample.image)) for sample in samples])
+    pixels = np.stack([encoder.read(sample.image) for sample in samples])
     return normalised(torch.from_numpy(pixels).to(encoder.device), encoder.module.visual.preprocess_cfg)

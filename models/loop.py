@@ -242,7 +242,7 @@ def _step_loss(
 
 def _some(episode: Episode, side: Side, rows: np.ndarray, drop: float, rng: np.random.Generator) -> np.ndarray:
     """(B, K) bool: the nearest k of them with k drawn once for the batch, less the share `drop`."""
-    most = episode.lookups[side].mask.shape[1]
+    most = episode.lookups[side].k
     nearest = np.arange(most) < rng.integers(1, most + 1)  # (K,)
     return np.asarray(nearest & (rng.random((len(rows), most)) >= drop))
 

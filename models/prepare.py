@@ -12,7 +12,7 @@ from index_store.pairs import MAX_ID_BYTES, Id, KeyKind, Pairs, Side
 from index_store.steps import Reject, Step
 from models.clip import Encoded, Encoder
 from models.errors import ImageError
-from models.images import MAX_PIXELS, read_image
+from models.images import MAX_PIXELS
 from models.samples import Sample
 
 AHEAD = 2  # batches being decoded while one is encoded: enough to hide the decoding, and the bound on memory
@@ -95,7 +95,7 @@ def encode_images(
     """The readable samples of each batch with their encoded images; samples that share one bytes object are encoded once."""
 
     def decode(data: bytes) -> np.ndarray:
-        return encoder.preprocess(read_image(data, max_pixels=max_pixels))
+        return encoder.read(data, max_pixels=max_pixels)
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from index_store.errors import IncompatibleSnapshot
+from index_store.hits import Hits
 from index_store.manifest import same_encoder
 from index_store.neighbors import Neighbors
 from index_store.pairs import Id, Side, other
@@ -90,8 +91,7 @@ class Reco:
         self.fusion_id = fusion_id
         self.k = k
         self.max_k = min(fusion.config.max_k for fusion in fusions.values())
-        if not 1 <= k <= self.max_k:
-            raise ConfigError(f"k = {k} is outside 1 to {self.max_k}, what this fusion takes: choose a k within")
+        self._refuse_k(k)
         for fusion in fusions.values():
             if fusion.config.dim != encoder.dim:
                 raise ConfigError(f"a fusion of width {fusion.config.dim} cannot refine vectors of width {encoder.dim}: use its encoder")
@@ -146,6 +146,21 @@ class Reco:
         enhanced = np.asarray(neighbors.mask.any(axis=1))
         return Embeddings(fused.vectors.cpu().numpy(), plain, enhanced, neighbors, weights, snapshot.ref, timings)
 
+    def search(
+        self,
+        encoded: Encoded,
+        side: Side,
+        snapshot: Snapshot,
+        k: int,
+        *,
+        max_similarity: float | None = None,
+        exclude: Sequence[Collection[Id]] | None = None,
+    ) -> Hits:
+        """Which rows of the snapshot `enhance` would refine these vectors with; for training, which fuses them again and again."""
+        self._refuse_stranger(snapshot)
+        self._refuse_k(k)
+        return snapshot.search(encoded.key(snapshot.key_kind(side)), side, k, max_similarity=max_similarity, exclude=exclude)
+
     def embed_labels(self, labels: Sequence[str], templates: Sequence[str], snapshot: Snapshot | None, k: int | None = None) -> np.ndarray:
         """(C, D) float32 unit: for each label the mean of its refined prompts, every "{}" of a template filled with the label."""
         prompts = [template.replace("{}", label) for label in labels for template in templates]
@@ -154,6 +169,10 @@ class Reco:
         means = vectors.reshape(len(labels), len(templates), -1).mean(1)  # (C, D)
         unit: np.ndarray = F.normalize(torch.from_numpy(means), dim=-1).numpy()
         return unit
+
+    def _refuse_k(self, k: int) -> None:
+        if not 1 <= k <= self.max_k:
+            raise ConfigError(f"k = {k} is outside 1 to {self.max_k}, what this fusion takes: choose a k within")
 
     def _refuse_stranger(self, snapshot: Snapshot) -> None:
         if not same_encoder(snapshot.manifest.encoder, self.encoder.fingerprint):
@@ -175,10 +194,7 @@ class Reco:
         """The neighbours of each row, those beyond its own k masked away."""
         each = np.broadcast_to(np.asarray(k), (len(encoded.vectors),))  # (B,)
         least, most = int(each.min(initial=1)), int(each.max(initial=1))
-        if least < 1 or most > self.max_k:
-            raise ConfigError(
-                f"k = {most if most > self.max_k else least} is outside 1 to {self.max_k}, what this fusion takes: choose a k within"
-            )
+        self._refuse_k(most if most > self.max_k else least)
         searched = route.searched(side)
         if searched != side and snapshot.key_kind(searched) != "vector":
             raise ConfigError(

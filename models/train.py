@@ -1,35 +1,30 @@
 """`reco train CONFIG.toml`: learn a fusion.
 
-The encoder is frozen, so embeddings and neighbours are computed once and the loop sees arrays only.
+The encoder is frozen, so embeddings and neighbours are prepared once, in `prepared/` beside the output, and the loop sees arrays only.
 """
 
 import json
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from index_store.pairs import SIDES, KeyKind, Pairs, Side
-from index_store.snapshot import Snapshot
-from index_store.steps import Reject
+from index_store.pairs import SIDES, KeyKind, Side
 from index_store.store import Store
 from models.checkpoint import save_fusions
 from models.clip import Encoder
-from models.episodes import Episode, joined, look_up
-from models.errors import DataError
+from models.episodes import Asking, Episode
+from models.errors import ConfigError
 from models.fusion import Fusion, build_fusions
 from models.loop import Learning, Loop
-from models.prepare import encode_samples
+from models.prepared import look_up_prepared, prepare_pairs
 from models.reco import Reco
-from models.sources import read_samples
+from models.streams import Encoding
 from models.training_config import EpisodeConfig, TrainConfig, expanded
 
 EVALUATED = 1000  # held-out pairs ranked against each other, at most
@@ -64,10 +59,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
     encoder = Encoder.load(config.encoder)
     fusions = build_fusions(config.preset, encoder.dim, alpha=config.alpha)
     reco = Reco(encoder, fusions, "untrained", config.k)
-    episodes = [_episode(episode, config, reco) for episode in config.episodes]
+    output = Path(config.output)
+    episodes = [_episode(episode, config, reco, output.parent / "prepared") for episode in config.episodes]
     splits = [episode.split(config.held_out, config.seed) for episode in episodes]
     before = {episode.name: accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)}
-    learning, output = _learning(config, encoder.logit_scale), Path(config.output)
+    learning = _learning(config, encoder.logit_scale)
 
     def watch() -> float:
         return float(np.mean([accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)]))
@@ -106,26 +102,17 @@ def _learning(config: TrainConfig, scale: float) -> Learning:
     )
 
 
-def _episode(episode: EpisodeConfig, config: TrainConfig, reco: Reco) -> Episode:
-    """The pairs of one table, encoded, with their neighbours in its memory."""
+def _episode(episode: EpisodeConfig, config: TrainConfig, reco: Reco, folder: Path) -> Episode:
+    """The pairs of one table, encoded, with their neighbours in its memory; what an earlier run left in the folder is made use of."""
     name, _, version = episode.memory.partition("@")
     snapshot = Store(Path(config.store)).open(name, version or None, encoder=reco.encoder.fingerprint)
-    limits: dict[Side, float | None] = {"image": episode.max_image_similarity, "text": episode.max_text_similarity}
-    return look_up(snapshot.ref, _pairs(episode, snapshot, reco.encoder), snapshot, reco, config.k, limits)
-
-
-def _pairs(episode: EpisodeConfig, snapshot: Snapshot, encoder: Encoder) -> Pairs:
-    """All sources of an episode as one block; what could not be read is told, never silently lost."""
-    rejects = list[Reject]()
-    samples = chain.from_iterable(read_samples(expanded(source), caption=episode.caption) for source in episode.sources)
+    if config.k > len(snapshot):
+        raise ConfigError(f"k is {config.k}, but {snapshot.ref} holds {len(snapshot)} pairs: choose a smaller k, or a larger memory")
     kinds: dict[Side, KeyKind] = {side: snapshot.key_kind(side) for side in SIDES}
-    with tqdm(unit="pair", desc=f"encode for {snapshot.ref}", disable=not sys.stderr.isatty()) as bar:
-        blocks = list(encode_samples(samples, encoder, kinds=kinds, on_reject=rejects.append, on_progress=bar.update))
-    if rejects:
-        print(f"{len(rejects)} items left out, the first: {rejects[0].item}: {rejects[0].reason}", file=sys.stderr)
-    if not blocks:
-        raise DataError(f"no pair to learn from in {', '.join(episode.sources)}: check the sources")
-    return joined(blocks)
+    limits: dict[Side, float | None] = {"image": episode.max_image_similarity, "text": episode.max_text_similarity}
+    sources = [expanded(source) for source in episode.sources]
+    pairs = prepare_pairs(folder, sources, Encoding(reco.encoder, kinds, episode.caption))
+    return look_up_prepared(folder, pairs, Asking(snapshot, reco, config.k, limits))
 
 
 def accuracy(fusions: Mapping[Side, Fusion], episode: Episode, rows: np.ndarray) -> float:
@@ -139,7 +126,7 @@ def accuracy(fusions: Mapping[Side, Fusion], episode: Episode, rows: np.ndarray)
 
 
 def _everything(episode: Episode, side: Side, rows: np.ndarray) -> np.ndarray:
-    return np.ones((len(rows), episode.lookups[side].mask.shape[1]), bool)
+    return np.ones((len(rows), episode.lookups[side].k), bool)
 
 
 def draw(folder: Path) -> None:

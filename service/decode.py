@@ -7,9 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image
 
-from models.images import read_image
 from service.errors import NotServing
 
 __all__ = ["Decoder"]
@@ -18,12 +16,12 @@ __all__ = ["Decoder"]
 class Decoder:
     """A bounded pool of threads that decode and preprocess.
 
-    preprocess: RGB image -> (3, H, W) uint8, called from several threads.  At most `workers` images are held as full pixels at a time,
-    each of up to `max_pixels`, whatever the number of callers; a caller who leaves before its turn is skipped.
+    read: encoded image -> (3, H, W) uint8 or an ImageError, called from several threads.  At most `workers` images are held as full pixels
+    at a time, whatever the number of callers; a caller who leaves before its turn is skipped.
     """
 
-    def __init__(self, preprocess: Callable[[Image.Image], np.ndarray], *, max_pixels: int, workers: int) -> None:
-        self._preprocess, self._max_pixels = preprocess, max_pixels
+    def __init__(self, read: Callable[[bytes], np.ndarray], *, workers: int) -> None:
+        self._read = read
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._closed = False
 
@@ -34,12 +32,9 @@ class Decoder:
         """
         if self._closed:
             raise NotServing("the service is shutting down and decodes no new image: retry elsewhere or later")
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._pixels, data)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._read, data)
 
     def close(self) -> None:
         """Take no more images; those handed over before are still decoded."""
         self._closed = True
         self._pool.shutdown(wait=False)
-
-    def _pixels(self, data: bytes) -> np.ndarray:
-        return self._preprocess(read_image(data, max_pixels=self._max_pixels))

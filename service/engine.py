@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -72,7 +73,7 @@ class Engine:
         )
         self.editing = Editing(self.memories, self.swaps, self._encoded, settings)
         self._recall = RecallSampler(self._recent, self.memories.resolve, metrics, share=settings.recall_share)
-        self._decoder = Decoder(encoder.preprocess, max_pixels=settings.max_pixels, workers=settings.decode_workers)
+        self._decoder = Decoder(partial(encoder.read, max_pixels=settings.max_pixels), workers=settings.decode_workers)
         self._batchers: dict[Side, Batcher[Work, Row]] = {"image": self._batcher("image"), "text": self._batcher("text")}
         self._admitted: dict[Side, int] = {"image": 0, "text": 0}
         self._pulse = Pulse(self._test_item)

@@ -265,6 +265,7 @@ def ablate(args: Args) -> None:
     """reco eval ablate: every claim of the method as one row; goes on where an earlier run stopped."""
     from models.ablate import Bench, Recipe, markdown
     from models.ablate import ablate as measure
+    from models.checkpoint import FusionFile
     from models.evaluate import Labels
 
     reco, snapshot = opened(args)
@@ -275,7 +276,8 @@ def ablate(args: Args) -> None:
     photos, labels = _photos(args, reco, names), Labels(names, args.templates, reco.encoder)
     recipe = Recipe(steps=args.steps, alpha=args.alpha, seeds=tuple(range(args.seeds)))
     args.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(reco.encoder, photos, labels, snapshot, taught_by, recipe, args.out, _rival(args, names))
+    served = FusionFile(reco.fusions, reco.k, reco.fusion_id, {})
+    bench = Bench(reco.encoder, photos, labels, snapshot, taught_by, recipe, args.out, served=served, rival=_rival(args, names))
     rows = measure(bench, args.out / "rows.jsonl")
     asked = f"{len(photos.queries)} photos, {len(names)} labels; encoder {reco.encoder.fingerprint}"
     head = f"{asked}; memory {snapshot.ref}, learned from {taught_by.ref}; seeds {args.seeds}, {args.steps} steps, alpha {args.alpha:g}"

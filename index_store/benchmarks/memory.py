@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,14 @@ import numpy as np
 from index_store.benchmarks.editing import ADDED, measure_edits
 from index_store.benchmarks.picture import draw
 from index_store.benchmarks.synthetic import Collection
-from index_store.benchmarks.turns import BATCHES, Search, compared, median, rates
+from index_store.benchmarks.turns import BATCHES, Search, compared, median, rates, seconds
 from index_store.build import build_version
 from index_store.indexing import FLAT, empty_index, training_rows
 from index_store.manifest import Manifest, index_file
 from index_store.pairs import SIDES
 from index_store.shard import BLOCK_ROWS, flat_index
 from index_store.store import Store
-from loadtests.report import environment, table, write
+from loadtests.report import environment, judged, told, write
 
 ENCODER = "synthetic@0123456789ab"
 NAME = "bench"
@@ -77,8 +76,8 @@ def measure_search(store: Store, manifest: Manifest, collection: Collection, rep
 
 def measure_open(store: Store, manifest: Manifest, repeats: int) -> dict[str, Any]:
     """Seconds to open a version that was just built, and to read every byte of it, as happens behind its back."""
-    opened = [_seconds(lambda: store.open(NAME, manifest.version, encoder=ENCODER)) for _ in range(repeats)]
-    return {"seconds": median(opened), "verify_seconds": round(_seconds(lambda: store.verify(NAME, manifest.version)), 3)}
+    opened = [seconds(lambda: store.open(NAME, manifest.version, encoder=ENCODER)) for _ in range(repeats)]
+    return {"seconds": median(opened), "verify_seconds": round(seconds(lambda: store.verify(NAME, manifest.version)), 3)}
 
 
 def measure_resident(store: Store, manifest: Manifest, collection: Collection) -> dict[str, Any]:
@@ -109,10 +108,7 @@ def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
         ("resident / (1.1 index + 100 MB)", report["resident"]["of_allowed"], "<=", 1),
         ("build / bare train+add+write", report["build"]["speed_vs_bare"], ">=", 0.5),
     ]
-    return [
-        {"figure": name, "value": value, "target": f"{sign} {goal}", "reached": value >= goal if sign == ">=" else value <= goal}
-        for name, value, sign, goal in goals
-    ]
+    return judged(goals)
 
 
 def main() -> int:
@@ -129,8 +125,7 @@ def main() -> int:
     report["resident"] = measure_resident(store, manifest, collection)
     report["edits"] = measure_edits(store, manifest, collection.fresh(ADDED), collection.queries("image", QUERIES), K, args.repeats)
     report["targets"] = verdicts(report)
-    told = [(row["figure"], f"{row['value']:.3f}", row["target"], "ok" if row["reached"] else "MISSED") for row in report["targets"]]
-    print(table([("figure", "value", "target", ""), *told]))
+    print(told(report["targets"]))
     write(args.out, report)
     draw(report, args.out.with_suffix(".png"))
     shutil.rmtree(args.store)
@@ -182,12 +177,6 @@ def _bare_index(store: Store, manifest: Manifest, flat: faiss.Index) -> tuple[fa
     lists = faiss.SearchParametersIVF()
     lists.nprobe = manifest.index["probes"]
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC), lists
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
 
 
 def _rounded(values: list[float]) -> list[float]:

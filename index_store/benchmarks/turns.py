@@ -34,6 +34,13 @@ def median(values: Sequence[float]) -> float:
     return round(statistics.median(values), 4)
 
 
+def seconds(work: Callable[[], object]) -> float:
+    """How long one piece of work takes."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
 def _turn(searches: Mapping[str, Search], queries: np.ndarray, batch: int) -> dict[str, float]:
     """Queries per second of each search over SECONDS, in short slices by turns: a disturbance then falls on all of them."""
     asked, spent = dict.fromkeys(searches, 0), dict.fromkeys(searches, 0.0)

@@ -1,13 +1,20 @@
-"""The arithmetic of the bench against hand-made numbers, its client against a server that counts."""
+"""The arithmetic of the bench against hand-made numbers, its client against a server that counts, its yardstick against open_clip."""
 
 import asyncio
 from itertools import count
 
+import numpy as np
+import open_clip
 import pytest
+import torch
 
-from loadtests.bench import account, middle, served_rate, slope, summarise
 from loadtests.calls import Unexpected, image_call
+from loadtests.closed_loop import closed_loop, slope
+from loadtests.figures import middle
+from loadtests.gauges import account
+from loadtests.photos import crops
 from loadtests.tests.conftest import Scripted
+from loadtests.yardstick import Yardstick
 
 
 def test_slope_sees_through_bursts() -> None:
@@ -24,16 +31,6 @@ def test_account_takes_what_happened_between_two_scrapes() -> None:
         "stages_ms": {"encode": 800.0, "fuse": 10.0},
         "server_cpu_ms_per_image": 50.0,
     }
-
-
-def test_ratios_are_paired_within_a_repeat() -> None:
-    repeats = [
-        {phase: {"images_per_s": speed * share} for phase, share in (("raw", 1), ("plain", 0.9), ("enhanced", 0.8))}
-        | {"ratios": {"plain": 0.9, "enhanced": 0.8}}
-        for speed in (10, 20, 14)
-    ]
-    assert summarise(repeats)["ratio_to_raw"]["plain"] == {"median": 0.9, "min": 0.9, "max": 0.9}
-    assert summarise(repeats)["images_per_s"]["raw"] == {"median": 14, "min": 10, "max": 20}
 
 
 def test_middle() -> None:
@@ -66,9 +63,9 @@ class Counting:
         return 200, "\n".join([*lines, ""]), {"Content-Type": "text/plain; version=0.0.4"}
 
 
-def test_served_rate_counts_replies_and_reads_the_service_account(scripted: Scripted) -> None:
+def test_the_closed_loop_counts_replies_and_reads_the_service_account(scripted: Scripted) -> None:
     scripted.handle = handle = Counting()
-    found = asyncio.run(served_rate(scripted.url, [image_call([b"x"])], concurrency=2, seconds=0.4, warmup=0.05))
+    found = asyncio.run(closed_loop(scripted.url, [image_call([b"x"])], concurrency=2, seconds=0.4, warmup=0.05))
     assert handle.images > 10
     assert found["images_per_s"] > 0
     assert found["mean_batch"] == 4
@@ -79,10 +76,24 @@ def test_served_rate_counts_replies_and_reads_the_service_account(scripted: Scri
 def test_a_refused_request_ends_the_bench(scripted: Scripted) -> None:
     scripted.handle = Counting(status=429)
     with pytest.raises(Unexpected, match="429"):
-        asyncio.run(served_rate(scripted.url, [image_call([b"x"])], concurrency=1, seconds=0.1, warmup=0))
+        asyncio.run(closed_loop(scripted.url, [image_call([b"x"])], concurrency=1, seconds=0.1, warmup=0))
 
 
 def test_too_few_replies_to_measure_end_the_bench(scripted: Scripted) -> None:
     scripted.handle = Counting()
     with pytest.raises(Unexpected, match="give more --seconds"):
-        asyncio.run(served_rate(scripted.url, [image_call([b"x"])], concurrency=4, seconds=0, warmup=0.05))
+        asyncio.run(closed_loop(scripted.url, [image_call([b"x"])], concurrency=4, seconds=0, warmup=0.05))
+
+
+def test_the_yardstick_is_open_clip_with_the_weights_of_the_service() -> None:
+    torch.manual_seed(0)
+    bare = open_clip.create_model("ViT-S-32-alt", pretrained=None).eval()
+    texts = ["a cat", "a red car before a house"]
+    with torch.inference_mode():
+        expected = bare.encode_text(open_clip.get_tokenizer("ViT-S-32-alt")(texts), normalize=True).numpy()
+    with Yardstick("ViT-S-32-alt", 2) as yardstick:
+        seconds, vectors = yardstick.texts(texts)
+        photo = yardstick.photo(next(iter(crops(1)))[1])
+        speed = yardstick.images(2, 0.2)
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    assert min(seconds, photo, yardstick.ready_s, *speed.values()) > 0

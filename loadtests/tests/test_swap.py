@@ -12,6 +12,7 @@ import pytest
 
 from loadtests import swap
 from loadtests.calls import Call, Reply, Unexpected
+from loadtests.gauges import growth
 from loadtests.swap import Known, fault, telling
 from loadtests.tests.conftest import Scripted
 
@@ -115,12 +116,12 @@ def test_a_version_that_lives_on_is_caught(scripted: Scripted, monkeypatch: pyte
     scripted.handle = TwoVersions(leaking=True)
     report = run(scripted)
     assert report["snapshots_alive"] == 7  # two to learn, four swaps
-    assert ("live snapshots at the end", 7.0, "<= 1", False) in swap.verdicts(report)
+    assert {"figure": "live snapshots at the end", "value": 7.0, "target": "<= 1", "reached": False} in swap.verdicts(report)
 
 
 def test_growth_is_of_the_last_fifth_over_the_first() -> None:
-    assert swap.growth([100e6] * 4 + [102e6] * 12 + [104e6] * 4) == {"first_mb": 100.0, "last_mb": 104.0, "most_mb": 104.0, "growth": 0.04}
-    assert swap.growth([100e6, 300e6, 100e6, 100e6, 100e6])["growth"] == 0  # one peak is no growth
+    assert growth([100e6] * 4 + [102e6] * 12 + [104e6] * 4) == {"first_mb": 100.0, "last_mb": 104.0, "most_mb": 104.0, "growth": 0.04}
+    assert growth([100e6, 300e6, 100e6, 100e6, 100e6])["growth"] == 0  # one peak is no growth
 
 
 def test_a_refused_activation_ends_the_run_in_one_line(scripted: Scripted) -> None:

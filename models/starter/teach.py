@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from index_store.pairs import SIDES, Side
-from models.episodes import Episode, Lookup
+from models.episodes import Episode
 from models.fusion import Fusion, build_fusions, preset
 from models.loop import Learning, learn
 from models.starter.lessons import Classroom
@@ -114,7 +114,4 @@ def graded(fusions: Mapping[Side, Fusion], episode: Episode) -> float:
 
 def nearest(episode: Episode, k: int) -> Episode:
     """The same episode with only the k nearest neighbours."""
-    lookups = {
-        side: Lookup(found.query, found.values[:, :k], found.scores[:, :k], found.mask[:, :k]) for side, found in episode.lookups.items()
-    }
-    return replace(episode, lookups=lookups)
+    return replace(episode, lookups={side: found.nearest(k) for side, found in episode.lookups.items()})

@@ -1,15 +1,21 @@
 """Small real things shared by the tests: dual encoders with random weights, made once."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
+from index_store.build import build_version
+from index_store.store import Store
 from models.checkpoint import untrained_fusions
 from models.clip import Encoder, EncoderSpec
+from models.episodes import joined
+from models.prepare import encode_samples
 from models.reco import Reco
+from models.sources import read_samples
+from models.tests.small import encoded_as, picture, tar_of
 
 VIT = {
     "embed_dim": 32,
@@ -59,3 +65,41 @@ def reco(encoder: Encoder) -> Reco:
     """The tiny encoder with the training-free rule."""
     file = untrained_fusions(encoder.dim, alpha=2.0, k=4)
     return Reco(encoder, file.fusions, file.fusion_id, file.k)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    members: list[tuple[str, bytes | Mapping[str, object]]] = []
+    for row in range(24):
+        members += [(f"p{row}.jpg", encoded_as(picture(row % 8), "JPEG")), (f"p{row}.json", {"class": f"thing {row % 8}"})]
+    return tar_of(tmp_path / "photos.tar", [*members, ("broken.jpg", b"\xff\xd8\xff no"), ("broken.json", {"class": "none"})])
+
+
+@pytest.fixture
+def recipe(photos: Path, encoder: Encoder, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A configuration on disk, its memory built."""
+    samples = read_samples(photos, caption="a photo of {class}")
+    block = joined(list(encode_samples(samples, encoder, kinds={"image": "vector", "text": "vector"})))
+    store = Store(tmp_path / "store")
+    build_version(store, "things", "v1", [block], encoder=encoder.fingerprint, kinds={"image": "vector", "text": "vector"})
+    store.activate("things", "v1")
+    monkeypatch.setenv("PHOTOS", str(photos.parent))
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f'''output = "{tmp_path}/made/fusion.safetensors"
+store = "{tmp_path}/store"
+model = "{configs}/tinyvit.json"
+pretrained = "random"
+device = "cpu"
+k = 3
+steps = 6
+batch = 16
+held_out = 0.25
+
+[[episodes]]
+sources = ["${{PHOTOS}}/photos.tar"]
+caption = "a photo of {{class}}"
+memory = "things@v1"
+'''
+    )
+    return path

@@ -41,13 +41,16 @@ def world(encoder: Encoder, folder: Path) -> tuple[Photos, Labels, Pairs, Pairs]
 def test_every_claim_becomes_a_row_and_a_second_run_measures_nothing(encoder: Encoder, tmp_path: Path) -> None:
     photos, labels, memory, taught_by = world(encoder, tmp_path)
     one, two = (memory_of(tmp_path / name, pairs, encoder.fingerprint) for name, pairs in (("m", memory), ("t", taught_by)))
-    bench = Bench(encoder, photos, labels, one, two, Recipe(steps=2, batch=16, k=3, alpha=50.0, seeds=(0, 1)), tmp_path)
+    served = training_free("core", encoder.dim, alpha=40.0, k=5)
+    bench = Bench(encoder, photos, labels, one, two, Recipe(steps=2, batch=16, k=3, alpha=50.0, seeds=(0, 1)), tmp_path, served=served)
     rows = ablate(bench, tmp_path / "rows.jsonl")
     by_name = {(row.claim, row.setting): row for row in rows}
     assert len(by_name) == len(rows) > 30
     assert by_name["plain CLIP", "none"].gain == 0
     assert by_name["side enhanced", "image"].shares == [1.0]  # the captions found are the prompts
     assert by_name["side enhanced", "image"].low > 0
+    assert by_name["fusion", f"{served.fusion_id}, which serves, k 5"].gain > 0
+    assert ("fusion", "mean, not learned, k 5") in by_name
     assert by_name["control", "shuffled memory"].gain < 0.5 * by_name["search keys", "the memory's own"].gain
     assert len(by_name["fusion", "mlp, learned"].shares) == 2
     assert markdown(rows).count("\n|") == len(rows) + 1

@@ -11,10 +11,12 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
+from skimage import data
 
 from models.clip import Encoder, EncoderSpec
 from models.errors import ConfigError, EncoderUnavailable
-from models.tests.small import picture
+from models.images import read_image
+from models.tests.small import encoded_as, picture
 
 TEXTS = ["a photo of a cat.", "", "two dogs on a beach, one of them with a very long tail that goes on and on and on", "naïve café 🍎"]
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
@@ -52,6 +54,22 @@ def test_preprocessing_is_open_clips(tower: tuple[Encoder, Any], size: tuple[int
     own = own_transform(model)(picture(0, *size))
     mean, std = (torch.tensor(model.visual.preprocess_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     np.testing.assert_array_equal(pixels, ((own * std + mean) * 255).round().to(torch.uint8).numpy())
+
+
+def test_a_large_jpeg_decoded_small_has_the_vector_of_the_whole() -> None:
+    """With trained weights: random ones would see no difference."""
+    encoder = Encoder.load(EncoderSpec(device="cpu"))
+    tiles = [Image.fromarray(getattr(data, name)()).resize((480, 480)) for name in ("astronaut", "chelsea", "coffee", "rocket")]
+    busy = Image.new("RGB", (1920, 1920))
+    for place in range(16):
+        busy.paste(tiles[(place + place // 4) % 4], (place % 4 * 480, place // 4 * 480))
+    for photo in (Image.fromarray(data.retina()), busy, tiles[0].resize((4000, 3000))):
+        jpeg = encoded_as(photo, "JPEG", quality=90)
+        assert read_image(jpeg, frame=encoder.image_size).width < photo.width
+        both = encoder.encode(np.stack([encoder.read(jpeg), encoder.preprocess(read_image(jpeg))]), "image")
+        assert both.vectors[0] @ both.vectors[1] > 0.999
+        assert both.trunk is not None
+        assert both.trunk[0] @ both.trunk[1] > 0.999
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])

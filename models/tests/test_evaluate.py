@@ -11,7 +11,6 @@ from models.checkpoint import training_free
 from models.clip import Encoder
 from models.errors import ConfigError, DataError
 from models.evaluate import Captioned, Labels, Report, classify, compared, entities, retrieve
-from models.images import read_image
 from models.prepare import encode_samples
 from models.queries import Photos, Queries, Setting, encode_photos
 from models.reco import Reco, Route
@@ -84,7 +83,7 @@ def test_the_four_figures_are_those_computed_by_hand(reco: Reco, tar: Path, phot
     report = classify(reco, photos, Labels(LABELS, templates, reco.encoder), snapshot, SIDES)
     samples = [item for item in read_samples(tar, caption="{class}") if isinstance(item, Sample)]
     target = np.array([LABELS.index(item.caption) for item in samples])
-    pixels = np.stack([reco.encoder.preprocess(read_image(item.image)) for item in samples])
+    pixels = np.stack([reco.encoder.read(item.image) for item in samples])
     images = reco.embed(pixels, "image", snapshot, 2, exclude=[{item.id} for item in samples])
     for image, text, method in ((0, 0, "none"), (1, 0, "image, k 2"), (0, 1, "text, k 2"), (1, 1, "both, k 2")):
         labels = reco.embed_labels(LABELS, templates, snapshot if text else None, 2)

@@ -62,7 +62,7 @@ def test_the_table_sets_it_against_the_fusion_alone(encoder: Encoder, tmp_path: 
     memory = memory_of(tmp_path / "m", known, encoder.fingerprint)
     rival = Rival(pairs, lambda other: encode_photos(asked, other), Tuning(steps=25, batch=24, learning_rate=1e-3))
     recipe = Recipe(steps=2, batch=16, k=3, seeds=(0, 1))
-    bench = Bench(encoder, encode_photos(asked, encoder), labels, memory, memory, recipe, tmp_path, rival)
+    bench = Bench(encoder, encode_photos(asked, encoder), labels, memory, memory, recipe, tmp_path, rival=rival)
     fusion, whole = ablate(bench, tmp_path / "rows.jsonl")
     assert (len(fusion.shares), len(whole.shares)) == (2, 1)
     assert whole.shares[0] > 0.9

@@ -156,3 +156,30 @@ def test_flipped_bits_never_escape_as_another_error() -> None:
                 read_image(dirty.tobytes(), max_pixels=1_000_000)
             except (BrokenImage, ImageTooLarge, UnsupportedImage) as error:
                 assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "read"),
+    [
+        (1343, 1400, (1343, 1400)),
+        (1344, 1400, (672, 700)),
+        (4000, 3000, (1000, 750)),
+        (9000, 6000, (1125, 750)),
+        (20_000, 200, (20_000, 200)),
+    ],
+)
+def test_a_jpeg_far_larger_than_the_frame_is_decoded_at_a_smaller_scale(width: int, height: int, read: tuple[int, int]) -> None:
+    photo = encoded_as(picture(5, width, height), "JPEG")
+    assert read_image(photo, frame=(224, 224)).size == read
+    assert read_image(photo).size == (width, height)
+
+
+def test_a_smaller_scale_stands_upright_too() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert read_image(encoded_as(picture(5, 1600, 1400), "JPEG", exif=exif), frame=(224, 224)).size == (700, 800)
+
+
+def test_the_limit_is_of_what_the_header_says() -> None:
+    with pytest.raises(ImageTooLarge, match="1600x1400"):
+        read_image(encoded_as(picture(5, 1600, 1400), "JPEG"), max_pixels=2_000_000, frame=(224, 224))

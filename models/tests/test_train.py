@@ -1,23 +1,19 @@
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from index_store.build import build_version
+from index_store.errors import IncompatibleSnapshot
 from index_store.pairs import Pairs
-from index_store.store import Store
 from models.checkpoint import load_fusions
 from models.clip import Encoder
-from models.episodes import Episode, joined, look_up
-from models.errors import ConfigError, DataError, TrainingFailed
+from models.episodes import Episode, look_up
+from models.errors import ConfigError, DataError, EncoderUnavailable, TrainingFailed
 from models.fusion import build_fusions
 from models.loop import Learning, learn
-from models.prepare import encode_samples
 from models.reco import Reco
-from models.sources import read_samples
-from models.tests.small import encoded_as, memory_of, picture, tar_of, unit
+from models.tests.small import memory_of, tar_of, unit
 from models.train import accuracy, train
 from models.training_config import EpisodeConfig, TrainConfig
 
@@ -100,44 +96,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(episode: Episode, reco: Reco) -
         taught(episode, reco.encoder.dim, seed=0, scale=float("nan"), steps=2)
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    members: list[tuple[str, bytes | Mapping[str, object]]] = []
-    for row in range(24):
-        members += [(f"p{row}.jpg", encoded_as(picture(row % 8), "JPEG")), (f"p{row}.json", {"class": f"thing {row % 8}"})]
-    return tar_of(tmp_path / "photos.tar", [*members, ("broken.jpg", b"\xff\xd8\xff no"), ("broken.json", {"class": "none"})])
-
-
-@pytest.fixture
-def recipe(photos: Path, encoder: Encoder, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A configuration on disk, its memory built."""
-    samples = read_samples(photos, caption="a photo of {class}")
-    block = joined(list(encode_samples(samples, encoder, kinds={"image": "vector", "text": "vector"})))
-    store = Store(tmp_path / "store")
-    build_version(store, "things", "v1", [block], encoder=encoder.fingerprint, kinds={"image": "vector", "text": "vector"})
-    store.activate("things", "v1")
-    monkeypatch.setenv("PHOTOS", str(photos.parent))
-    path = tmp_path / "recipe.toml"
-    path.write_text(
-        f'''output = "{tmp_path}/made/fusion.safetensors"
-store = "{tmp_path}/store"
-model = "{configs}/tinyvit.json"
-pretrained = "random"
-device = "cpu"
-k = 3
-steps = 6
-batch = 16
-held_out = 0.25
-
-[[episodes]]
-sources = ["${{PHOTOS}}/photos.tar"]
-caption = "a photo of {{class}}"
-memory = "things@v1"
-'''
-    )
-    return path
-
-
 def test_a_configuration_becomes_a_checkpoint(recipe: Path, encoder: Encoder, capsys: pytest.CaptureFixture[str]) -> None:
     config = TrainConfig.read(recipe)
     summary = train(config)
@@ -185,3 +143,22 @@ def test_sources_that_give_nothing_are_named(recipe: Path, tmp_path: Path) -> No
         train(dataclasses.replace(config, episodes=(EpisodeConfig((str(empty),), "things", "{class}"),)))
     with pytest.raises(ConfigError, match="NOWHERE_TO_BE_FOUND"):
         train(dataclasses.replace(config, episodes=(EpisodeConfig(("${NOWHERE_TO_BE_FOUND}/x.tar",), "things"),)))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "error", "named"),
+    [
+        ("k = 3", "k = 25", ConfigError, r"k is 25, but things@v1 holds 24 pairs"),
+        ("a photo of {class}", "a thing", DataError, "things@v1: of 24 photos, 18 pairs to learn from have 1 different captions"),
+        ("held_out = 0.25", "held_out = 0.97", DataError, "1 pairs to learn from"),
+        ('pretrained = "random"', 'pretrained = "laion2b"', EncoderUnavailable, "laion2b"),
+        ("tinyvit.json", "tinymobile.json", IncompatibleSnapshot, "things@v1.*tinyvit"),
+    ],
+)
+def test_what_cannot_teach_is_refused_in_one_line(recipe: Path, before: str, after: str, error: type[Exception], named: str) -> None:
+    text = recipe.read_text()
+    assert before in text
+    recipe.write_text(text.replace(before, after, 1))
+    with pytest.raises(error, match=named) as refused:
+        train(TrainConfig.read(recipe))
+    assert "\n" not in str(refused.value)

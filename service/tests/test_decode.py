@@ -1,4 +1,4 @@
-"""Decoder over real encoded images, with a preprocess that is as small as it gets."""
+"""Decoder over real encoded images, with a frame that is as small as it gets."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from models.errors import BrokenImage, ImageError, ImageTooLarge, UnsupportedImage
+from models.images import read_image
 from service.decode import Decoder
 from service.errors import NotServing
 
@@ -20,8 +21,8 @@ SIDE = 8
 rng = np.random.default_rng(7)
 
 
-def shrink(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.resize((SIDE, SIDE))).transpose(2, 0, 1)
+def shrink(data: bytes) -> np.ndarray:
+    return np.asarray(read_image(data, max_pixels=1_000_000).resize((SIDE, SIDE))).transpose(2, 0, 1)
 
 
 def encoded(kind: str, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> bytes:
@@ -43,7 +44,7 @@ def png_claiming(width: int, height: int) -> bytes:
 
 def decode_all(*images: bytes, workers: int = 2) -> list[np.ndarray | BaseException]:
     async def scenario() -> list[np.ndarray | BaseException]:
-        decoder = Decoder(shrink, max_pixels=1_000_000, workers=workers)
+        decoder = Decoder(shrink, workers=workers)
         try:
             return await asyncio.gather(*(decoder.decode(image) for image in images), return_exceptions=True)
         finally:
@@ -78,13 +79,13 @@ def test_a_bad_image_fails_alone_and_the_others_keep_their_places() -> None:
     for (_, kind), outcome in zip(bad, outcomes[3:7], strict=True):
         assert isinstance(outcome, kind)
     for data, outcome in zip(good, outcomes[:3] + outcomes[7:], strict=True):
-        np.testing.assert_array_equal(outcome, shrink(Image.open(io.BytesIO(data))))
+        np.testing.assert_array_equal(outcome, shrink(data))
 
 
 def test_at_most_workers_images_are_decoded_at_a_time_and_callers_who_left_are_skipped() -> None:
     gate, lock, inside, most, seen = threading.Event(), threading.Lock(), 0, 0, 0
 
-    def slow(image: Image.Image) -> np.ndarray:
+    def slow(data: bytes) -> np.ndarray:
         nonlocal inside, most, seen
         with lock:
             inside, seen = inside + 1, seen + 1
@@ -92,10 +93,10 @@ def test_at_most_workers_images_are_decoded_at_a_time_and_callers_who_left_are_s
         assert gate.wait(20)
         with lock:
             inside -= 1
-        return shrink(image)
+        return shrink(data)
 
     async def scenario() -> None:
-        decoder = Decoder(slow, max_pixels=10_000, workers=3)
+        decoder = Decoder(slow, workers=3)
         callers = [asyncio.create_task(decoder.decode(encoded("PNG"))) for _ in range(10)]
         while seen < 3:  # noqa: ASYNC110  set by the decoding threads
             await asyncio.sleep(0.001)
@@ -112,7 +113,7 @@ def test_at_most_workers_images_are_decoded_at_a_time_and_callers_who_left_are_s
 
 def test_a_closed_decoder_refuses() -> None:
     async def scenario() -> None:
-        decoder = Decoder(shrink, max_pixels=10_000, workers=1)
+        decoder = Decoder(shrink, workers=1)
         admitted = asyncio.create_task(decoder.decode(encoded("PNG")))
         await asyncio.sleep(0)
         decoder.close()

@@ -1,0 +1,49 @@
+"""Single-photo requests, as many at a time as asked for, each sent when the one before it is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+import numpy as np
+
+from loadtests.calls import Call, Reply, Unexpected, open_client, send
+from loadtests.gauges import account, image_totals, samples
+
+__all__ = ["closed_loop", "slope"]
+
+
+async def closed_loop(url: str, calls: Sequence[Call], concurrency: int, seconds: float, warmup: float) -> dict[str, Any]:
+    """Images per second, and what the service says it did meanwhile."""
+    ends: list[float] = []
+    bad: list[Reply] = []
+
+    async def work(client: httpx.AsyncClient, turn: int, until: float) -> None:
+        while time.perf_counter() < until:
+            reply = await send(client, calls[turn % len(calls)])
+            if reply.status != 200 or bad:
+                bad.append(reply)
+                return
+            ends.append(time.perf_counter())
+            turn += concurrency
+
+    async with open_client(url) as client:
+        before, cpu, start = image_totals(await samples(client)), time.process_time(), time.perf_counter()
+        async with asyncio.TaskGroup() as tasks:
+            for worker in range(concurrency):
+                tasks.create_task(work(client, worker, start + warmup + seconds))
+        cpu, after = time.process_time() - cpu, image_totals(await samples(client))
+    if bad:
+        raise Unexpected(f"{calls[0].path}: {bad[0].status} {bad[0].content[:300]!r}")
+    counted = [end for end in ends if start + warmup <= end <= start + warmup + seconds]
+    if len(counted) < 2 * concurrency:
+        raise Unexpected(f"{calls[0].path}: {len(counted)} replies in {seconds:g} s are too few to measure: give more --seconds")
+    return {"images_per_s": slope(counted), **account(before, after), "client_cpu_ms_per_image": round(1000 * cpu / len(ends), 2)}
+
+
+def slope(ends: Sequence[float]) -> float:
+    """Replies per second by least squares: they come in bursts of a batch, and counting between two cuts would err by a burst."""
+    return float(np.polyfit(np.asarray(ends) - ends[0], np.arange(len(ends)), 1)[0])

@@ -1,0 +1,43 @@
+"""Look up the neighbours of a version's own pairs as `reco train` does, say how long it took: the child process of `train`."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+from index_store.pairs import SIDES, Side
+from index_store.store import Store
+from models.checkpoint import untrained_fusions
+from models.clip import Encoder, EncoderSpec
+from models.episodes import Asking, Episode
+from models.prepared import look_up_prepared, prepare_pairs
+from models.reco import Reco
+from models.streams import Encoding
+
+K = 10
+LIMITS: dict[Side, float | None] = {"image": 0.98, "text": None}  # as a [[episodes]] table has them unless it says otherwise
+NAME, VERSION = "bench", "v1"
+
+
+def looked_up(store: Path, prepared: Path, model: Path) -> tuple[Episode, float]:
+    """The episode, and the seconds that its neighbours took.  model: open_clip's JSON of an encoder with random weights."""
+    encoder = Encoder.load(EncoderSpec(str(model), "random", device="cpu"))
+    file = untrained_fusions(encoder.dim, k=K)
+    reco = Reco(encoder, file.fusions, file.fusion_id, file.k)
+    snapshot = Store(store).open(NAME, VERSION, encoder=encoder.fingerprint)
+    pairs = prepare_pairs(prepared, [store / NAME / VERSION], Encoding(encoder, dict.fromkeys(SIDES, "vector")))
+    begun = time.perf_counter()
+    episode = look_up_prepared(prepared, pairs, Asking(snapshot, reco, K, LIMITS))
+    return episode, time.perf_counter() - begun
+
+
+def main(store: str, prepared: str, model: str) -> None:
+    """Print seconds, and the most megabytes that this process ever had in memory, mapped files included, as JSON."""
+    _, seconds = looked_up(Path(store), Path(prepared), Path(model))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    print(json.dumps({"seconds": round(seconds, 2), "peak_mb": round(peak, 1)}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
