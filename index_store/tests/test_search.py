@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from index_store.errors import QueryRefused
+from index_store.limits import FEW
 from index_store.pairs import Id, Pairs
 from index_store.snapshot import Snapshot
 from index_store.tests.small import opened, some_pairs, unit, unit_rows
@@ -96,6 +97,17 @@ def test_a_crowd_wider_than_any_index_search_is_scanned(tmp_path: Path) -> None:
     found = snapshot.retrieve(image[:2], "image", 10, max_similarity=0.99)
     assert found.mask.sum(axis=1).tolist() == [3, 3]
     assert set(found.ids[0, :3].tolist()) == set(pairs.ids[-3:].tolist())
+
+
+def test_lists_of_any_length_exclude_what_they_name(tmp_path: Path) -> None:
+    pairs = some_pairs(100, D)
+    snapshot = opened(tmp_path, pairs)
+    lists = [pairs.ids[:FEW].tolist(), pairs.ids[: FEW + 1].tolist(), [], pairs.ids[90:].tolist()]
+    found = snapshot.retrieve(pairs.image[:4], "image", 20, exclude=lists)
+    for row, names in enumerate(lists):
+        allowed = ~np.isin(pairs.ids, names)
+        scores = np.where(allowed, pairs.image.astype(np.float32) @ pairs.image[row].astype(np.float32), -9)
+        assert found.ids[row].tolist() == pairs.ids[np.argsort(-scores)[:20]].tolist()
 
 
 def test_everything_excluded_is_no_neighbour(tmp_path: Path) -> None:
