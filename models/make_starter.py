@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def make_starter(data: Path, work: Path, out: Path) -> None:
-    """Everything, top to bottom. What an earlier run kept in `work`, features and encoder, is not made again."""
+    """Everything, top to bottom. What an earlier run kept in `work`, features and encoder, is not made again; both fusions are kept too."""
     raw = Encoder.load(EncoderSpec("starter", "random", device="cpu"))
     load_trunk(raw, data)
     everything = read_all(raw, data, work / "features")
@@ -91,6 +91,8 @@ def make_starter(data: Path, work: Path, out: Path) -> None:
         candidates = teach(encoder, everything, Path(folder))
         snapshots = memories(memory, Path(folder))
         figures = {name: grocery(encoder, file, everything.grocery_test, snapshots) for name, file in candidates.items()}
+    for name, file in candidates.items():
+        save_fusions(work / f"{name}.safetensors", file.fusions, encoder=encoder.fingerprint, k=file.k, card=file.card)
     gains = [figures["learned"][key]["both"] - figures["rule"][key]["both"] for key in snapshots]
     shipped = "learned" if min(gains) > NOISE else "rule"
     chosen = candidates[shipped]
