@@ -59,11 +59,12 @@ def test_preprocessing_is_open_clips(tower: tuple[Encoder, Any], size: tuple[int
 def test_a_large_jpeg_decoded_small_has_the_vector_of_the_whole() -> None:
     """With trained weights: random ones would see no difference."""
     encoder = Encoder.load(EncoderSpec(device="cpu"))
-    tiles = [Image.fromarray(getattr(data, name)()).resize((480, 480)) for name in ("astronaut", "chelsea", "coffee", "rocket")]
+    retina, *others = (Image.fromarray(getattr(data, name)()) for name in ("retina", "astronaut", "chelsea", "coffee", "rocket"))
+    tiles = [photo.resize((480, 480)) for photo in others]
     busy = Image.new("RGB", (1920, 1920))
     for place in range(16):
         busy.paste(tiles[(place + place // 4) % 4], (place % 4 * 480, place // 4 * 480))
-    for photo in (Image.fromarray(data.retina()), busy, tiles[0].resize((4000, 3000))):
+    for photo in (retina, busy, tiles[0].resize((4000, 3000))):
         jpeg = encoded_as(photo, "JPEG", quality=90)
         assert read_image(jpeg, frame=encoder.image_size).width < photo.width
         both = encoder.encode(np.stack([encoder.read(jpeg), encoder.preprocess(read_image(jpeg))]), "image")
