@@ -106,11 +106,12 @@ def _check_rows(what: str, rows: np.ndarray, pairs: int) -> None:
     if rows.dtype not in (np.float16, np.float32):
         raise PairsRefused(f"{what} must be float16 or float32, not {rows.dtype}")
     exact = widened(rows)
-    lengths = np.sqrt(np.einsum("nd,nd->n", exact, exact))  # (N,), nan or inf where a row is not finite
+    lengths = np.sqrt(np.einsum("nd,nd->n", exact, exact))  # (N,), far from 1 where a row is not finite
     wrong = np.flatnonzero(~(np.abs(lengths - 1.0) <= NORM_TOLERANCE))
     if len(wrong):
         row = int(wrong[0])
-        raise PairsRefused(f"{what}: row {row} has length {lengths[row]:.4g}, not 1: normalise it, or drop the pair")
+        length = np.linalg.norm(rows[row].astype(np.float32))  # widened() makes large numbers of halves that are not finite
+        raise PairsRefused(f"{what}: row {row} has length {length:.4g}, not 1: normalise it, or drop the pair")
 
 
 def _check_records(records: Sequence[Mapping[str, Any]], pairs: int) -> None:

@@ -3,11 +3,20 @@
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from index_store.durable import READ_THREADS, alone, replace_text, writing
-from index_store.errors import DamagedVersion, NameRefused, StoreBusy, StoreUnwritable, UnknownMemory, UnknownVersion
+from index_store.errors import (
+    DamagedVersion,
+    IncompatibleSnapshot,
+    NameRefused,
+    StoreBusy,
+    StoreUnwritable,
+    UnknownMemory,
+    UnknownVersion,
+)
 from index_store.journal import SUFFIX, read_records
 from index_store.manifest import FILE_NAME, Manifest, read_manifest
 from index_store.overlay import replayed, seal_of
@@ -111,9 +120,15 @@ class Store:
                 shutil.rmtree(leftover)
 
     def prune(self, name: str, keep: int) -> list[str]:
-        """Delete all but the newest `keep` versions, the current and the previous one aside; the names of those deleted."""
-        served = set(self._pointer_if_whole(name))
-        old = [version for version in self.versions(name)[: -keep or None] if version not in served]
+        """Delete all but the `keep` versions built last, the current and the previous one aside; the names of those deleted.
+
+        What cannot be read is left alone: nobody knows how old it is.
+        """
+        served, built = set(self._pointer_if_whole(name)), []
+        for version in self.versions(name):
+            with suppress(DamagedVersion, IncompatibleSnapshot):
+                built.append((self.manifest(name, version).created, version))
+        old = [version for _, version in sorted(built)[: -keep or None] if version not in served]
         for version in old:
             self.delete(name, version)
         return old

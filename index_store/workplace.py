@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from index_store.durable import writing
+from index_store.durable import make_folder, writing
 from index_store.errors import PairsRefused, StoreBusy, StoreUnwritable, VersionExists
 
 LOCK = ".lock"  # held by the living builder; the kernel lets go when it dies, so a dead one's leftover is told apart
@@ -35,7 +35,8 @@ def workplace(memory: Path, version: str) -> Iterator[Path]:
     """
     work = partial(memory, version)
     with writing(f"{memory.name}/{version}"):
-        work.mkdir(parents=True, exist_ok=True)
+        make_folder(memory)
+        work.mkdir(parents=True, exist_ok=True)  # a builder that gives up may take the folder away in between
         lock = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _own(lock, work, f"{memory.name}@{version}")

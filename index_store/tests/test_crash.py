@@ -98,6 +98,21 @@ def test_the_leftover_of_a_dead_builder_is_cleared(tmp_path: Path) -> None:
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if "partial" in str(path)) == []
 
 
+def test_every_new_name_on_the_way_to_a_version_is_synced_before_the_build_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut may otherwise take away the folder of a memory, and with it a version that was reported as built."""
+    synced: list[int] = []
+    real = os.fsync
+
+    def watched(descriptor: int) -> None:
+        real(descriptor)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    built(tmp_path / "var" / "store", some_pairs(5))
+    for folder in (tmp_path, tmp_path / "var", tmp_path / "var" / "store", tmp_path / "var" / "store" / "things"):
+        assert folder.stat().st_ino in synced, folder.name
+
+
 def test_a_leftover_held_by_the_living_is_left_alone(tmp_path: Path) -> None:
     partial = tmp_path / "things" / ".v1.partial"
     partial.mkdir(parents=True)

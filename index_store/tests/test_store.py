@@ -1,3 +1,4 @@
+import dataclasses
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -115,6 +116,23 @@ def test_version_names_count_on(tmp_path: Path) -> None:
     assert labels[25:28] == ["2026-11-22z", "2026-11-22za", "2026-11-22zb"]
     assert sorted(labels) == labels
     assert store.versions("things") == labels
+
+
+def test_pruning_goes_by_when_a_version_was_built_whatever_it_is_called(tmp_path: Path) -> None:
+    store, built_at = Store(tmp_path), ["2026-11-23", "2026-11-26", "2026-11-24", "2026-11-25"]
+    for version, day in zip(("monday", "friday", "wednesday", "tuesday"), built_at, strict=True):
+        manifest = built(tmp_path, some_pairs(5), version)
+        aged = dataclasses.replace(manifest, created=f"{day}T09:00:00+00:00")
+        (tmp_path / "things" / version / "manifest.json").write_text(aged.to_json())
+    store.activate("things", "monday")
+    assert store.prune("things", 1) == ["wednesday", "tuesday"]
+    assert store.versions("things") == ["friday", "monday"]
+
+
+def test_pruning_leaves_alone_what_it_cannot_read(store: Store) -> None:
+    (store.root / "things" / "v1" / "manifest.json").write_text("{}")
+    assert store.prune("things", 1) == ["v2"]
+    assert store.versions("things") == ["v1", "v3"]
 
 
 def test_readers_never_see_half_a_pointer(store: Store) -> None:
