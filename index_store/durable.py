@@ -38,8 +38,11 @@ def digests(root: Path, names: Sequence[str]) -> dict[str, dict[str, str | int]]
 
 
 def first_difference(one: str, another: str) -> tuple[int, int] | None:
-    """(first, last byte) of the first run of blocks whose CRCs differ, None where all agree.  one, another: `crc32` of two digests."""
-    cuts = range(0, min(len(one), len(another)), CRC_DIGITS)
+    """(first, last byte) of the first run of blocks whose CRCs differ, None where all agree.  one, another: `crc32` of two digests.
+
+    A block that only one of them has differs.
+    """
+    cuts = range(0, max(len(one), len(another)), CRC_DIGITS)
     wrong = [at // CRC_DIGITS for at in cuts if one[at : at + CRC_DIGITS] != another[at : at + CRC_DIGITS]]
     if not wrong:
         return None

@@ -112,14 +112,14 @@ def _fault(path: Path, name: str, expected: Mapping[str, Any]) -> str | None:
         found = digest(path / name)
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
-    if found["bytes"] != expected["bytes"]:
-        return f"{name} has {found['bytes']} bytes, the manifest says {expected['bytes']}"
-    if found["sha256"] == expected["sha256"]:
+    there, wanted = int(found["bytes"]), int(expected["bytes"])
+    if found["sha256"] == expected["sha256"] and there == wanted:
         return None
+    size = "" if there == wanted else f"has {there} bytes, the manifest says {wanted}, and "
     where = first_difference(str(found["crc32"]), expected["crc32"])
     if where is None:
-        return f"{name} does not have the sha256 of its manifest"
-    return f"{name} differs in bytes {where[0]}-{min(where[1], expected['bytes'] - 1)}"
+        return f"{name} {size}does not have the sha256 of its manifest"
+    return f"{name} {size}differs in bytes {where[0]}-{min(where[1], max(there, wanted) - 1)}"
 
 
 def _seal(manifest: Manifest) -> str:

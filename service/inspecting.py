@@ -21,20 +21,25 @@ Args = argparse.Namespace
 
 
 def list_memories(args: Args) -> None:
-    """reco memory list: a table of every version."""
+    """reco memory list: a table of every version; why one cannot be read is told below it."""
     store = Store(read(vars(args), args.config).store)
-    rows = [("memory", "version", "", "pairs", "index", "recall@10", "mapped", "resident", "age", "encoder")]
+    rows: list[tuple[str, ...]] = [("memory", "version", "", "pairs", "index", "recall@10", "mapped", "resident", "age", "encoder")]
+    reasons = []
     for name in store.names():
         serving = _current(store, name)
         for version in store.versions(name):
-            found, mark = store.manifest(name, version), "current" if version == serving else ""
-            tiers = [size(found.bytes[tier]) for tier in ("mapped", "resident")]
-            recall = f"{min(found.recall[side] for side in SIDES):.3f}"
-            rows.append((name, version, mark, f"{found.pairs:,}", found.index["recipe"], recall, *tiers, age(found.created), found.encoder))
+            mark = "current" if version == serving else ""
+            try:
+                rows.append((name, version, mark, *_facts(store.manifest(name, version))))
+            except StoreError as error:
+                rows.append((name, version, mark, "not readable", *[""] * 6))
+                reasons.append(str(error))
     if len(rows) == 1:
         print(f"no memory in {store.root}: build one with `reco memory build NAME SOURCE`", file=sys.stderr)
         return
     print(_table(rows))
+    for reason in reasons:
+        print(reason, file=sys.stderr)
 
 
 def show(args: Args) -> None:
@@ -54,16 +59,15 @@ def show(args: Args) -> None:
 
 
 def verify(args: Args) -> None:
-    """reco memory verify: every byte, then the probe queries."""
-    from index_store import Snapshot
-
+    """reco memory verify: every byte, of its edits too, then the probe queries."""
     store = Store(read(vars(args), args.config).store)
     name, version = _parts(store, args.ref)
     store.verify(name, version)
     manifest = store.manifest(name, version)
-    recall = Snapshot.open(store.path(name, version), encoder=manifest.encoder).prove()
+    snapshot = store.open(name, version, encoder=manifest.encoder)
+    recall = snapshot.prove()
     print(
-        f"{manifest.ref}: {len(manifest.files)} files, {size(manifest.bytes['mapped'])}, as they were written; "
+        f"{snapshot.ref}: {len(manifest.files)} files, {size(manifest.bytes['mapped'])}, as they were written; "
         f"recall@10 image {recall['image']:.3f}, text {recall['text']:.3f}"
     )
 
@@ -94,6 +98,13 @@ def age(created: str, now: datetime | None = None) -> str:
         if seconds >= length:
             return f"{seconds // length:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
+
+
+def _facts(manifest: Manifest) -> tuple[str, ...]:
+    """What the list tells of one version."""
+    tiers = [size(manifest.bytes[tier]) for tier in ("mapped", "resident")]
+    recall = f"{min(manifest.recall[side] for side in SIDES):.3f}"
+    return f"{manifest.pairs:,}", manifest.index["recipe"], recall, *tiers, age(manifest.created), manifest.encoder
 
 
 def _described(manifest: Manifest, current: bool) -> list[tuple[str, str]]:

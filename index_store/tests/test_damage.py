@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,40 @@ def test_damage_is_refused_in_one_line_that_names_the_file(version: Path, file: 
     assert file in message
     assert "\n" not in message
     assert str(version.parent.parent) not in message
+
+
+def small_blocks(patch: pytest.MonkeyPatch) -> None:
+    """A checksum for every 64 bytes, as one of 16 MiB has for files a quarter of a million times as large."""
+    for owner in ("index_store.durable", "index_store.manifest"):
+        patch.setattr(f"{owner}.BLOCK_BYTES", 64)
+    patch.setattr("index_store.durable.CHUNK_BYTES", 64)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != FILE_NAME])
+def test_verifying_names_the_first_wrong_bytes_of_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    small_blocks(monkeypatch)
+    built(tmp_path, some_pairs(80, key_width=20), index="IVF2,Flat", shard_pairs=40)
+    path = tmp_path / "things" / "v1" / file
+    whole = path.read_bytes()
+
+    def named() -> tuple[int, int]:
+        with pytest.raises(DamagedVersion) as refused:
+            Store(tmp_path).verify("things", "v1")
+        found = re.search(
+            rf"^things@v1: {file} (?:has \d+ bytes, the manifest says {len(whole)}, and )?differs in bytes (\d+)-(\d+):", str(refused.value)
+        )
+        assert found is not None, refused.value
+        return int(found[1]), int(found[2])
+
+    for place in (3, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        assert named() == (place // 64 * 64, min(place // 64 * 64 + 63, len(whole) - 1))
+        path.write_bytes(whole[:place])
+        assert named() == (place // 64 * 64, len(whole) - 1)
+    path.write_bytes(whole + bytes(100))
+    assert named() == (len(whole) // 64 * 64, len(whole) + 99)
+    path.write_bytes(whole)
+    Store(tmp_path).verify("things", "v1")
 
 
 def forge(version: Path, file: str, change: Callable[[np.ndarray], np.ndarray]) -> None:

@@ -25,7 +25,11 @@ def test_a_large_file_has_a_sum_for_each_block(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "blocks"), [("abc", None), ("Abc", (0, 0)), ("aBc", (1, 1)), ("aBC", (1, 2)), ("AbC", (0, 0)), ("ABC", (0, 2))]
+    ("found", "blocks"),
+    [
+        *(("abc", None), ("Abc", (0, 0)), ("aBc", (1, 1)), ("aBC", (1, 2)), ("AbC", (0, 0)), ("ABC", (0, 2))),
+        *(("ab", (2, 2)), ("a", (1, 2)), ("", (0, 2)), ("abcd", (3, 3)), ("Ab", (0, 0)), ("aB", (1, 2))),  # cut, or longer
+    ],
 )
 def test_the_first_run_of_wrong_blocks(found: str, blocks: tuple[int, int] | None) -> None:
     sums = ["".join(letter * 8 for letter in text) for text in (found, "abc")]

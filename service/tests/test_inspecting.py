@@ -1,0 +1,63 @@
+"""`reco memory list`, `show` and `verify` as a user types them, on stores that are not all as they should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from index_store import Store
+from index_store.edits import Editor
+from index_store.tests.small import ENCODER, built, some_pairs
+from service.tests.conftest import one_line, reco
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """things@v1, current and edited once, and things@v2."""
+    for version in ("v1", "v2"):
+        built(tmp_path, some_pairs(30), version)
+    Store(tmp_path).activate("things", "v1")
+    editor = Editor.open(Store(tmp_path), "things", encoder=ENCODER)
+    editor.put(some_pairs(2, first=100))
+    editor.put(some_pairs(2, first=200))
+    editor.close()
+    return Store(tmp_path)
+
+
+def test_one_version_that_cannot_be_read_hides_no_other(store: Store) -> None:
+    (store.root / "things" / "v2" / "manifest.json").write_text('{"format": 99}')
+    built(store.root, some_pairs(7), "v1", name="others")
+    done = reco("memory", "list", "--store", str(store.root))
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert rows[0][:3] == ["memory", "version", "pairs"]
+    assert [row[:2] for row in rows[1:]] == [["others", "v1"], ["things", "v1"], ["things", "v2"]]
+    assert rows[1][2] == "7"
+    assert rows[2][2:4] == ["current", "30"]
+    assert rows[3][2:4] == ["not", "readable"]
+    assert "things@v2: manifest.json has format 99, this program reads format 2: upgrade it" in done.stderr
+
+
+def test_verify_reads_the_edits_too(store: Store) -> None:
+    asked = ("memory", "verify", "things@v1", "--store", str(store.root))
+    assert reco(*asked).stdout.startswith("things@v1+2: ")
+    journal = store.journal("things", "v1")
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    told = one_line(reco(*asked), 1)
+    assert "things/v1.journal: bytes 56 to " in told
+    assert "are damaged, and acknowledged edits follow: restore the file from a copy" in told
+
+
+@pytest.mark.parametrize("damage", ["altered", "cut"])
+def test_verify_names_file_and_bytes(store: Store, damage: str) -> None:
+    file = store.root / "things" / "v2" / "shard-0000" / "text.npy"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] if damage == "cut" else whole[:200] + b"\0\xff" + whole[202:])
+    told = one_line(reco("memory", "verify", "things@v2", "--store", str(store.root)), 1)
+    assert (
+        f"things@v2: shard-0000/text.npy {'has 1087 bytes, the manifest says 1088, and ' * (damage == 'cut')}differs in bytes 0-1087"
+        in told
+    )
+    assert told.endswith(": restore or rebuild the version")
