@@ -15,6 +15,7 @@ from service.errors import NotFound
 from service.metrics import Metrics
 
 KEPT_JOBS = 200
+SWAP_PHASES = 7  # budget, verify, prove, labels, drift, point, publish
 
 State = Literal["running", "done", "failed"]
 Kind = Literal["swap", "compact"]
@@ -24,7 +25,7 @@ Kind = Literal["swap", "compact"]
 class Job:
     """A swap or a compaction; replaced, never changed, as it goes on.
 
-    progress: share of the pairs written, of a compaction.  recall: of the probes, per side.
+    progress: share of the pairs written by a compaction, of its phases done by a swap.  recall: of the probes, per side.
     drift: per side, cosines between recent queries' vectors under the old and the new snapshot.
     edits_left: online edits of the retired version that the new one does not have; a rollback brings them back.
     """
@@ -83,3 +84,5 @@ class Jobs:
             self._metrics.memory_swap_duration_seconds.labels(phase).observe(spent)
             if job_id in self._jobs:
                 self.note(job_id, seconds={**self._jobs[job_id].seconds, phase: round(spent, 6)})
+        if job_id in self._jobs and self._jobs[job_id].kind == "swap":
+            self.note(job_id, progress=round(len(self._jobs[job_id].seconds) / SWAP_PHASES, 2))

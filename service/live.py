@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from index_store import Memory, Snapshot, Store
 from index_store.edits import Editor
 from index_store.errors import DamagedVersion, StoreBusy, StoreError, UnknownVersion
+from index_store.repeats import repeated
 from service.budget import afford
 from service.errors import NotServing, RetiredVersion
 from service.metrics import Metrics
@@ -120,12 +121,18 @@ class LiveMemories:
         self._store.verify(name, version, threads=1)
 
     def drop_compacted(self, name: str) -> None:
-        """Delete what earlier compactions made and nothing points at any more: they repeat, and a disk is finite. Blocking."""
-        served = {self._store.current(name), self._store.previous(name)}
-        for version in self._store.versions(name):
-            if version not in served and "compacted" in self._store.manifest(name, version).source:
+        """Delete what earlier compactions made and others repeat to the last edit, since a disk is finite. Blocking.
+
+        Neither what is served nor what a rollback goes to. A failure is logged: the compaction itself has succeeded.
+        """
+        try:
+            pointed = {self._store.current(name), self._store.previous(name)}
+            served = {self._live[name].current.manifest.version, *filter(None, pointed)}
+            for version in repeated(self._store, name, served):
                 self._store.delete(name, version)
-                log.info("%s@%s was made by a compaction and has been replaced since: deleted", name, version)
+                log.info("%s@%s was made by a compaction, and a later one holds all of it: deleted", name, version)
+        except StoreError as error:
+            log.warning("%s: what earlier compactions left stays: %s", name, error)
 
     def point(self, name: str, version: str) -> None:
         """Make it the one that the next start serves. Blocking."""

@@ -85,7 +85,7 @@ class Swaps:
         outcome = "dry_run" if job.dry_run else "done" if job.kind == "swap" else "compacted"
         try:
             await work
-            self._jobs.note(job.id, state="done", phase="done")
+            self._jobs.note(job.id, state="done", phase="done", progress=1.0)
         except Exception as error:
             outcome, known = "failed", isinstance(error, StoreError)
             self._jobs.note(job.id, state="failed", error=str(error) if known else "internal error: see the service's log")

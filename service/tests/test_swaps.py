@@ -1,0 +1,159 @@
+"""Swaps and compactions of real memories without a model: what a job tells, and what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from index_store import Snapshot, Store
+from index_store.tests.small import ENCODER, built, some_pairs
+from service.jobs import Job, Jobs
+from service.live import LiveMemories
+from service.metrics import Metrics
+from service.swaps import Swaps
+
+DRIFT = {"image": {"mean": 0.9, "p5": 0.8, "queries": 7}}
+
+
+async def no_labels(_: Snapshot) -> None:
+    """No label set is stored."""
+
+
+class World:
+    """things@v1 is served, v2 is there too."""
+
+    def __init__(self, root: Path, budget: int = 1 << 40) -> None:
+        for version in ("v1", "v2"):
+            built(root, some_pairs(30), version)
+        self.store, metrics = Store(root), Metrics(version="0", torch="0", faiss="0")
+        self.store.activate("things", "v1")
+        self.live = LiveMemories(self.store, encoder=ENCODER, fusion="none", default="things", budget=budget, devices=(), metrics=metrics)
+        self.jobs = Jobs(metrics)
+        self.swaps = Swaps(self.live, self.jobs, prepare=no_labels, drift=lambda old, new: DRIFT, metrics=metrics)
+
+    async def ended(self, job: Job) -> Job:
+        while self.jobs.get(job.id).state == "running":  # noqa: ASYNC110  jobs are polled, here as over HTTP
+            await asyncio.sleep(0.001)
+        return self.jobs.get(job.id)
+
+    async def swapped(self, version: str) -> Job:
+        return await self.ended(self.swaps.swap("things", version))
+
+    async def compacted(self) -> Job:
+        return await self.ended(self.swaps.compact("things"))
+
+    async def edited(self, first: int) -> None:
+        await self.live.edit("things", lambda editor: editor.put(some_pairs(2, first=first)))
+
+    def run(self, story: Callable[[], Awaitable[None]]) -> None:
+        async def told() -> None:
+            await story()
+            await self.swaps.close()
+            self.live.close()
+
+        asyncio.run(told())
+
+
+def test_a_compaction_beside_a_version_that_cannot_be_read(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    (tmp_path / "things" / "v2" / "manifest.json").write_text("{}")
+
+    async def story() -> None:
+        await world.edited(100)
+        job = await world.compacted()
+        assert (job.state, job.error) == ("done", None)
+        assert world.live.resolve("things").ref == f"things@{job.version}"
+
+    world.run(story)
+
+
+def test_compactions_leave_only_what_a_rollback_needs(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    async def story() -> None:
+        made = []
+        for turn in range(3):
+            await world.edited(100 + turn)
+            made.append((await world.compacted()).version)
+        assert world.store.versions("things") == [*map(str, made[1:]), "v1", "v2"]
+
+    world.run(story)
+
+
+def test_edits_that_a_rollback_left_behind_outlive_compactions(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    async def story() -> None:
+        await world.edited(100)
+        folded = str((await world.compacted()).version)
+        await world.edited(200)
+        back = await world.swapped("v1")
+        assert (back.retired, back.edits_left) == (f"things@{folded}+1", 1)
+        await world.edited(300)
+        await world.compacted()
+        again = await world.swapped(folded)
+        assert again.state == "done", again.error
+        assert world.live.resolve("things").ref == f"things@{folded}+1"
+        assert len(world.live.resolve("things")) == 34
+
+    world.run(story)
+
+
+def test_a_swap_beyond_the_budget_is_refused_with_the_numbers_and_nothing_is_loaded(tmp_path: Path) -> None:
+    held = 30 * 16 * 4 * 2
+    world = World(tmp_path, budget=2 * held)
+    built(tmp_path, some_pairs(31), "large")
+    before = Snapshot.alive()
+
+    async def story() -> None:
+        job = await world.swapped("large")
+        assert job.state == "failed"
+        assert job.error == (
+            f"things@large needs {31 * 16 * 4 * 2:,} bytes resident beside the {held:,} held, the budget is {2 * held:,}: "
+            "raise memory_budget_bytes, or build it with a mapped index (--index auto or IVF…,SQfp16)"
+        )
+        assert list(job.seconds) == ["budget"]
+        assert (world.live.resolve("things").ref, world.store.current("things")) == ("things@v1", "v1")
+        assert Snapshot.alive() == before
+        assert (await world.swapped("v2")).state == "done"
+
+    world.run(story)
+
+
+def test_a_dry_run_tells_recall_and_drift_and_changes_nothing(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    async def story() -> None:
+        job = await world.ended(world.swaps.swap("things", "v2", dry_run=True))
+        assert (job.state, job.recall, job.drift) == ("done", {"image": 1.0, "text": 1.0}, DRIFT)
+        assert job.seconds.keys() == {"budget", "verify", "prove", "labels", "drift"}
+        assert (world.live.resolve("things").ref, world.store.current("things")) == ("things@v1", "v1")
+
+    world.run(story)
+
+
+def test_a_swap_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, seen = World(tmp_path), list[tuple[str, float | None]]()
+    note = world.jobs.note
+
+    def noted(job_id: str, **changes: object) -> None:
+        note(job_id, **changes)
+        job = world.jobs.get(job_id)
+        seen.append((job.phase, job.progress))
+
+    monkeypatch.setattr(world.jobs, "note", noted)
+
+    async def story() -> None:
+        assert (await world.swapped("v2")).progress == 1
+
+    world.run(story)
+    shares = [share or 0.0 for _, share in seen]
+    assert shares == sorted(shares)
+    assert len({*shares}) == 8
+    assert list(dict.fromkeys(phase for phase, _ in seen)) == [
+        *("budget", "verify", "prove", "labels", "drift", "point", "publish"),
+        "done",
+    ]
