@@ -62,8 +62,8 @@ class Clone:
 
     def __init__(self, index: faiss.Index, owner: Owner) -> None:
         self.d, self.ntotal = index.d, index.ntotal
-        self.wrapped = isinstance(index, faiss.IndexPreTransform)
-        self._lists = faiss.try_extract_index_ivf(index) is not None
+        self.shells = shells(index)
+        self._heeds = bool(self.shells) or faiss.try_extract_index_ivf(index) is not None
         self._owner = owner
         self._held = [owner.submit(owner.clone, index).result()]  # in a list that the last act can empty
         weakref.finalize(self, _free, owner, self._held).atexit = False
@@ -75,7 +75,7 @@ class Clone:
 
     def begin(self, queries: np.ndarray, k: int, params: Any) -> Future[Any]:
         """The same, not waited for."""
-        return self._owner.submit(self._held[0].search, queries, k, params=params if self._lists else None)
+        return self._owner.submit(self._held[0].search, queries, k, params=params if self._heeds else None)
 
 
 class Abreast:
@@ -93,6 +93,16 @@ class Abreast:
         rows = np.hstack([np.where(rows >= 0, rows + start, -1) for (_, rows), start in zip(found, self._starts, strict=False)])
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+
+def shells(index: faiss.Index) -> list[type[faiss.Index]]:
+    """What lies around an index, outermost first, and has parameters of its own: IndexRefine, IndexPreTransform."""
+    found: list[type[faiss.Index]] = []
+    while isinstance(index, faiss.IndexRefine | faiss.IndexPreTransform):
+        inner = index.base_index if isinstance(index, faiss.IndexRefine) else index.index
+        found.append(faiss.IndexRefine if isinstance(index, faiss.IndexRefine) else faiss.IndexPreTransform)
+        index = faiss.downcast_index(inner)
+    return found
 
 
 def _free(owner: Owner, held: list[faiss.Index]) -> None:

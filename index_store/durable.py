@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from index_store.errors import StoreUnwritable
+from index_store.errors import StoreUnwritable, reason
 
 BLOCK_BYTES = 1 << 24  # a file has one CRC-32 for each 16 MiB: enough to say where it is damaged, and eight digits a block
 CHUNK_BYTES = 1 << 20  # read at a time: both sums find it in the processor's cache
@@ -88,8 +88,7 @@ def writing(what: str) -> Iterator[None]:
             f"cannot write {what}: {error.strerror or error}; free some room or grant permission, then run it again"
         ) from error
     except RuntimeError as error:  # faiss reports a short write so
-        reason = str(error).rpartition("Error: ")[2].splitlines()[0]
-        raise StoreUnwritable(f"cannot write {what}: {reason}; free some room or grant permission, then run it again") from error
+        raise StoreUnwritable(f"cannot write {what}: {reason(error)}; free some room or grant permission, then run it again") from error
 
 
 @contextmanager

@@ -73,3 +73,8 @@ class StoreBusy(StoreError):
 
 class StoreUnwritable(StoreError):
     """The store's folder cannot be written: no permission, or no room left."""
+
+
+def reason(error: RuntimeError) -> str:
+    """What faiss complains of, in one line and without the place in its own sources."""
+    return str(error).rpartition("Error: ")[2].partition("\n")[0]

@@ -12,7 +12,7 @@ import numpy as np
 
 from index_store.curve import Clock, Point, flat_point, settle
 from index_store.durable import writing
-from index_store.errors import RecallTooLow, RecipeRefused
+from index_store.errors import RecallTooLow, RecipeRefused, reason
 from index_store.half import widened
 from index_store.manifest import Manifest, index_file
 from index_store.pairs import SIDES, Side
@@ -24,6 +24,7 @@ AUTO, FLAT = "auto", "Flat"
 FLAT_PAIRS = 50_000  # up to here an exact search of 512-wide rows stays within a few milliseconds of a core
 FLAT_MOST = 2_000_000  # flat rows are float32 in memory: beyond this, lists are kept even where they are no faster
 SMALL_SHARD = 5_000  # a last shard this short is not worth lists of its own
+REMEDY = "try auto, Flat, SQfp16 or IVF1024,SQfp16"
 TRAIN_ROWS_PER_LIST = 64  # faiss warns below 39 and gains little above
 TRAIN_ROWS = 1 << 14  # at least, for what else is learned: the 256 codes of a product quantizer want 39 rows each
 CHEAP = 16  # lists this many times faster than a flat search need no finer ones, which take several times as long to build
@@ -62,9 +63,12 @@ def check_recipe(asked: str, widths: Sequence[int]) -> None:
 
 def index_version(work: Path, draft: Manifest) -> tuple[Manifest, list[str]]:
     """Index every shard under `work` and store probe queries; the draft with `index` and `recall` as measured, and the files written."""
-    done = _first_shard(work, draft)
-    if len(draft.shards) > 1:
-        done = _other_shards(work, draft, done)
+    try:
+        done = _first_shard(work, draft)
+        if len(draft.shards) > 1:
+            done = _other_shards(work, draft, done)
+    except RuntimeError as error:  # a recipe that faiss makes, and then does not add to or search as others
+        raise RecipeRefused(f"{draft.index['asked']} cannot be filled or searched ({reason(error)}): {REMEDY}") from error
     floor = draft.recall["floor"]
     if done.best.worst < floor:
         side = min(SIDES, key=done.best.recall.__getitem__)
@@ -189,7 +193,9 @@ def empty_index(recipe: str, width: int) -> faiss.Index:
     try:
         index = faiss.index_factory(width, recipe, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise RecipeRefused(f"{recipe!r} is no faiss index over rows of width {width}: try auto, Flat, SQfp16 or IVF1024,SQfp16") from error
+        raise RecipeRefused(f"{recipe!r} is no faiss index over rows of width {width}: {REMEDY}") from error
+    if isinstance(index, faiss.IndexIDMap):
+        raise RecipeRefused(f"{recipe!r} numbers its rows itself, which a shard does already: leave IDMap out, or {REMEDY}")
     lists = faiss.try_extract_index_ivf(index)
     inner = None if lists is None else faiss.downcast_index(lists)
     if isinstance(inner, faiss.IndexIVFScalarQuantizer) and inner.sq.qtype == faiss.ScalarQuantizer.QT_fp16:

@@ -7,7 +7,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from index_store.clones import Abreast, Clone
+from index_store.clones import Abreast, Clone, shells
 from index_store.half import widened
 from index_store.hits import ABSENT, Hits, Part, Searched, best
 from index_store.limits import Limits
@@ -15,6 +15,7 @@ from index_store.pairs import Side
 from index_store.shard import Shard
 
 SCAN_ROWS = 8_192  # rows scored at a time by an exact scan: 16 MiB of scores for 512 queries
+REFINED = 16  # candidates for each neighbour that a recipe with RFlat or Refine(…) at its end compares once more, exactly
 WIDEST_SEARCH = 2_048  # beyond this many rows per query a scan is cheaper than an index, and on a GPU the only way
 
 
@@ -28,7 +29,8 @@ class Fan:
         self.width = shards[0].keys[side].shape[1]
         self._index = _joined([shard.indexes[side] for shard in shards])
         self._cloned = isinstance(shards[0].indexes[side], Clone)
-        self._wrapped = any(_wraps(shard.indexes[side]) for shard in shards)
+        first = shards[0].indexes[side]  # of a short last shard the index may be flat, and heeds no parameters
+        self._shells = first.shells if self._cloned else shells(first)
 
     def search(self, queries: np.ndarray, k: int, probes: int) -> Hits:
         """What the indexes find.  queries: (B, Dk) float32.  probes: lists visited per query, 0 where a recipe has none."""
@@ -39,13 +41,16 @@ class Fan:
 
     def _parameters(self, probes: int) -> faiss.SearchParameters | None:
         """Made anew for each call: nothing is ever set on an index that others are searching."""
-        if not probes:
-            return None
-        lists = faiss.SearchParametersIVF()
-        lists.nprobe = probes
-        if not self._wrapped:
-            return lists
-        return faiss.SearchParametersPreTransform(index_params=lists)  # type: ignore[call-arg]  # by keyword it keeps `lists` alive
+        inner: faiss.SearchParameters | None = None
+        if probes:
+            inner = faiss.SearchParametersIVF()
+            inner.nprobe = probes
+        for shell in reversed(self._shells):  # by keyword each keeps the one within alive
+            if shell is faiss.IndexRefine:
+                inner = faiss.IndexRefineSearchParameters(k_factor=REFINED, base_index_params=inner)  # type: ignore[call-arg]
+            elif inner is not None:
+                inner = faiss.SearchParametersPreTransform(index_params=inner)  # type: ignore[call-arg]
+        return inner
 
     def scan(self, queries: np.ndarray, k: int, ceiling: np.ndarray | None = None) -> Hits:
         """The exact k best at or below a ceiling per query, by comparing every row: no index, no limit on k.
@@ -156,11 +161,6 @@ def _settle(hits: Hits, chosen: np.ndarray, found: Hits, limits: Limits, fan: Se
     if limits.floor is not None:
         settled |= (present & (found.scores < limits.floor)).any(axis=1)
     return settled
-
-
-def _wraps(index: faiss.Index | Clone) -> bool:
-    """True where search parameters have to reach through a transform."""
-    return index.wrapped if isinstance(index, Clone) else isinstance(index, faiss.IndexPreTransform)
 
 
 def _joined(indexes: Sequence[Any]) -> Any:

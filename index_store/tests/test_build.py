@@ -105,6 +105,23 @@ def test_a_recipe_that_faiss_does_not_know(tmp_path: Path, recipe: str) -> None:
     assert nothing_there(tmp_path)
 
 
+def test_a_recipe_that_numbers_rows_itself_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(RecipeRefused, match="'IDMap,Flat' numbers its rows itself, which a shard does already: leave IDMap out"):
+        built(tmp_path, some_pairs(20), index="IDMap,Flat")
+    assert nothing_there(tmp_path)
+
+
+def test_a_recipe_that_cannot_be_searched_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("Error in void faiss::search() at /build/x.cpp:7: Error: 'params' failed: not supported\nmore")
+
+    monkeypatch.setattr("index_store.curve.measure", refuse)
+    with pytest.raises(RecipeRefused, match=r"^SQ8 cannot be filled or searched \('params' failed: not supported\): try auto") as refused:
+        built(tmp_path, some_pairs(20), index="SQ8")
+    assert "\n" not in str(refused.value)
+    assert nothing_there(tmp_path)
+
+
 def test_too_few_rows_to_train_on(tmp_path: Path) -> None:
     with pytest.raises(RecipeRefused, match="IVF64,Flat cannot be trained on 20 image rows"):
         built(tmp_path, some_pairs(20), index="IVF64,Flat")

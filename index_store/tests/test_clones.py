@@ -20,6 +20,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "flat shards": {"index": "Flat", "shard_pairs": 70},
     "lists": {"index": "IVF4,SQfp16", "shard_pairs": 90},
     "lists and a short flat shard": {"index": "IVF4,SQfp16", "shard_pairs": 199},
+    "codes compared once more": {"index": "PQ4x4,RFlat", "shard_pairs": 100, "recall_floor": 0.5},
+    "lists of codes compared once more": {"index": "IVF4,PQ4x4,RFlat", "shard_pairs": 100, "recall_floor": 0.5},
     "lists behind a transform": {"index": "PCAR16,IVF4,Flat", "shard_pairs": 100, "recall_floor": 0.5},
 }
 

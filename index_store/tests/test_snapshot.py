@@ -178,6 +178,22 @@ def test_lists_behind_a_transform_obey_the_call_too(tmp_path: Path) -> None:
     assert share[8] > 0.95  # the transform makes the rounded rows unit again: scores move by 1e-4
 
 
+@pytest.mark.parametrize("recipe", ["PQ4x4,RFlat", "IVF8,PQ4x4,RFlat", "PCA8,IVF8,SQ4,Refine(SQfp16)"])
+def test_candidates_of_lossy_codes_are_compared_once_more(tmp_path: Path, recipe: str) -> None:
+    pairs = some_pairs(600)
+    snapshot = opened(tmp_path, pairs, index=recipe, shard_pairs=300, recall_floor=0.9)
+    asked, lists = unit_rows(30, 16, 3), 8 if "IVF" in recipe else None
+    rows = ranking(pairs, asked, "image")[0][:, :10]
+    found = snapshot.retrieve(asked, "image", 10, probes=lists)
+    assert np.mean([len({*mine} & {*exact}) / 10 for mine, exact in zip(found.ids, pairs.ids[rows], strict=True)]) > 0.9
+    exact = {(b, name): score for b in range(30) for name, score in zip(pairs.ids, asked[b] @ pairs.image.T, strict=True)}
+    np.testing.assert_allclose(found.scores, [[exact[b, name] for name in found.ids[b]] for b in range(30)], atol=1e-3)
+    codes = built(tmp_path, pairs, "v2", index=recipe.rpartition(",")[0], recall_floor=0.01)
+    assert codes.recall["image"] < 0.8  # which the codes alone find
+    if lists is not None:
+        assert (snapshot.retrieve(asked, "image", 10, probes=1).ids != found.ids).any()
+
+
 def maps(path: Path) -> int:
     return Path("/proc/self/maps").read_text().count(str(path))
 

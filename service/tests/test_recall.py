@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,15 @@ import pytest
 
 from index_store import Memory, Snapshot
 from index_store.tests.small import opened, some_pairs, unit_rows
-from models.reco import Timings
+from models.checkpoint import untrained_fusions
+from models.clip import Encoded, Encoder, EncoderSpec
+from models.reco import Reco, Timings
+from models.tests.small import memory_of
 from service import recall
 from service.errors import ItemRefused, NotServing
 from service.metrics import Metrics
 from service.recall import RecallSampler
-from service.recent import KEPT, OF_ONE, Recent
+from service.recent import KEPT, OF_ONE, Recent, drift, worst
 from service.work import Row
 
 D = 16
@@ -74,6 +78,36 @@ def test_plain_vectors_and_refused_items_are_not_queries(coarse: Snapshot) -> No
     recent.note(None, "image", rows(2))
     recent.note(coarse, "image", [ItemRefused("images[0]", ValueError())])
     assert recent.counts() == {}
+
+
+@pytest.fixture(scope="module")
+def reco(tmp_path_factory: pytest.TempPathFactory) -> Reco:
+    """A tiny encoder with the training-free rule."""
+    config = {
+        "embed_dim": D,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    path = tmp_path_factory.mktemp("config") / "tiny.json"
+    path.write_text(json.dumps(config))
+    file = untrained_fusions(D, alpha=2.0, k=4)
+    return Reco(Encoder.load(EncoderSpec(str(path), "random", device="cpu")), file.fusions, file.fusion_id, file.k)
+
+
+def test_drift_is_the_mean_and_the_5th_percentile_of_the_cosines(reco: Reco, tmp_path: Path) -> None:
+    old, new = (memory_of(tmp_path, some_pairs(60, D, seed=seed), reco.encoder.fingerprint, name="things") for seed in (3, 4))
+    recent, asked = Recent(), [row for seed in range(41) for row in rows(1, seed)]
+    for row in asked:
+        recent.note(old, "image", [row])
+    cosines = sorted(
+        float(before.vectors[0] @ after.vectors[0])
+        for before, after in ([reco.enhance(Encoded(row.plain[None], None), "image", memory) for memory in (old, new)] for row in asked)
+    )
+    found = drift(reco, recent, old, new)
+    assert found == {"image": {"mean": pytest.approx(sum(cosines) / 41), "p5": pytest.approx(cosines[2]), "queries": 41}}
+    assert cosines[0] < cosines[2] < cosines[-1] < 0.99
+    assert worst(found) == found["image"]["mean"]
+    assert drift(reco, recent, old, old)["image"]["p5"] == pytest.approx(1)
 
 
 def test_the_gauge_is_the_mean_over_checks_of_the_latest_queries(coarse: Snapshot, metrics: Metrics) -> None:
