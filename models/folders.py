@@ -17,20 +17,22 @@ def read_folder(table: Path, template: str | None, skip: int) -> Iterator[Sample
         try:
             if isinstance(row, str):
                 raise Unusable(row)
-            file = next((row.pop(column) for column in FILE_COLUMNS if column in row), None)
-            name = str(file or where)
-            yield _sample(folder, file, row, template, bare=number < skip)
+            column = next((column for column in FILE_COLUMNS if column in row), FILE_COLUMNS[0])
+            name = str(row.get(column) or where)
+            yield _sample(folder, column, row, template, bare=number < skip)
         except Unusable as error:
             yield Reject(name, str(error))
 
 
-def _sample(folder: Path, name: object, row: dict[str, Any], template: str | None, *, bare: bool) -> Sample:
+def _sample(folder: Path, column: str, row: dict[str, Any], template: str | None, *, bare: bool) -> Sample:
+    """One row as a sample. Where it has an id of its own, the file's name is metadata like any other; else it is the id."""
+    name, given = row.get(column), _name(row.get("id"))
     if not isinstance(name, str):
         raise Unusable("no file is named")
     path = _inside(folder, name)
     caption = said(row.get("caption")) if template is None else filled(template, row)
-    own = {field: value for field, value in row.items() if field not in ("id", "caption")}
-    return Sample(_name(row.get("id")) or name, b"" if bare else _bytes(path), caption, own)
+    told = {"id", "caption"} if given else {"id", "caption", column}
+    return Sample(given or name, b"" if bare else _bytes(path), caption, {field: row[field] for field in row if field not in told})
 
 
 def _name(given: object) -> str:

@@ -23,6 +23,7 @@ class Stream:
 
     name: for people.  items: how many it has, rejects included.  identity: JSON that changes where its files do.
     steps: (ids taken so far, items to pass over) -> what remains.  samples: the files to look into, none where nothing is encoded.
+    version: the name@version whose pairs they are, if any.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Stream:
     identity: Any
     steps: Callable[[set[Id], int], Iterator[Step]]
     samples: Sequence[Path] = ()
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def version_stream(path: Path, encoder: str, kinds: Mapping[Side, KeyKind]) -> S
     def steps(seen: set[Id], skip: int) -> Iterator[Step]:
         return stored_steps(path, manifest, kinds=kinds, seen=seen, skip=skip)
 
-    return Stream(manifest.ref, manifest.pairs, manifest.to_json(), steps)
+    return Stream(manifest.ref, manifest.pairs, manifest.to_json(), steps, version=manifest.ref)
 
 
 def embedding_stream(source: Embeddings) -> Stream:

@@ -69,6 +69,11 @@ class Plan:
         """Of all streams."""
         return sum(stream.items for stream in self.streams)
 
+    @property
+    def parent(self) -> str | None:
+        """The version that all pairs come from, None where there are several sources, or another kind of them."""
+        return self.streams[0].version if len(self.streams) == 1 else None
+
     def near(self) -> Deduplicator | None:
         """What drops near-duplicates, where asked."""
         from index_store.dedup import Deduplicator
@@ -165,7 +170,7 @@ def _built(plan: Plan, tally: Tally) -> Manifest:
         job = Job({"streams": [stream.identity for stream in plan.streams], "dedup": args.dedup}, steps, fresh=args.fresh)
         return build_version(
             plan.store, args.name, args.version, job, encoder=plan.encoder.fingerprint, kinds=plan.kinds, index=args.index,
-            shard_pairs=args.shard_pairs, recall_floor=args.recall_floor, source=lambda: _source(plan, tally),
+            shard_pairs=args.shard_pairs, recall_floor=args.recall_floor, parent=plan.parent, source=lambda: _source(plan, tally),
         )  # fmt: skip
 
 

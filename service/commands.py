@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 Args = argparse.Namespace
+LINE_S = 10  # between two lines of progress in a log
 
 
 def serve(args: Args) -> None:
@@ -134,9 +135,24 @@ def _answered(reply: Any) -> dict[str, Any]:
 
 @contextmanager
 def progress(total: int, what: str) -> Iterator[tqdm[Any]]:
-    """A bar with rate and time left on a terminal, a log line now and then elsewhere."""
+    """A bar with rate and time left on a terminal, a plain line with both every ten seconds elsewhere."""
     from tqdm import tqdm
 
-    terminal = sys.stderr.isatty()
-    with tqdm(total=total, desc=what, unit="item", mininterval=0.2 if terminal else 10, file=sys.stderr, ascii=not terminal) as bar:
+    if sys.stderr.isatty():
+        shown: dict[str, Any] = {"mininterval": 0.2, "file": sys.stderr}
+    else:
+        shown = {"mininterval": LINE_S, "file": _Lines(), "bar_format": "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"}
+    with tqdm(total=total, desc=what, unit="item", **shown) as bar:
         yield bar
+
+
+class _Lines:
+    """Standard error as a log file wants it: each state of a bar on a line of its own, none over another."""
+
+    def write(self, text: str) -> None:
+        """One state, or the newline at the end of all."""
+        if state := text.strip():
+            print(state, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Every line is flushed as it is written."""

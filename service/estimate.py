@@ -13,13 +13,13 @@ import numpy as np
 
 from index_store.indexing import FLAT, candidates
 from index_store.pairs import SIDES, Id, Pairs
-from index_store.steps import Done, Reject
+from index_store.steps import Reject
 from models.errors import ImageError
 from models.images import check_header
 from models.prepare import encode_texts, unique
 from models.samples import Sample
 from models.sources import read_all
-from models.streams import Encoding, Stream, chained
+from models.streams import Encoding, Stream
 
 if TYPE_CHECKING:
     from index_store.dedup import Deduplicator
@@ -111,7 +111,8 @@ def _headed(item: Sample | Reject, max_pixels: int) -> Sample | Reject:
 
 def _read(stream: Stream, outlook: Outlook, near: Deduplicator | None) -> None:
     """Where nothing is encoded, go through the very steps of a build."""
-    for step in chained([stream], Done(), near):
+    steps = stream.steps(outlook.seen, 0)
+    for step in steps if near is None else near.filter(steps):
         for reject in step.rejects:
             outlook.reject(reject)
         for name, record in _rows(step.pairs):

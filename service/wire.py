@@ -159,4 +159,7 @@ def npy(vectors: np.ndarray) -> bytes:
 
 def dump(body: object) -> bytes:
     """JSON bytes; numpy rows are written without becoming Python floats."""
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    try:
+        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    except TypeError:  # somebody's metadata holds half a surrogate pair, or a number of more than 64 bits
+        return json.dumps(body, default=lambda rows: rows.tolist(), separators=(",", ":")).encode("ascii")

@@ -15,6 +15,8 @@ from models.reco import Embeddings, Reco, Timings
 from service.errors import ItemRefused
 from service.metrics import Stage
 
+OWN = {"score": "source_score", "weight": "source_weight"}  # the user's fields of these names; the reply has its own
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Query:
@@ -100,7 +102,7 @@ def _row(found: Embeddings, j: int, query: Query, trunk: np.ndarray | None) -> R
     if query.neighbors and found.neighbors is not None and found.weights is not None:
         weights, scores = found.weights[j], found.neighbors.scores[j]
         shown = [
-            {**record, "score": float(score), "weight": float(weight)}
+            {**{OWN.get(name, name): value for name, value in record.items()}, "score": float(score), "weight": float(weight)}
             for record, score, weight in zip(found.neighbors.records(j), scores, weights, strict=False)  # records: the present ones, first
         ]
     nearest = float(found.neighbors.scores[j, 0]) if found.neighbors is not None and found.enhanced[j] else None

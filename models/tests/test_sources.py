@@ -196,7 +196,7 @@ def test_a_folder_is_read_by_its_captions_csv(tmp_path: Path) -> None:
 
 def test_ids_and_templates_come_from_columns(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "f", "filepath,id,class\na.jpg,sku-1,pear\n", a=JPG)
-    assert samples(source, "a photo of a {class}") == [Sample("sku-1", JPG, "a photo of a pear", {"class": "pear"})]
+    assert samples(source, "a photo of a {class}") == [Sample("sku-1", JPG, "a photo of a pear", {"filepath": "a.jpg", "class": "pear"})]
 
 
 def test_a_csv_without_its_columns_is_refused(tmp_path: Path) -> None:

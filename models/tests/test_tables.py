@@ -53,7 +53,10 @@ def test_json_lines(tmp_path: Path) -> None:
             )
         )
     )
-    assert found[:2] == [Sample("a.jpg", JPG, "red", {"price": 3, "tags": ["x"], "score": None}), Sample("7", PNG, "green", {})]
+    assert found[:2] == [
+        Sample("a.jpg", JPG, "red", {"price": 3, "tags": ["x"], "score": None}),
+        Sample("7", PNG, "green", {"filepath": "b.jpg"}),
+    ]
     rejects = [(item.item, item.reason.partition(" (")[0]) for item in found[2:] if isinstance(item, Reject)]
     assert rejects == [
         ("line 4", "its json does not parse"),
@@ -84,6 +87,7 @@ def test_parquet_becomes_plain_json(tmp_path: Path) -> None:
     assert isinstance(found[0], Sample)
     assert found[0].id == "7"
     assert found[0].metadata == {
+        "file": "a.jpg",
         "score": None,
         "when": "2025-11-22T12:00:00",
         "zoned": "2026-11-22T12:00:00+00:00",

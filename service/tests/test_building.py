@@ -19,6 +19,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from index_store import Store
+from service import commands
 from service.tests.conftest import ROOT, one_line, reco
 
 CROPS = 160
@@ -110,19 +111,35 @@ def test_a_dry_run_counts_and_writes_nothing(crops: Path, built: Path, tmp_path:
 def test_a_version_is_a_source_and_near_duplicates_are_dropped(crops: Path, built: Path, tmp_path: Path) -> None:
     store = ("--store", str(tmp_path))
     version = str(built / "crops" / "v1")
+    counted = reco("memory", "build", "both", version, str(crops), "--dry-run", *store)
+    assert "321 items: about 160 pairs, 161 rejected" in counted.stdout, counted.stderr
     again = reco("memory", "build", "both", version, str(crops), "--version", "v1", *store)
     assert "both@v1: 160 pairs, index Flat, 161 rejected" in again.stdout, again.stderr
+    assert re.search(r"^both: 321/321 \[\d+:\d+<00:00, .*item/s\]$", again.stderr, re.M), again.stderr  # a plain line, in a log
     tried = reco("memory", "import", "fewer", version, "--dedup", "0.9", "--dry-run", *store)
     done = reco("memory", "import", "fewer", version, "--dedup", "0.9", "--version", "v1", *store)
     assert done.returncode == 0, done.stderr
     dropped = int(re.search(r"0 rejected, (\d+) near-duplicates dropped", done.stdout)[1])  # type: ignore[index]
     assert 0 < dropped < 160
     assert f"160 items: about {160 - dropped} pairs, {dropped} rejected" in tried.stdout
-    source = Store(tmp_path).manifest("fewer", "v1").source
-    assert source == {"sources": ["crops@v1"], "items": 160, "rejected": 0, "dedup": 0.9, "near_duplicates": dropped}
+    fewer = Store(tmp_path).manifest("fewer", "v1")
+    assert (fewer.parent, Store(tmp_path).manifest("both", "v1").parent) == ("crops@v1", None)
+    assert fewer.source == {"sources": ["crops@v1"], "items": 160, "rejected": 0, "dedup": 0.9, "near_duplicates": dropped}
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "fewer" / "rejects-v1.jsonl").read_text().splitlines()]
     assert len(reasons) == dropped
     assert all(re.fullmatch(r"near-duplicate of \d{3}\.jpg \(cosine \d\.\d{3}\)", reason) for reason in reasons)
+
+
+def test_progress_in_a_log_is_a_line_for_each_state(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "LINE_S", 0)
+    with commands.progress(4, "things") as bar:
+        for _ in range(4):
+            bar.update()
+    told = capsys.readouterr().err
+    assert "\r" not in told
+    states = [re.fullmatch(r"things: (\d)/4 \[\d\d:\d\d<.*, .*item/s\]", line) for line in told.splitlines()]
+    assert [int(state[1]) for state in states if state is not None][:5] == [0, 1, 2, 3, 4]
+    assert None not in states
 
 
 def test_embeddings_made_elsewhere_are_imported(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -73,6 +74,23 @@ def test_a_pair_is_found_by_the_next_request_replaced_and_removed(running: Serve
         assert nearest(client, photos["astronaut"])["id"] != pair["id"]
         again = client.delete(f"{PAIRS}/{pair['id']}")
         assert (again.status_code, again.json()["error"]["param"]) == (404, "id")
+
+
+def test_whatever_metadata_holds_comes_back(running: Server, photos: dict[str, bytes]) -> None:
+    """Numbers and halves of characters that a fast writer of JSON refuses, and fields called as the reply's own."""
+    photo = photos["coffee"]
+    strange = {"gtin": 2**70, "note": "half \ud83d", "weight": 12.5, "score": "A", "nested": {"score": [1]}}
+    pair = {"id": "odd", "caption": "odd", "image": encoded(photo), "metadata": strange}
+    with running.client() as client:
+        body = json.dumps({"pairs": [pair]}).encode()  # escaped: half a character has no bytes of its own
+        assert client.post(PAIRS, content=body, headers={"content-type": "application/json"}).status_code == 200
+        found = nearest(client, photo)
+        client.delete(f"{PAIRS}/odd")
+        assert found["id"] == "odd"
+        assert found["score"] == pytest.approx(1, abs=2e-3)
+        assert 0 < found["weight"] <= 1
+        assert (found["source_weight"], found["source_score"], found["nested"]) == (12.5, "A", {"score": [1]})
+        assert (found["gtin"], found["note"]) == (2**70, "half \ud83d")
 
 
 def test_a_pinned_version_takes_its_edits_and_an_older_state_is_gone(running: Server, photos: dict[str, bytes]) -> None:
@@ -157,8 +175,14 @@ def test_edits_are_folded_each_time_that_enough_have_come_together(tmp_path: Pat
 def test_an_unknown_memory_an_empty_batch_and_too_many(running: Server) -> None:
     with running.client() as client:
         pair = {"id": "x", "caption": "x", "image_embedding": [1.0]}
-        assert client.post("/memories/nowhere/pairs", json={"pairs": [pair]}).status_code == 404
-        assert client.delete("/memories/nowhere/pairs/x").status_code == 404
+        for unknown in (client.post("/memories/nowhere/pairs", json={"pairs": [pair]}), client.delete("/memories/nowhere/pairs/x")):
+            assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "unknown_memory")
+            assert unknown.json()["error"]["message"] == "no memory 'nowhere' here, there is grocery: build it, or correct the name"
+        for evil in ("..%2Fx", "%2e%2e", ".hidden", "a%00b"):
+            refused = [client.get(f"/memories/{evil}"), client.delete(f"/memories/{evil}/pairs/x")]
+            refused += [client.post(f"/memories/{evil}/{verb}", json={"pairs": [pair]}) for verb in ("pairs", "rollback", "compact")]
+            assert {reply.status_code for reply in refused} <= {404, 405, 422}, evil
+            assert all("is not a name" in reply.text for reply in refused if reply.status_code == 422)
         assert client.post(PAIRS, json={"pairs": []}).status_code == 422
         many = client.post(PAIRS, json={"pairs": [pair] * 257})
         assert (many.status_code, many.json()["error"]["param"]) == (413, "pairs")
