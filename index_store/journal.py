@@ -15,7 +15,7 @@ import secrets
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from io import BytesIO, FileIO, RawIOBase
 from pathlib import Path
 
@@ -50,14 +50,14 @@ class Journal:
             if not path.exists():
                 return cls._made(path, seal, ())
             file = FileIO(path, "r+")
-        _lock(file, path)
-        edits, size = 0, HEAD.size
-        for end, _ in read_records(path, seal):
-            edits, size = edits + 1, end
-        journal = cls(path, file, _mark(file, path, seal), edits, size)
-        with writing(path.name):
-            if os.fstat(file.fileno()).st_size > size:
-                journal._cut()
+        with _locked(file, path):
+            edits, size = 0, HEAD.size
+            for end, _ in read_records(path, seal):
+                edits, size = edits + 1, end
+            journal = cls(path, file, _mark(file, path, seal), edits, size)
+            with writing(path.name):
+                if os.fstat(file.fileno()).st_size > size:
+                    journal._cut()
         return journal
 
     @classmethod
@@ -73,14 +73,14 @@ class Journal:
         """Written beside its place and renamed into it, so that no journal ever lacks its head."""
         fresh, mark, edits = path.with_name(f".{path.name}.fresh"), secrets.token_bytes(8), 0
         file = FileIO(fresh, "w+")
-        _lock(file, path)
-        _write_all(file, _sealed(HEAD.pack(MAGIC, FORMAT, mark, bytes.fromhex(seal), 0)))
-        for payload in payloads:
-            _write_all(file, _record(mark, payload))
-            edits += 1
-        os.fsync(file.fileno())
-        fresh.rename(path)
-        sync(path.parent)
+        with _locked(file, path):
+            _write_all(file, _sealed(HEAD.pack(MAGIC, FORMAT, mark, bytes.fromhex(seal), 0)))
+            for payload in payloads:
+                _write_all(file, _record(mark, payload))
+                edits += 1
+            os.fsync(file.fileno())
+            fresh.rename(path)
+            sync(path.parent)
         return cls(path, file, mark, edits, file.tell())
 
     def append(self, payload: bytes) -> None:
@@ -205,12 +205,18 @@ def _write_all(file: FileIO, content: bytes) -> None:
         rest = rest[file.write(rest) or 0 :]
 
 
-def _lock(file: FileIO, path: Path) -> None:
+@contextmanager
+def _locked(file: FileIO, path: Path) -> Iterator[None]:
+    """Take the lock or refuse. A failure closes the file, since an error that someone keeps would keep the lock too."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StoreBusy(f"{shown(path)} is being written by another process: send the edits there, or stop it") from error
+        yield
+    except BaseException:
         file.close()
-        raise StoreBusy(f"{shown(path)} is being written by another process: send the edits there, or stop it") from error
+        raise
 
 
 def shown(path: Path) -> str:

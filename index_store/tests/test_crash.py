@@ -50,7 +50,7 @@ def test_kill_9_at_random_moments_leaves_nothing_that_opens(tmp_path: Path, nurs
     assert nursery.end() == 0
     took = time.monotonic() - start
     store, moments, killed = Store(tmp_path / "store"), random.Random(22), 0
-    for _ in range(kills(12)):
+    while killed < kills(26):  # and 24 times in test_resume
         process = nursery.begin(store.root)
         time.sleep(moments.uniform(0, 1.1 * took))
         os.kill(process, signal.SIGKILL)  # harmless where it is done already
@@ -63,7 +63,6 @@ def test_kill_9_at_random_moments_leaves_nothing_that_opens(tmp_path: Path, nurs
             assert ended == -signal.SIGKILL
             with pytest.raises(StoreError, match="no memory 'things' here"):
                 store.open("things", "v1", encoder=ENCODER)
-    assert killed >= 4
     nursery.begin(store.root)
     assert nursery.end() == 0
     assert [path.name for path in (store.root / "things").iterdir()] == ["v1"]

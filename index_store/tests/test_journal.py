@@ -148,6 +148,21 @@ def test_one_writer_at_a_time(path: Path) -> None:
     Journal.open(path, SEAL).close()
 
 
+@pytest.mark.parametrize("trouble", ["a hole", "no room"])
+def test_a_writer_that_was_refused_keeps_no_lock(path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
+    refused = []
+    if trouble == "a hole":
+        whole = written(path)
+        path.write_bytes(whole[: HEAD.size] + b"?" + whole[HEAD.size + 1 :])
+    else:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    for _ in range(2):
+        with pytest.raises((DamagedVersion, StoreUnwritable)) as found:
+            Journal.open(path, SEAL)
+        refused.append(found.value)  # as a service keeps the reason why a memory is not served
+    assert len({type(error) for error in refused}) == 1
+
+
 def test_on_the_disk_before_it_is_acknowledged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int | str] = []
     real = os.fsync
