@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from index_store import Store
+from index_store.store import plain
 from service.errors import ServiceError, UsageError
 from service.settings import read
 
@@ -71,7 +72,7 @@ def activate(args: Args) -> None:
 def compact(args: Args) -> None:
     """reco memory compact: fold online edits into a new version; with --url, in the running service."""
     if args.url:
-        job = _job(args.url, f"/memories/{args.name}/compact", {})
+        job = _job(args.url, f"/memories/{plain(args.name)}/compact", {})
         print(f"{args.name}@{job['version']} is being served, with every edit of {job['retired']}")
         return
     from index_store.edits import Editor
@@ -105,7 +106,7 @@ def _named(ref: str) -> tuple[str, str]:
     name, _, version = ref.partition("@")
     if not version:
         raise UsageError(f"{ref}: name the version too, as NAME@VERSION; `reco memory list` shows them")
-    return name, version
+    return plain(name), plain(version)
 
 
 def _job(url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:

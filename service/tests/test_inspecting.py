@@ -9,6 +9,7 @@ import pytest
 from index_store import Store
 from index_store.edits import Editor
 from index_store.tests.small import ENCODER, built, some_pairs
+from service.cli import main
 from service.tests.conftest import one_line, reco
 
 
@@ -37,6 +38,24 @@ def test_one_version_that_cannot_be_read_hides_no_other(store: Store) -> None:
     assert rows[2][2:4] == ["current", "30"]
     assert rows[3][2:4] == ["not", "readable"]
     assert "things@v2: manifest.json has format 99, this program reads format 2: upgrade it" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["build", "../x", "photos"], ["build", "x", "photos", "--version", "../x"], ["import", "../x", "photos"]),
+        *(["show", "../x"], ["show", "things@../x"], ["verify", "../x@v1"], ["delete", "../x@v1"], ["delete", "things@../x"]),
+        *(["compact", "../x"], ["compact", "../x", "--url", "http://127.0.0.1:9"]),
+        *(["activate", "../x@v1"], ["activate", "things@../x"], ["activate", "../x@v1", "--url", "http://127.0.0.1:9"]),
+    ],
+    ids=" ".join,
+)
+def test_a_path_is_not_a_name_whatever_the_command(tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    built(tmp_path / "store", some_pairs(5))
+    assert main(["memory", *command, "--store", str(tmp_path / "store")]) == 1
+    told = capsys.readouterr().err
+    assert told == "reco: '../x' is not a name: 1 to 64 of the characters A-Z a-z 0-9 . _ -, beginning with a letter or digit\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 def test_verify_reads_the_edits_too(store: Store) -> None:

@@ -27,7 +27,8 @@ def folder(tmp_path: Path, photos: dict[str, bytes]) -> Path:
         for name, photo in photos.items():
             (tmp_path / "photos" / f"{name}.jpg").write_bytes(photo)
             table.writerow((f"{name}.jpg", f"a photo of {name}", "top"))
-    (tmp_path / "photo.jpg").write_bytes(jpeg(skimage.data.rocket()))  # none of the folder's: equal ones are as near as each other
+    rocket = jpeg(skimage.data.rocket())  # type: ignore[no-untyped-call]
+    (tmp_path / "photo.jpg").write_bytes(rocket)  # none of the folder's: equal ones would be as near as each other
     command = tmp_path / "bin" / "reco"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m service.cli "$@"\n')

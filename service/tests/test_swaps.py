@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -118,6 +121,50 @@ def test_a_swap_beyond_the_budget_is_refused_with_the_numbers_and_nothing_is_loa
         assert list(job.seconds) == ["budget"]
         assert (world.live.resolve("things").ref, world.store.current("things")) == ("things@v1", "v1")
         assert Snapshot.alive() == before
+        assert (await world.swapped("v2")).state == "done"
+
+    world.run(story)
+
+
+def newer(version: Path) -> None:
+    fields = json.loads((version / "manifest.json").read_text())
+    (version / "manifest.json").write_text(json.dumps({**fields, "format": 7}))
+
+
+def stranger(version: Path) -> None:
+    shutil.rmtree(version)
+    built(version.parents[1], some_pairs(30), "v3", encoder="other/model@000000000000")
+
+
+HARM: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a newer format": (newer, "things@v3: manifest.json has format 7, this program reads format 2: upgrade it, or rebuild the version"),
+    "a missing file": (
+        lambda version: (version / "shard-0000" / "text.npy").unlink(),
+        "things@v3: shard-0000/text.npy cannot be read (No such file or directory): restore or rebuild the version",
+    ),
+    "a cut file": (
+        lambda version: os.truncate(version / "shard-0000" / "text.npy", 1000),
+        "things@v3: shard-0000/text.npy has 1000 bytes, the manifest says 1088, and differs in bytes 0-1087: "
+        "restore or rebuild the version",
+    ),
+    "another encoder": (
+        stranger,
+        f"things@v3 was built by other/model@000000000000, this service encodes with {ENCODER}: rebuild it, or serve its encoder",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HARM)
+def test_what_cannot_be_served_is_refused_in_one_line_and_what_serves_goes_on(tmp_path: Path, what: str) -> None:
+    world, (harm, told) = World(tmp_path), HARM[what]
+    built(tmp_path, some_pairs(30), "v3")
+    harm(tmp_path / "things" / "v3")
+
+    async def story() -> None:
+        job = await world.swapped("v3")
+        assert (job.state, job.error) == ("failed", told)
+        assert (world.live.resolve("things").ref, world.store.current("things")) == ("things@v1", "v1")
+        await world.edited(100)
         assert (await world.swapped("v2")).state == "done"
 
     world.run(story)
