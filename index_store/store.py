@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import count, repeat
 from pathlib import Path
 
 from index_store.durable import READ_THREADS, alone, replace_text, writing
@@ -134,11 +135,13 @@ class Store:
         return old
 
     def next_version(self, name: str, today: datetime | None = None) -> str:
-        """A free version name of today (UTC), such as 2026-11-22a, then b …, z, za: later names sort after earlier ones."""
+        """A version name of today (UTC) after all there are, such as 2026-11-22a, then b …, z, za; those of deleted ones stay unused.
+
+        Only a version that came last and never served leaves its name to the next.
+        """
         day = (today or datetime.now(UTC)).strftime("%Y-%m-%d")
-        taken = set(self._finished(plain(name)))
-        number = next(n for n in range(len(taken) + 1) if _label(day, n) not in taken)
-        return _label(day, number)
+        taken = [version for version in {*self._finished(plain(name)), *self._pointer_if_whole(name)} if version.startswith(day)]
+        return next(label for label in map(_label, repeat(day), count()) if all(label > version for version in taken))
 
     def _pointer(self, name: str) -> list[str]:
         """The lines of CURRENT, one or two."""
@@ -157,7 +160,7 @@ class Store:
         """The lines of CURRENT, none where it is missing or damaged: activating is how that is repaired."""
         try:
             return self._pointer(name)
-        except (UnknownVersion, DamagedVersion):
+        except (UnknownMemory, UnknownVersion, DamagedVersion):
             return []
 
     def _finished(self, name: str) -> list[str]:

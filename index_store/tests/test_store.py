@@ -118,6 +118,19 @@ def test_version_names_count_on(tmp_path: Path) -> None:
     assert store.versions("things") == labels
 
 
+def test_the_name_of_a_deleted_version_is_not_used_again(tmp_path: Path) -> None:
+    """A reply that says things@2026-11-22a must never mean two things."""
+    store, day = Store(tmp_path), datetime(2026, 11, 22, tzinfo=UTC)
+    for version in ("2026-11-22a", "2026-11-22b", "2026-11-22c", "2026-11-21z", "2026-11-22"):
+        built(tmp_path, some_pairs(5), version)
+    store.activate("things", "2026-11-22c")
+    store.activate("things", "2026-11-22b")
+    store.delete("things", "2026-11-22a")
+    assert store.next_version("things", day) == "2026-11-22d"
+    store.delete("things", "2026-11-22c")  # what a rollback would still go to
+    assert store.next_version("things", day) == "2026-11-22d"
+
+
 def test_pruning_goes_by_when_a_version_was_built_whatever_it_is_called(tmp_path: Path) -> None:
     store, built_at = Store(tmp_path), ["2026-11-23", "2026-11-26", "2026-11-24", "2026-11-25"]
     for version, day in zip(("monday", "friday", "wednesday", "tuesday"), built_at, strict=True):
