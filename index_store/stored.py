@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from index_store.errors import IncompatibleSnapshot, PairsRefused
+from index_store.journal import SUFFIX, log, read_records
 from index_store.manifest import FILE_NAME, Manifest, read_manifest, same_encoder
+from index_store.overlay import seal_of
 from index_store.pairs import SIDES, Id, KeyKind, Pairs, Side, readable
 from index_store.steps import Reject, Step, first_of_each
 from index_store.verified import verify
@@ -23,7 +25,10 @@ def is_version(path: Path) -> bool:
 
 
 def stored_manifest(path: Path, *, encoder: str, kinds: Mapping[Side, KeyKind]) -> Manifest:
-    """The manifest of a version whose pairs may go into one of this encoder and these keys; refused before anything is built."""
+    """The manifest of a version whose pairs may go into one of this encoder and these keys; refused before anything is built.
+
+    Edits made on it online are no part of it; that they are left out is logged.
+    """
     manifest = read_manifest(path)
     if not same_encoder(manifest.encoder, encoder):
         raise IncompatibleSnapshot(f"{manifest.ref} was built by {manifest.encoder}, not by {encoder}: build it from its images instead")
@@ -31,6 +36,9 @@ def stored_manifest(path: Path, *, encoder: str, kinds: Mapping[Side, KeyKind]) 
         if kinds[side] not in ("vector", manifest.key_kind(side)):
             held = manifest.key_kind(side)
             raise PairsRefused(f"{manifest.ref} holds {held} {side} keys, {kinds[side]} keys are asked for: build it from its images")
+    edits = sum(1 for _ in read_records(path.with_name(path.name + SUFFIX), seal_of(manifest)))
+    if edits:
+        log.warning("%s: %d edits made on it online are left out: compact it, then take what that makes", manifest.ref, edits)
     return manifest
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from index_store.edits import Editor
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, PairsRefused
 from index_store.pairs import Id, Pairs
 from index_store.steps import Step
@@ -50,6 +51,18 @@ def test_ids_that_are_taken_are_rejected_and_rows_passed_over_are_taken(tmp_path
     assert [reject.item for step in found for reject in step.rejects] == ["pair-7"]
     assert sum(step.items for step in found) == 5
     assert seen == {f"pair-{i}" for i in range(10)}
+
+
+def test_that_edits_are_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    built(tmp_path, some_pairs(10))
+    path = Store(tmp_path).path("things", "v1")
+    assert sum(len(step.pairs) for step in stored(path) if step.pairs) == 10
+    assert caplog.text == ""
+    editor = Editor.open(Store(tmp_path), "things", "v1", encoder=ENCODER)
+    editor.put(some_pairs(2, first=100))
+    editor.close()
+    assert sum(len(step.pairs) for step in stored(path) if step.pairs) == 10
+    assert "things@v1: 1 edits made on it online are left out: compact it" in caplog.text
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
