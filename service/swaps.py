@@ -20,7 +20,7 @@ from service.recent import worst
 
 log = logging.getLogger("reco")
 
-WORKERS = 4  # of swaps of several memories, and of what is read again, at a time
+WORKERS = 4  # of swaps of several memories at a time
 
 T = TypeVar("T")
 Prepare = Callable[[Snapshot], Awaitable[None]]
@@ -31,14 +31,16 @@ class Swaps:
     """One swap or compaction per memory at a time; any failure leaves the current snapshot serving.
 
     prepare: embeds the stored label sets under a snapshot.  drift: compares two snapshots on recent queries, blocking.
-    State: the names under way, and their tasks. What takes long runs aside, so that requests are answered as fast as ever.
+    State: the names under way, the versions to be read again, and the tasks of both. What takes long runs aside, so that requests are
+    answered as fast as ever; reading again in a thread of its own, so that no swap waits for a disk.
     """
 
     def __init__(self, live: LiveMemories, jobs: Jobs, *, prepare: Prepare, drift: Drift, metrics: Metrics) -> None:
         self._live, self._jobs, self._prepare, self._drift, self._metrics = live, jobs, prepare, drift, metrics
         self._under_way: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._pool = aside(WORKERS, "swap")
+        self._to_read: set[tuple[str, str]] = set()
+        self._pool, self._reader = aside(WORKERS, "swap"), aside(1, "verify")
 
     def swap(self, name: str, version: str, *, dry_run: bool = False) -> Job:
         """Start replacing what `name` serves; returns at once. Raises UnknownMemory, UnknownVersion, SwapInProgress."""
@@ -57,15 +59,19 @@ class Swaps:
 
     def verify(self, name: str) -> None:
         """Read again, in the background, what was opened on the word of an earlier reading."""
-        if self._live.resolve(name).unread:
-            self._keep(asyncio.create_task(self._verified(name)))
+        snapshot = self._live.resolve(name)
+        wanted = name, snapshot.manifest.version
+        if snapshot.unread and wanted not in self._to_read:
+            self._to_read.add(wanted)
+            self._keep(asyncio.create_task(self._verified(*wanted)))
 
     async def close(self) -> None:
         """Give up what is under way; before its last phase nothing has changed."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._reader):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, job: Job, work: Coroutine[Any, Any, None]) -> Job:
         if job.memory in self._under_way:
@@ -157,12 +163,19 @@ class Swaps:
     async def _aside(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
 
-    async def _verified(self, name: str) -> None:
-        snapshot = self._live.resolve(name)
+    async def _verified(self, name: str, version: str) -> None:
+        """Holds no snapshot meanwhile: a version that is replaced while it is read must be free to die."""
         try:
-            await self._aside(self._live.reverify, name, snapshot.manifest.version)
+            await asyncio.get_running_loop().run_in_executor(self._reader, self._read_again, name, version)
         except DamagedVersion as error:
-            if self._live.serves(name, snapshot.manifest.version):
+            if self._live.serves(name, version):
                 self._live.damaged(name, error)
         except StoreError as error:
             log.warning("memory %s could not be read again: %s", name, error)
+        finally:
+            self._to_read.discard((name, version))
+
+    def _read_again(self, name: str, version: str) -> None:
+        """In a thread, when its turn comes; nothing where another version has taken its place by then."""
+        if self._live.serves(name, version):
+            self._live.reverify(name, version)

@@ -6,7 +6,8 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,40 @@ def test_what_cannot_be_served_is_refused_in_one_line_and_what_serves_goes_on(tm
         assert (world.live.resolve("things").ref, world.store.current("things")) == ("things@v1", "v1")
         await world.edited(100)
         assert (await world.swapped("v2")).state == "done"
+
+    world.run(story)
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, list[str]]]:
+    """Every file counts as large; versions are read again in the background once the event is set, here are their names."""
+    monkeypatch.setattr("index_store.verified.SMALL_BYTES", 0)
+    go, names = threading.Event(), list[str]()
+
+    def slow(_: LiveMemories, name: str, version: str) -> None:
+        go.wait(60)
+        names.append(f"{name}@{version}")
+
+    monkeypatch.setattr(LiveMemories, "reverify", slow)
+    yield go, names
+    go.set()
+
+
+def test_what_is_read_again_holds_up_no_swap_and_keeps_no_snapshot(tmp_path: Path, read: tuple[threading.Event, list[str]]) -> None:
+    world, before = World(tmp_path), Snapshot.alive()
+
+    async def story() -> None:
+        world.swaps.verify("things")
+        for turn in range(12):
+            assert (await asyncio.wait_for(world.swapped("v1" if turn % 2 else "v2"), 30)).state == "done"
+        assert Snapshot.alive() == before
+        read[0].set()
+        for _ in range(1000):
+            await asyncio.sleep(0.01)
+            if "things@v1" in read[1]:
+                break
+        assert {*read[1]} <= {"things@v1", "things@v2"}
+        assert len(read[1]) <= 2  # once for each that had begun or is served, not once for each swap
 
     world.run(story)
 
