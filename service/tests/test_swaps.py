@@ -14,6 +14,8 @@ import pytest
 
 from index_store import Snapshot, Store
 from index_store.tests.small import ENCODER, built, some_pairs
+from index_store.tests.test_damage import flip
+from index_store.tests.test_verified import forget_nothing
 from service.jobs import Job, Jobs
 from service.live import LiveMemories
 from service.metrics import Metrics
@@ -204,6 +206,30 @@ def test_what_is_read_again_holds_up_no_swap_and_keeps_no_snapshot(tmp_path: Pat
         assert len(read[1]) <= 2  # once for each that had begun or is served, not once for each swap
 
     world.run(story)
+
+
+def test_rot_that_no_stat_shows_is_told_while_what_serves_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("index_store.verified.SMALL_BYTES", 0)
+    world, version = World(tmp_path), tmp_path / "things" / "v2"
+    flip(version / "shard-0000" / "text.npy", 300)
+    forget_nothing(version, world.store.manifest("things", "v2"))
+
+    async def story() -> None:
+        assert (await world.swapped("v2")).state == "done"  # opened on the word of the builder
+        for _ in range(1000):
+            if "error" in world.live.row("things"):
+                break
+            await asyncio.sleep(0.01)
+        assert "things@v2: shard-0000/text.npy differs in bytes 0-1087" in world.live.row("things")["error"]
+        assert world.live.resolve("things").ref == "things@v2"
+        assert (await world.swapped("v1")).state == "done"
+        assert "error" not in world.live.row("things")
+        assert "differs in bytes" in str((await world.swapped("v2")).error)  # nobody trusts it again
+
+    world.run(story)
+    assert "is being served, but its files are no longer as they were built" in caplog.text
 
 
 def test_a_dry_run_tells_recall_and_drift_and_changes_nothing(tmp_path: Path) -> None:
