@@ -79,7 +79,10 @@ class LabelSets:
     async def warm(self, snapshot: Snapshot) -> None:
         """Embed every stored set under `snapshot`, so that a swap leaves no first caller waiting."""
         for name in self.names():
-            await self.vectors.get(self.get(name), snapshot)
+            while self._path(name).exists():
+                with suppress(NotFound):  # replaced meanwhile: then as it is by now; deleted: then not at all
+                    await self.vectors.get(self.get(name), snapshot)
+                    break
 
     def _path(self, name: str) -> Path:
         with suppress(NameRefused):

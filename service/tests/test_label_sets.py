@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from index_store import Snapshot
+from index_store.tests.small import opened, some_pairs
 from service.errors import InvalidValue, NotFound, ServiceError, TooLarge
 from service.label_sets import LabelSets
 from service.labels import LabelSet
@@ -106,6 +107,25 @@ def test_a_set_replaced_or_deleted_is_embedded_no_further(sets: LabelSets, held:
         await until(sets, large, 2000)
         sets.delete("large")
         assert sets.vectors.progress(large) == []
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+def test_a_swap_outlives_a_set_that_goes_while_it_is_embedded(sets: LabelSets, held: Held, tmp_path: Path, change: str) -> None:
+    async def run() -> None:
+        large, snapshot = sets.checked(LARGE, ["{}"], stored=True), opened(tmp_path / "store", some_pairs(5))
+        await asyncio.to_thread(sets.put, "large", large)
+        warming = asyncio.create_task(sets.warm(snapshot))
+        while not sets.vectors.progress(large):  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        if change == "replaced":
+            await sets.replace("large", FEW, None)
+        else:
+            sets.delete("large")
+        held.go.release(9)
+        await warming
+        assert [entry["memory"] for entry in sets.vectors.progress(FEW)] == (["things@v1"] if change == "replaced" else [])
 
     asyncio.run(run())
 
