@@ -42,7 +42,7 @@ def build_version(
     Whatever stops it, a kill included, leaves no version: neither listed nor openable, and a second run succeeds.
     """
     job = blocks.digest(encoder=encoder, kinds=dict(kinds), shard_pairs=shard_pairs) if isinstance(blocks, Job) else ""
-    version = _chosen(store, name, job) if version is None else plain_version(version)
+    version = _chosen(store, name, version, job)
     with workplace(store.root / plain(name), version) as work:
         filling = Filling(work, kinds, index, shard_pairs)
         content = fill_from(filling, blocks, job, version) if isinstance(blocks, Job) else fill(filling, blocks)
@@ -61,9 +61,12 @@ def build_version(
         return _published(work, *index_version(work, draft))
 
 
-def _chosen(store: Store, name: str, job: str) -> str:
-    """The version that an interrupted run of this job was building, else the next free name."""
-    return unfinished_version(store.root / plain(name), job) or store.next_version(name)
+def _chosen(store: Store, name: str, version: str | None, job: str) -> str:
+    """The version asked for, else the one that an interrupted run of this job was building, else the next name; free of deleted ones."""
+    store.finish_deletions(name)
+    if version is not None:
+        return plain_version(version)
+    return unfinished_version(store.root / name, job) or store.next_version(name)
 
 
 def _published(work: Path, indexed: Manifest, written: Iterable[str]) -> Manifest:

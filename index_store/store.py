@@ -107,18 +107,22 @@ class Store:
     def delete(self, name: str, version: str) -> None:
         """Remove a version and its edits; never the current one. Whoever serves it still goes on: the files stay mapped.
 
-        The one rename makes it stop existing; what a kill leaves behind afterwards is no version, and the next delete removes it.
+        The one rename makes it stop existing; what a kill leaves behind afterwards is no version, and the next delete or build removes it.
         """
-        path, journal = self.path(name, version), self.journal(name, version)
+        path = self.path(name, version)
         with writing(f"{name}/{version}"), alone(self.root / name):
             if self._pointer_if_whole(name)[:1] == [version]:
                 raise StoreBusy(f"{name}@{version} is the current version: activate another one first")
+            _clear_deleted(path.parent)
             path.rename(path.with_name(f".{version}{DELETED}"))
-            journal.unlink(missing_ok=True)
-            record_path(path).unlink(missing_ok=True)
-            rejects_file(path.parent, version).unlink(missing_ok=True)
-            for leftover in path.parent.glob(f".*{DELETED}"):
-                shutil.rmtree(leftover)
+            _clear_deleted(path.parent)
+
+    def finish_deletions(self, name: str) -> None:
+        """Remove what a kill left of deleted versions, so that one of the same name does not find their edits."""
+        folder = self.root / plain(name)
+        if any(folder.glob(f".*{DELETED}")):
+            with writing(name), alone(folder):
+                _clear_deleted(folder)
 
     def prune(self, name: str, keep: int) -> list[str]:
         """Delete all but the `keep` versions built last, the current and the previous one aside; the names of those deleted.
@@ -174,6 +178,15 @@ class Store:
             return []
         except OSError as error:
             raise StoreUnwritable(f"the folder of {folder.name} cannot be read: {error.strerror}; grant permission") from error
+
+
+def _clear_deleted(folder: Path) -> None:
+    """Remove deleted versions of a memory, what lies beside each first: as long as its own folder is there, a next run knows of them."""
+    for leftover in folder.glob(f".*{DELETED}"):
+        path = folder / leftover.name[1:].removesuffix(DELETED)
+        for beside in (path.with_name(path.name + SUFFIX), record_path(path), rejects_file(folder, path.name)):
+            beside.unlink(missing_ok=True)
+        shutil.rmtree(leftover)
 
 
 def plain(name: str) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, NameRefused, StoreError, UnknownMemory, UnknownVersion
+from index_store.journal import Journal
+from index_store.overlay import seal_of
 from index_store.store import Store
 from index_store.tests.small import ENCODER, built, some_pairs
 
@@ -116,6 +118,25 @@ def test_version_names_count_on(tmp_path: Path) -> None:
     assert labels[25:28] == ["2026-11-22z", "2026-11-22za", "2026-11-22zb"]
     assert sorted(labels) == labels
     assert store.versions("things") == labels
+
+
+@pytest.mark.parametrize("then", ["delete another", "build it again"])
+def test_a_deletion_that_was_killed_is_finished_by_what_comes_next(store: Store, monkeypatch: pytest.MonkeyPatch, then: str) -> None:
+    store.activate("things", "v3")
+    Journal.open(store.journal("things", "v1"), seal_of(store.manifest("things", "v1"))).close()
+    (store.root / "things" / "rejects-v1.jsonl").touch()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(SystemExit):
+            store.delete("things", "v1")
+    assert store.versions("things") == ["v2", "v3"]
+    if then == "delete another":
+        store.delete("things", "v2")
+        assert sorted(path.name for path in (store.root / "things").iterdir()) == ["CURRENT", "v3"]
+    else:
+        built(store.root, some_pairs(7), "v1")
+        assert len(store.open("things", "v1", encoder=ENCODER)) == 7
+        assert sorted(path.name for path in (store.root / "things").iterdir()) == ["CURRENT", "v1", "v2", "v3"]
 
 
 def test_the_name_of_a_deleted_version_is_not_used_again(tmp_path: Path) -> None:
