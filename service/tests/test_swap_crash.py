@@ -153,6 +153,7 @@ def for_ever(work: Callable[[httpx.Client], Any], world: World, trouble: list[st
             trouble.append(repr(error))
 
 
+@pytest.mark.timeout(3600)  # three seconds a kill where two cores have other things to do
 def test_kill_9_of_a_service_at_random_moments_of_swaps_edits_and_compactions(world: World) -> None:
     moments, trouble = random.Random(31), list[str]()
     process, expected = world.start(), dict[str, np.ndarray]()
