@@ -122,17 +122,17 @@ def import_embeddings(args: Args) -> None:
 
 
 def _checked(args: Args) -> Settings:
-    """The settings, once the names are known to be names: nothing is read for a build that cannot be written."""
+    """The settings, once names and numbers are known to be right: nothing is read for a build that cannot be written."""
     plain(args.name)
     if args.version is not None:
         plain_version(args.version)
+    if args.keep is not None and args.keep < 1:
+        raise UsageError(f"--keep {args.keep}: at least 1, the version that is built")
     return read(vars(args), args.config)
 
 
 def _carry_out(plan: Plan, encoding: Encoding) -> None:
     """Build it, or with --dry-run only say what would be built."""
-    if plan.args.keep is not None and plan.args.keep < 1:
-        raise UsageError(f"--keep {plan.args.keep}: at least 1, the version that is built")
     if plan.args.dry_run:
         from service.estimate import estimate
 

@@ -128,6 +128,16 @@ def test_a_version_is_a_source_and_near_duplicates_are_dropped(crops: Path, buil
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "fewer" / "rejects-v1.jsonl").read_text().splitlines()]
     assert len(reasons) == dropped
     assert all(re.fullmatch(r"near-duplicate of \d{3}\.jpg \(cosine \d\.\d{3}\)", reason) for reason in reasons)
+    after = reco("memory", "import", "fewer", version, "--version", "a", "--keep", "1", *store)
+    assert "fewer@v1 is deleted: the newest 1 are kept" in after.stdout, after.stderr
+    assert Store(tmp_path).versions("fewer") == ["a"]  # the one built last, though its name comes first
+    assert not (tmp_path / "fewer" / "rejects-v1.jsonl").exists()
+
+
+def test_a_retention_of_nothing_is_wrong_usage(crops: Path, tmp_path: Path) -> None:
+    told = one_line(reco("memory", "build", "x", str(crops), "--keep", "0", "--store", str(tmp_path)), 2)
+    assert told == "reco: --keep 0: at least 1, the version that is built"
+    assert not list(tmp_path.iterdir())
 
 
 def test_progress_in_a_log_is_a_line_for_each_state(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
