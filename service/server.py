@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+import sys
 import time
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -77,7 +79,11 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(settings: Settings) -> None:
-    """Open everything, then answer until told to stop. Raises what cannot be opened, in one line."""
+    """Open everything, then answer until told to stop, and end the process. Raises what cannot be opened, in one line.
+
+    Not by way of the interpreter, which would wait for the thread of a compaction or of a reading: minutes of training that nothing can
+    stop. Every request is answered and everything closed by then, and what such a thread leaves is as whole as after `kill -9`.
+    """
     with bind(settings.host, settings.port) as taken:
         print(f"loading {settings.model}: this takes some seconds…", flush=True)
         from service.app import create_app  # torch takes seconds: only now that the port is ours
@@ -89,6 +95,8 @@ def serve(settings: Settings) -> None:
             http="httptools", backlog=2048,
         )  # fmt: skip
         DrainingServer(config, engine).run(sockets=[taken])
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def _greet(engine: Engine, url: str) -> None:

@@ -69,6 +69,17 @@ def test_kill_9_at_random_moments_leaves_nothing_that_opens(tmp_path: Path, nurs
     assert min(store.open("things", "v1", encoder=ENCODER).prove().values()) >= 0.99
 
 
+def test_two_processes_that_build_one_version(tmp_path: Path, nursery: Nursery) -> None:
+    store = Store(tmp_path / "store")
+    nursery.begin(store.root)
+    while not (store.root / "things" / ".v1.partial" / "shard-0000").exists():
+        time.sleep(0.001)
+    with pytest.raises(StoreBusy, match="things@v1 is being built by another process: wait for it, or choose another version"):
+        built(store.root, some_pairs(5))
+    assert nursery.end() == 0
+    assert len(store.open("things", "v1", encoder=ENCODER)) == 1500
+
+
 def test_kill_9_at_random_moments_leaves_one_of_the_two_versions_current(tmp_path: Path) -> None:
     store, moments, swapping = Store(tmp_path), random.Random(23), Nursery(SWAP)
     for version in ("v1", "v2"):

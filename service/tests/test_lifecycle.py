@@ -9,12 +9,17 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
-from index_store import Store
+from index_store import Pairs, Store
+from index_store.build import build_version
+from index_store.tests.small import unit_rows
 from models.starter import install_starter
 from service.tests.conftest import Server, one_line, reco, serving
 
@@ -168,6 +173,27 @@ def test_sigterm_answers_what_was_admitted_and_refuses_the_rest(tmp_path: Path, 
         assert codes == {200: 6}, codes
         assert late in (503, "gone")
         assert server.process.wait(30) == 0
+
+
+def test_sigterm_does_not_wait_for_a_compaction(tmp_path: Path) -> None:
+    """A thread that trains an index cannot be stopped, and what it leaves is no version: the next start serves what was served."""
+    store, rows = Store(tmp_path), unit_rows(40_000, 256, 0)
+    install_starter(store)
+    encoder, ids, records = store.manifest("grocery").encoder, np.arange(40_000), [{"caption": ""}] * 40_000
+    kinds: dict[Any, Any] = {"image": "vector", "text": "vector"}
+    built = build_version(store, "large", "v1", [Pairs(ids, rows, rows, records)], encoder=encoder, kinds=kinds, index="Flat")
+    slow = replace(built, index={**built.index, "asked": "IVF8192,Flat"})  # what a compaction will make: minutes of training
+    (tmp_path / "large" / "v1" / "manifest.json").write_text(slow.to_json())
+    store.activate("large", "v1")
+    with serving(tmp_path) as server, server.client() as client:
+        assert client.delete("/memories/large/pairs/7").status_code == 200
+        job = client.post("/memories/large/compact").json()
+        while client.get(f"/jobs/{job['id']}").json()["progress"] != 1:
+            time.sleep(0.1)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
+    assert store.versions("large") == ["v1"]
+    assert len(store.open("large", encoder=encoder)) == 39_999
 
 
 def _inside(server: Server) -> str:
