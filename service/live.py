@@ -176,7 +176,7 @@ class LiveMemories:
 
     def damaged(self, name: str, error: DamagedVersion) -> None:
         """Tell that a file of what serves was found altered on the disk; it goes on serving what is mapped."""
-        self._refused[name] = error
+        self._refused[name] = _bare(error)
         log.error("memory %s is being served, but its files are no longer as they were built: %s", name, error)
 
     async def _edit(self, name: str, change: Callable[[Editor], T]) -> tuple[T, Snapshot, Snapshot]:
@@ -199,7 +199,7 @@ class LiveMemories:
         if name in self._live:
             return self._live[name]
         if name in self._refused:
-            raise self._refused[name]
+            raise _bare(self._refused[name])
         self._store.versions(name)  # raises UnknownMemory or NameRefused
         raise NotServing(f"memory {name!r} is in the store but not live: activate one of its versions", "memory")
 
@@ -210,8 +210,8 @@ class LiveMemories:
             self.afford(name, version)
             self._editors[name] = editor = self.open(name, version)
         except StoreError as error:
-            self._refused[name] = error
-            log.warning("memory %s is not served: %s", name, error)
+            self._refused[name] = _bare(error)
+            log.warning("memory %s is not served: %s", name, self._refused[name])
             return
         self._live[name] = Memory(editor.snapshot)
         self._describe(editor.snapshot)
@@ -223,3 +223,8 @@ class LiveMemories:
         self._metrics.memory_created_timestamp_seconds.labels(name).set(datetime.fromisoformat(found.created).timestamp())
         for tier, size in snapshot.bytes.items():
             self._metrics.memory_bytes.labels(name, tier).set(size)
+
+
+def _bare(error: StoreError) -> StoreError:
+    """The same refusal without its history: frames keep what they had opened, and an error that is raised again collects more of them."""
+    return type(error)(*error.args)

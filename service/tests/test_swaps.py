@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from index_store import Snapshot, Store
+from index_store.errors import DamagedVersion
 from index_store.tests.small import ENCODER, built, some_pairs
 from index_store.tests.test_damage import flip
 from index_store.tests.test_verified import forget_nothing
@@ -36,9 +37,16 @@ class World:
             built(root, some_pairs(30), version)
         self.store, metrics = Store(root), Metrics(version="0", torch="0", faiss="0")
         self.store.activate("things", "v1")
-        self.live = LiveMemories(self.store, encoder=ENCODER, fusion="none", default="things", budget=budget, devices=(), metrics=metrics)
+        self.budget, self.metrics = budget, metrics
+        self.live = self.opened("things")
         self.jobs = Jobs(metrics)
         self.swaps = Swaps(self.live, self.jobs, prepare=no_labels, drift=lambda old, new: DRIFT, metrics=metrics)
+
+    def opened(self, default: str) -> LiveMemories:
+        """The memories as a start opens them."""
+        return LiveMemories(
+            self.store, encoder=ENCODER, fusion="none", default=default, budget=self.budget, devices=(), metrics=self.metrics
+        )
 
     async def ended(self, job: Job) -> Job:
         while self.jobs.get(job.id).state == "running":  # noqa: ASYNC110  jobs are polled, here as over HTTP
@@ -74,6 +82,29 @@ def test_a_compaction_beside_a_version_that_cannot_be_read(tmp_path: Path) -> No
         assert world.live.resolve("things").ref == f"things@{job.version}"
 
     world.run(story)
+
+
+def test_a_memory_that_is_not_served_is_not_kept_and_its_reason_does_not_grow(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    async def story() -> None:
+        await world.edited(100)
+        await world.edited(200)
+
+    world.run(story)
+    journal = world.store.journal("things", "v1")
+    journal.write_bytes(journal.read_bytes()[:80] + b"?" + journal.read_bytes()[81:])
+    built(tmp_path, some_pairs(5), "v1", name="others")
+    world.store.activate("others", "v1")
+    before = Snapshot.alive().get("things", 0)
+    live = world.opened("others")
+    assert Snapshot.alive().get("things", 0) == before  # the version was whole, its edits are not
+    depths = []
+    for _ in range(5):
+        with pytest.raises(DamagedVersion, match=r"things/v1\.journal: bytes 56 to \d+ are damaged") as refused:
+            live.resolve("things")
+        depths.append(len(refused.traceback))
+    assert len({*depths}) == 1
 
 
 def test_compactions_leave_only_what_a_rollback_needs(tmp_path: Path) -> None:
