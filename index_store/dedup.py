@@ -1,5 +1,6 @@
 """Near-duplicates dropped on the way into a memory: a pair whose image and text both come close to an earlier one adds nothing."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from operator import itemgetter
@@ -90,7 +91,7 @@ class Deduplicator:
 
     def _texts(self, rows: np.ndarray) -> np.ndarray:
         """(M, D) float16 of some of the kept."""
-        blocks = np.searchsorted(self._starts, rows, side="right") - 1
+        blocks = np.array([bisect_right(self._starts, row) - 1 for row in rows.tolist()], np.int64)  # numpy would copy all starts each time
         taken = np.empty((len(rows), self._text[0].shape[1]), np.float16)
         for block in np.unique(blocks):
             mine = blocks == block

@@ -54,7 +54,7 @@ def show(args: Args) -> None:
     if args.json:
         print(json.dumps({**asdict(manifest), "current": current}, indent=2, ensure_ascii=False))
         return
-    print(_table(_described(manifest, current)))
+    print(_table([*_described(manifest, current), ("edits", f"{store.edits(name, version):,} made online on top of it")]))
     print("\n" + _table([("recipe", "lists visited", "recall@10", "ms/query"), *_curve(manifest)]))
 
 

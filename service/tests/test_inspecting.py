@@ -58,6 +58,16 @@ def test_a_path_is_not_a_name_whatever_the_command(tmp_path: Path, command: list
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
+def test_show_tells_of_the_edits(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", "show", "things", "--store", str(store.root)]) == 0
+    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line]
+    told = {row[0]: row[1] for row in rows[:11]}
+    assert told["version"] == "things@v1 (current)"
+    assert told["pairs"] == "30 in 1 shard, vectors of 16"
+    assert told["bytes"].endswith(f"{30 * 16 * 4 * 2 / 1000:.1f} kB resident")
+    assert told["edits"] == "2 made online on top of it"
+
+
 def test_verify_reads_the_edits_too(store: Store) -> None:
     asked = ("memory", "verify", "things@v1", "--store", str(store.root))
     assert reco(*asked).stdout.startswith("things@v1+2: ")
