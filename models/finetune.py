@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
 
-from models.clip import Encoder, normalised
+from models.clip import Encoder
 from models.errors import DataError
 from models.losses import info_nce
 from models.samples import Sample
 from models.text import text_encoder
+from models.towers import normalised
 
 
 @dataclass(frozen=True, slots=True)

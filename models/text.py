@@ -5,6 +5,7 @@ Alphabet: B batch, L tokens, W the tower's width, D width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:
@@ -42,25 +43,37 @@ class TrimmedText:
         """(B, L) int64 -> (B, D), in order."""
         import torch
 
-        end = tokens.argmax(-1) if self.pool == "argmax" else tokens.eq(self.eos_id or 0).int().argmax(-1)  # (B,)
+        end = self.ends(tokens)
         order = end.argsort()
-        sizes = _sizes([int(place) + 1 for place in end[order].tolist()], PASS_TOKENS.get(tokens.device.type, PASS_TOKENS["cuda"]))
-        parts = [self._part(tokens[rows], end[rows]) for rows in torch.split(order, sizes)]
+        lengths = [place + 1 for place in end[order].tolist()]
+        sizes = _sizes(lengths, PASS_TOKENS.get(tokens.device.type, PASS_TOKENS["cuda"]))
+        parts = [
+            self.part(tokens[rows, : lengths[last]], end[rows]) for rows, last in zip(torch.split(order, sizes), _last(sizes), strict=True)
+        ]
         return torch.cat(parts)[order.argsort()]
 
-    def _part(self, tokens: "Tensor", end: "Tensor") -> "Tensor":
-        """As open_clip's encode_text, on the first `length` tokens."""
+    def ends(self, tokens: "Tensor") -> "Tensor":
+        """(B, L) int64 -> (B,) int64, the place at which each vector is read; what follows it does not matter."""
+        return tokens.argmax(-1) if self.pool == "argmax" else tokens.eq(self.eos_id or 0).int().argmax(-1)
+
+    def part(self, tokens: "Tensor", end: "Tensor") -> "Tensor":
+        """As open_clip's encode_text, on texts cut to L tokens, of which `end` (B,) is one: the same kernels whatever the values."""
         import torch
 
-        tower, length = self.tower, int(end.max()) + 1
+        tower, length = self.tower, tokens.shape[1]
         dtype = tower.transformer.get_cast_dtype()
-        x = tower.token_embedding(tokens[:, :length]).to(dtype) + tower.positional_embedding[:length].to(dtype)  # (B, L, W)
+        x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)  # (B, L, W)
         x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
         pooled = tower.ln_final(x[torch.arange(len(x), device=x.device), end])  # (B, W)
         projection = tower.text_projection
         if projection is None:
             return cast("Tensor", pooled)
         return cast("Tensor", projection(pooled) if isinstance(projection, torch.nn.Linear) else pooled @ projection)
+
+
+def _last(sizes: list[int]) -> list[int]:
+    """The place of each part's last text, which is its longest."""
+    return [total - 1 for total in accumulate(sizes)]
 
 
 def _causal(mask: "Tensor | None") -> bool:

@@ -189,7 +189,8 @@ class Engine:
         return {
             "version": version("reco-serve"),
             "model": {"name": chosen.model, "fingerprint": encoder.fingerprint, "dim": encoder.dim, "device": str(encoder.device)}
-            | {"precision": chosen.precision, "image_size": list(encoder.image_size), "random_weights": chosen.pretrained == "random"},
+            | {"precision": chosen.precision, "fixed_shapes": encoder.fixed_shapes, "image_size": list(encoder.image_size)}
+            | {"random_weights": chosen.pretrained == "random"},
             "fusion": {"id": self.reco.fusion_id, "k": self.reco.k, "max_k": self.reco.max_k},
             "memories": {"default": self.memories.default, "live": {row["name"]: row["current"] for row in live}},
             "limits": limits,

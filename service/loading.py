@@ -11,7 +11,10 @@ from service.settings import Settings
 
 def load_encoder(settings: Settings) -> Encoder:
     """The encoder that the settings name. Raises ModelError."""
-    return Encoder.load(EncoderSpec(settings.model, settings.pretrained, settings.precision, settings.device))
+    chosen = settings
+    return Encoder.load(
+        EncoderSpec(chosen.model, chosen.pretrained, chosen.precision, chosen.device, chosen.fixed_shapes, chosen.max_batch)
+    )
 
 
 def load_reco(settings: Settings) -> Reco:

@@ -34,6 +34,7 @@ class Settings(BaseModel):
     fusion: str | None = None  # a file, or a rule: none, mean, core, with its alpha as in mean:2
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    fixed_shapes: Literal["auto", "on", "off"] = "auto"  # batches padded to a few recorded sizes; auto: on CUDA
     search_devices: Annotated[tuple[int, ...], BeforeValidator(_split)] = ()  # GPUs that hold clones of the indexes; none = the CPU
 
     api_keys: Annotated[tuple[SecretStr, ...], BeforeValidator(_split)] = ()

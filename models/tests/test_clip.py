@@ -164,10 +164,10 @@ def test_the_logit_scale_is_the_temperature(encoder: Encoder) -> None:
 @pytest.mark.parametrize("size", [(50_000, 1), (1, 50_000), (3_000, 2)])
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
 def test_very_long_images_fit_into_the_frame(encoder: Encoder, size: tuple[int, int], mode: str) -> None:
-    from models.clip import _crop
+    from models.towers import crop_of
 
     config = {**encoder._model.visual.preprocess_cfg, "resize_mode": mode}
-    framed = _crop(config)(Image.new("L", size))
+    framed = crop_of(config)(Image.new("L", size))
     assert (framed.size, framed.mode) == ((64, 64), "RGB")
 
 

@@ -28,9 +28,10 @@ KEYS = {"RECO_API_KEYS": "alpha-key,beta-key", "RECO_ADMIN_KEY": "gamma-key"}
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> object:
-    """A service with keys and narrow limits."""
+    """A service with keys and narrow limits, encoding at fixed shapes."""
     flags = ("--max-queue", "4", "--max-items", "4", "--max-batch", "2")
-    with serving(tmp_path_factory.mktemp("guarded"), *flags, RECO_RECEIVE_S="2", RECO_MAX_LABELS="100", **KEYS) as server:
+    environ = {"RECO_RECEIVE_S": "2", "RECO_MAX_LABELS": "100", "RECO_FIXED_SHAPES": "on", **KEYS}
+    with serving(tmp_path_factory.mktemp("guarded"), *flags, **environ) as server:
         yield server
 
 
@@ -54,6 +55,17 @@ def test_keys(guarded: Server) -> None:
             assert client.get(route).status_code == 200, route
         assert "key" not in client.get("/info").text
     assert not any(key in line for line in guarded.lines for key in ("alpha-key", "beta-key", "gamma-key", "wrong"))
+
+
+def test_fixed_shapes_give_the_vectors_of_any_shape(guarded: Server, server: Server, photos: dict[str, bytes]) -> None:
+    files, texts = [("file", photo) for photo in photos.values()], ["a", "a carton of milk on a shelf", "lemon"]
+    found = []
+    for running, fixed in ((guarded, True), (server, False)):
+        with running.client(headers=bearer("alpha-key")) as client:
+            assert client.get("/info").json()["model"]["fixed_shapes"] is fixed
+            replies = (client.post("/embed/image", files=files), client.post("/embed/text", json={"texts": texts}))
+            found.append([row["embedding"] for reply in replies for row in reply.json()["data"]])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
 
 
 def test_a_full_queue_refuses_at_the_door(guarded: Server, photos: dict[str, bytes]) -> None:
