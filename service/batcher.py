@@ -1,9 +1,11 @@
 """Dynamic batching for any blocking function of a list: standard library alone, nothing in here knows what an item is.
 
-    submit -> [waiting tickets] -> a worker slot frees -> batch formed -> run in the batcher's own thread -> each ticket settled
+    submit -> [waiting tickets] -> a worker slot frees -> batch formed -> run -> [then] -> each ticket settled
+                                                                          its own threads
 
 A slot is taken first and the batch is formed after, so a batch keeps filling while every worker is busy: under load batches
-grow by themselves, and an idle service answers at once. No future is ever left pending, whatever `run` does.
+grow by themselves, and an idle service answers at once. Where there is a second stage, `then`, the next batch runs meanwhile.
+No future is ever left pending, whatever `run` does.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from service.workers import Workers
 
 __all__ = ["Answer", "Batcher", "BatcherClosed", "BatcherError", "DeadlinePassed", "QueueFull", "Ticket"]
 
@@ -78,29 +81,34 @@ class Batcher(Generic[T, R]):
 
     run: blocking, one result per payload in the payloads' order; an Exception returned in a payload's place is that item's error, one
     raised is narrowed down to the guilty items by running halves of the batch again.  With `workers` > 1 it is called from several threads.
+    then: likewise, of what `run` gave, in a thread of its own; at most one batch is in it, and the one before it keeps its worker.
+    stall_s: a batch that takes longer in either is answered with WorkerLost, and its thread replaced.
     max_queue: items that may wait, not counting those being worked on.  max_wait_s: how long the oldest item of an unfilled batch waits
     for company although a worker is free; it and max_batch may change while serving.  on_batch: told each batch's size, on the event loop.
 
-    State: the waiting tickets in order, the free slots, and whether it is closing. All of it is touched on the event loop only.
+    State, touched on the event loop only: the waiting tickets in order, the free slots of both stages, and whether it is closing.
     """
 
     def __init__(
         self,
-        run: Callable[[list[T]], Sequence[R]],
+        run: Callable[[list[T]], Sequence[Any]],
         *,
         name: str,
         max_batch: int,
         max_queue: int,
         max_wait_s: float = 0.0,
         workers: int = 1,
+        then: Callable[[list[Any]], Sequence[R]] | None = None,
+        stall_s: float = 120.0,
         on_batch: Callable[[int], None] | None = None,
     ) -> None:
-        if min(max_batch, max_queue, workers) < 1 or max_wait_s < 0:
-            raise ValueError(f"batcher {name}: max_batch, max_queue and workers must be at least 1, and max_wait_s not negative")
+        if min(max_batch, max_queue, workers) < 1 or max_wait_s < 0 or stall_s <= 0:
+            raise ValueError(f"batcher {name}: max_batch, max_queue, workers and stall_s must be positive, and max_wait_s not negative")
         self.name, self.max_batch, self.max_queue, self.max_wait_s = name, max_batch, max_queue, max_wait_s
-        self._run, self._on_batch = run, on_batch
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"batcher-{name}")
-        self._slots = asyncio.Semaphore(workers)
+        self._on_batch = on_batch
+        self._first: Workers[T, Any] = Workers(run, name=name, threads=workers, stall_s=stall_s)
+        self._second = None if then is None else Workers(then, name=f"{name}-then", threads=1, stall_s=stall_s)
+        self._slots, self._between = asyncio.Semaphore(workers), asyncio.Semaphore(1)
         self._waiting: OrderedDict[Ticket[T, R], None] = OrderedDict()  # ordered, and a caller who leaves is removed in O(1)
         self._changed = asyncio.Event()  # something arrived, or closing began
         self._closing = self._serving = False
@@ -110,6 +118,11 @@ class Batcher(Generic[T, R]):
     def depth(self) -> int:
         """Items that wait for a batch."""
         return len(self._waiting)
+
+    @property
+    def lost(self) -> bool:
+        """Whether a worker was given up and its replacement has not answered yet."""
+        return self._first.lost or (self._second is not None and self._second.lost)
 
     async def submit(self, payloads: Sequence[T], deadline: float | None = None) -> list[Answer[R] | Exception]:
         """Answer every payload, in order; an item that failed has its exception in its place.
@@ -135,8 +148,8 @@ class Batcher(Generic[T, R]):
             async with asyncio.TaskGroup() as tasks:
                 await self._slots.acquire()
                 while batch := await self._next_batch():
-                    task = tasks.create_task(self._answer(batch))
-                    task.add_done_callback(partial(self._release, batch))  # runs even where the task was cancelled before it started
+                    task = tasks.create_task(self._answer(batch, tasks))
+                    task.add_done_callback(partial(self._release, self._slots, batch))  # even where it was cancelled before it started
                     del batch, task  # or the last batch, and the memory its items pin, would live until the next one comes
                     await self._slots.acquire()
         finally:
@@ -205,23 +218,43 @@ class Batcher(Generic[T, R]):
                 batch.append(ticket)
         return batch
 
-    async def _answer(self, batch: list[Ticket[T, R]]) -> None:
-        """Run one batch and settle its tickets; raises nothing, or the whole service would end with it."""
+    async def _answer(self, batch: list[Ticket[T, R]], tasks: asyncio.TaskGroup) -> None:
+        """Run one batch; settle its tickets, or hand them to the second stage. Raises nothing, or the whole service would end with it."""
         started = time.monotonic()
-        outcomes: Sequence[R | Exception]
         try:
             if self._on_batch is not None:
                 self._on_batch(len(batch))
-            payloads = [ticket.payload for ticket in batch]
-            outcomes = await asyncio.get_running_loop().run_in_executor(self._pool, _isolate, self._run, payloads)
-        except Exception as error:  # noqa: BLE001  on_batch or the pool failed: its callers are told, the loop lives
-            outcomes = [error] * len(batch)
-        for ticket, outcome in zip(batch, outcomes, strict=True):
+        except Exception as error:  # noqa: BLE001  its callers are told, the loop lives
+            outcomes: Sequence[Any] = [error] * len(batch)
+        else:
+            outcomes = await self._first.answers([ticket.payload for ticket in batch])
+        answered = list(zip(batch, outcomes, strict=True))
+        going_on = [pair for pair in answered if self._goes_on(*pair)]
+        handed = {ticket for ticket, _ in going_on}
+        self._settle([pair for pair in answered if pair[0] not in handed], started)
+        if going_on:
+            await self._between.acquire()  # the slot is still held: batches that wait for the second stage do not pile up
+            task = tasks.create_task(self._finish(going_on, started))
+            task.add_done_callback(partial(self._release, self._between, [ticket for ticket, _ in going_on]))
+
+    def _goes_on(self, ticket: Ticket[T, R], outcome: object) -> bool:
+        """Whether there is a second stage, something for it to do, and anyone who still wants it."""
+        return self._second is not None and not isinstance(outcome, Exception) and not ticket.reply.done()
+
+    async def _finish(self, going_on: Sequence[tuple[Ticket[T, R], Any]], started: float) -> None:
+        """The second stage of one batch."""
+        assert self._second is not None  # noqa: S101  `_goes_on` said so
+        outcomes = await self._second.answers([outcome for _, outcome in going_on])
+        self._settle([(ticket, outcome) for (ticket, _), outcome in zip(going_on, outcomes, strict=True)], started)
+
+    def _settle(self, answered: Iterable[tuple[Ticket[T, R], Any]], started: float) -> None:
+        for ticket, outcome in answered:
             ticket.settle(outcome if isinstance(outcome, Exception) else Answer(outcome, started - ticket.enqueued))
 
-    def _release(self, batch: Sequence[Ticket[T, R]], _: asyncio.Task[None]) -> None:
-        self._slots.release()
-        self._abandon(batch)
+    def _release(self, slots: asyncio.Semaphore, batch: Sequence[Ticket[T, R]], task: asyncio.Task[None]) -> None:
+        slots.release()
+        if task.cancelled() or task.exception() is not None:  # otherwise they are settled, or in the next stage's hands
+            self._abandon(batch)
 
     def _abandon(self, tickets: Iterable[Ticket[T, R]]) -> None:
         """Settle what has no answer yet: only a cancelled `serve`, or one that never ran, leaves such tickets."""
@@ -232,23 +265,7 @@ class Batcher(Generic[T, R]):
         self._closing, self._serving = True, False
         self._abandon(self._waiting)
         self._waiting.clear()
-        self._pool.shutdown(wait=False)
+        for workers in (self._first, self._second):
+            if workers is not None:
+                workers.close()
         self._ended.set()
-
-
-def _isolate(run: Callable[[list[T]], Sequence[R]], payloads: list[T]) -> list[R | Exception]:
-    """One outcome per payload: where the whole fails, each half is tried alone, until only the guilty items have the error.
-
-    A guilty item among B costs about 2·log2(B) further runs; an error of every item, the device lost for example, costs 2·B - 2.
-    """
-    try:
-        results = run(payloads)
-        if len(results) == len(payloads):
-            return list(results)
-    except BaseException as error:  # noqa: BLE001  SystemExit and the like would end the event loop if they reached it
-        if len(payloads) == 1:
-            return [error if isinstance(error, Exception) else RuntimeError(f"the batch raised {error!r}")]
-    else:
-        return [RuntimeError(f"{len(results)} results came back for {len(payloads)} items") for _ in payloads]
-    middle = len(payloads) // 2
-    return [*_isolate(run, payloads[:middle]), *_isolate(run, payloads[middle:])]

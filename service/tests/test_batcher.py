@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.batcher import Answer, Batcher, BatcherClosed, DeadlinePassed, QueueFull
+from service.workers import WorkerLost
 
 PATIENCE_S = 20.0  # far beyond any run here: a test that reaches it hangs
 
@@ -59,11 +60,14 @@ async def serving(
     max_queue: int = 100,
     max_wait_s: float = 0.0,
     workers: int = 1,
+    then: Callable[[list[int]], Sequence[int]] | None = None,
+    stall_s: float = PATIENCE_S,
     on_batch: Callable[[int], None] | None = None,
 ) -> AsyncIterator[Batcher[int, int]]:
-    batcher = Batcher(
-        run, name="double", max_batch=max_batch, max_queue=max_queue, max_wait_s=max_wait_s, workers=workers, on_batch=on_batch
-    )
+    batcher: Batcher[int, int] = Batcher(
+        run, name="double", max_batch=max_batch, max_queue=max_queue, max_wait_s=max_wait_s, workers=workers, then=then, stall_s=stall_s,
+        on_batch=on_batch,
+    )  # fmt: skip
     task = asyncio.create_task(batcher.serve())
     try:
         yield batcher
@@ -420,7 +424,129 @@ def test_under_many_callers_who_come_fail_and_leave_nothing_is_lost() -> None:
     run_async(scenario())
 
 
-@pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"max_queue": 0}, {"workers": 0}, {"max_wait_s": -1.0}])
+def test_the_next_batch_runs_while_the_one_before_is_in_its_second_stage() -> None:
+    async def scenario() -> None:
+        first, second = Doubler(), Doubler(gate=threading.Event())
+        async with serving(first, max_batch=1, then=second) as batcher:
+            callers = [asyncio.create_task(batcher.submit([item])) for item in range(5)]
+            await until(lambda: len(second.batches) == 1 and len(first.batches) == 2)
+            await asyncio.sleep(0.02)
+            assert (len(first.batches), batcher.depth) == (2, 3)  # the second waits on its worker, the others still form larger batches
+            assert second.gate is not None
+            second.gate.set()
+            assert [values(await caller) for caller in callers] == [[4 * item] for item in range(5)]
+        assert second.batches == [[2 * item] for item in range(5)]
+
+    run_async(scenario())
+
+
+def test_each_stage_keeps_its_poison_to_itself() -> None:
+    async def scenario() -> None:
+        first, second = Doubler(poison=frozenset({3})), Doubler(poison=frozenset({10}))
+        async with serving(first, max_batch=8, then=second) as batcher:
+            assert values(await batcher.submit(list(range(8)))) == [0, 4, 8, PoisonError, 16, PoisonError, 24, 28]
+            assert values(await batcher.submit([3])) == [PoisonError]
+        assert all(6 not in batch for batch in second.batches)  # what failed in the first is not tried in the second
+
+    run_async(scenario())
+
+
+def test_who_leaves_between_the_stages_is_not_worked_for() -> None:
+    async def scenario() -> None:
+        first, second = Doubler(gate=threading.Event()), Doubler()
+        async with serving(first, then=second) as batcher:
+            callers = [asyncio.create_task(batcher.submit([item])) for item in range(2)]
+            await until(first.started.is_set)
+            callers[0].cancel()
+            await asyncio.sleep(0)
+            assert first.gate is not None
+            first.gate.set()
+            assert values(await callers[1]) == [4]
+        assert second.batches == [[2]]
+
+    run_async(scenario())
+
+
+@pytest.mark.parametrize("stage", ["first", "second"])
+def test_a_worker_that_never_comes_back_is_replaced_and_told_of_meanwhile(stage: str) -> None:
+    async def scenario() -> None:
+        stuck, gate, quick = threading.Event(), threading.Event(), Doubler()
+
+        def hang(payloads: list[int]) -> list[int]:
+            if not stuck.is_set():
+                stuck.set()
+                assert gate.wait(PATIENCE_S)
+            return quick(payloads)
+
+        run, then = (hang, Doubler()) if stage == "first" else (Doubler(), hang)
+        async with serving(run, max_batch=2, then=then, stall_s=0.05) as batcher:
+            callers = [asyncio.create_task(batcher.submit([item, item])) for item in range(3)]
+            await until(stuck.is_set)
+            assert not batcher.lost
+            assert values(await callers[0]) == [WorkerLost] * 2
+            assert [values(await caller) for caller in callers[1:]] == [[4, 4], [8, 8]]
+            assert not batcher.lost
+            gate.set()  # what comes back late is nobody's
+            assert values(await batcher.submit([5])) == [20]
+
+    run_async(scenario())
+
+
+def test_a_replacement_that_hangs_too_stays_lost() -> None:
+    async def scenario() -> None:
+        gate = threading.Event()
+
+        def hang(payloads: list[int]) -> list[int]:
+            assert gate.wait(PATIENCE_S)
+            return payloads
+
+        async with serving(hang, stall_s=0.02) as batcher:
+            for _ in range(2):
+                assert values(await batcher.submit([1])) == [WorkerLost]
+                assert batcher.lost
+            gate.set()
+            assert values(await batcher.submit([1])) == [1]
+            assert not batcher.lost
+
+    run_async(scenario())
+
+
+def test_close_waits_for_the_second_stage_too() -> None:
+    async def scenario() -> None:
+        second = Doubler(gate=threading.Event())
+        async with serving(Doubler(), max_batch=1, then=second) as batcher:
+            callers = [asyncio.create_task(batcher.submit([item])) for item in range(3)]
+            await until(second.started.is_set)
+            closing = asyncio.create_task(batcher.close())
+            await asyncio.sleep(0.01)
+            assert not closing.done()
+            assert second.gate is not None
+            second.gate.set()
+            await closing
+            assert [values(await caller) for caller in callers] == [[0], [4], [8]]
+
+    run_async(scenario())
+
+
+def test_a_cancelled_serve_leaves_no_caller_waiting_in_either_stage() -> None:
+    async def scenario() -> None:
+        second = Doubler(gate=threading.Event())
+        batcher: Batcher[int, int] = Batcher(Doubler(), name="double", max_batch=1, max_queue=9, then=second)
+        task = asyncio.create_task(batcher.serve())
+        caller = asyncio.create_task(batcher.submit([1, 2, 3, 4]))  # in the second stage, before it, and two waiting
+        await until(second.started.is_set)
+        await asyncio.sleep(0.01)
+        task.cancel()
+        assert values(await caller) == [BatcherClosed] * 4
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert second.gate is not None
+        second.gate.set()
+
+    run_async(scenario())
+
+
+@pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"max_queue": 0}, {"workers": 0}, {"max_wait_s": -1.0}, {"stall_s": 0.0}])
 def test_senseless_limits_are_refused(wrong: dict[str, Any]) -> None:
     limits: dict[str, Any] = {"max_batch": 1, "max_queue": 1, **wrong}
     with pytest.raises(ValueError, match="batcher odd"):
