@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from index_store import Side, Snapshot, Store
+from index_store.pairs import SIDES
 from models.gpu import gpu_memory
 from models.reco import Reco
 from models.starter import MEMORY, install_starter, starter_labels
-from service.batcher import Answer, Batcher, DeadlinePassed, QueueFull
+from service.batcher import Answer, DeadlinePassed, QueueFull
 from service.budget import allowed_bytes
 from service.decode import Decoder
 from service.editing import Editing
@@ -26,6 +27,7 @@ from service.intake import Intake
 from service.jobs import Jobs
 from service.label_sets import LabelSets
 from service.labels import LabelSet
+from service.lane import Lane
 from service.live import LiveMemories
 from service.loading import load_reco
 from service.metrics import Metrics, Stage
@@ -37,7 +39,7 @@ from service.settings import Settings
 from service.swaps import Swaps
 from service.tracing import Tracing
 from service.wire import Options
-from service.work import Answered, Query, Row, Work, answer
+from service.work import Answered, Query, Row, Work
 
 
 class Engine:
@@ -74,11 +76,10 @@ class Engine:
         self.editing = Editing(self.memories, self.swaps, self._encoded, settings)
         self._recall = RecallSampler(self._recent, self.memories.resolve, metrics, share=settings.recall_share)
         self._decoder = Decoder(partial(encoder.read, max_pixels=settings.max_pixels), workers=settings.decode_workers)
-        self._batchers: dict[Side, Batcher[Work, Row]] = {"image": self._batcher("image"), "text": self._batcher("text")}
-        self._admitted: dict[Side, int] = {"image": 0, "text": 0}
         self._pulse = Pulse(self._test_item)
+        self._lanes: dict[Side, Lane] = {side: Lane(side, reco, settings, metrics, self._pulse.felt) for side in SIDES}
+        self._admitted: dict[Side, int] = dict.fromkeys(SIDES, 0)
         self.tracing = Tracing.from_environment()
-        self._tasks: list[asyncio.Task[None]] = []
         self.draining = False
         self.inside = 0  # requests let in and not yet answered; the gate counts
 
@@ -100,8 +101,8 @@ class Engine:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Serve batches until left; then answer what was admitted and let go."""
-        self._tasks = [asyncio.create_task(batcher.serve()) for batcher in self._batchers.values()]
-        for side in self._batchers:
+        serving = [asyncio.create_task(lane.serve()) for lane in self._lanes.values()]
+        for side in self._lanes:
             await self._pulse.check(side)  # the first batch of each tower: warm before ready
         background = [asyncio.create_task(self._pulse.keep()), asyncio.create_task(self._recall.run())]
         for name in self.memories.names():
@@ -113,7 +114,7 @@ class Engine:
             for task in background:
                 task.cancel()
             await self.swaps.close()
-            await asyncio.gather(*(batcher.close() for batcher in self._batchers.values()))
+            await asyncio.gather(*(lane.close() for lane in self._lanes.values()), *serving)
             self.label_sets.vectors.close()
             self._decoder.close()
             self.memories.close()
@@ -121,9 +122,8 @@ class Engine:
                 await asyncio.to_thread(self.tracing.close)
 
     def not_live(self) -> str | None:
-        """None, or that a worker has ended."""
-        ended = [side for side, task in zip(self._batchers, self._tasks, strict=False) if task.done()]
-        return f"the {ended[0]} worker has ended: restart the service" if ended else None
+        """None, or which worker does not answer."""
+        return next(filter(None, (lane.not_live() for lane in self._lanes.values())), None)
 
     def not_ready(self) -> str | None:
         """None, or why no traffic should come here."""
@@ -198,41 +198,20 @@ class Engine:
 
     def refresh_gauges(self) -> None:
         """Set what is only known when asked; called at each scrape."""
-        for side, batcher in self._batchers.items():
-            self.metrics.queue_depth.labels(side).set(batcher.depth)
+        for side, lane in self._lanes.items():
+            self.metrics.queue_depth.labels(side).set(lane.depth)
         for name, alive in Snapshot.alive().items():
             self.metrics.snapshots_alive.labels(name).set(alive)
         for kind, size in gpu_memory(self.reco.encoder.device).items():
             self.metrics.gpu_memory_bytes.labels(kind).set(size)
         self.metrics.ready.set(self.not_ready() is None)
 
-    def _batcher(self, side: Side) -> Batcher[Work, Row]:
-        chosen = self.settings
-        return Batcher(
-            lambda batch: self._run(side, batch),
-            name=side,
-            max_batch=chosen.max_batch,
-            max_queue=chosen.max_queue,
-            max_wait_s=chosen.max_wait_s,
-            on_batch=self.metrics.batch_size.labels(side).observe,
-        )
-
-    def _run(self, side: Side, batch: list[Work]) -> list[Row]:
-        """In the model thread."""
-        rows = answer(self.reco, side, batch)
-        for row in {id(row.timings): row for row in rows}.values():  # once per snapshot of the batch
-            self.observe("retrieve", side, row.timings.retrieve)
-            self.observe("fuse", side, row.timings.fuse)
-        self.observe("encode", side, rows[0].timings.encode)
-        self._pulse.felt(side)
-        return rows
-
     async def _embed(
         self, side: Side, arrays: Sequence[np.ndarray | ItemRefused], query: Query, deadline: float, seconds: dict[Stage, float]
     ) -> Answered:
         """Send the good items through the batcher; put every outcome in its item's place."""
         good = {i: array for i, array in enumerate(arrays) if not isinstance(array, ItemRefused)}
-        answers = await self._batchers[side].submit([Work(array, query) for array in good.values()], deadline)
+        answers = await self._lanes[side].submit([Work(array, query) for array in good.values()], deadline)
         outcomes = dict(zip(good, answers, strict=True))
         rows = [array if isinstance(array, ItemRefused) else self._outcome(side, i, outcomes[i]) for i, array in enumerate(arrays)]
         self._recent.note(query.snapshot, side, rows)
@@ -288,7 +267,7 @@ class Engine:
         encoder = self.reco.encoder
         array = np.zeros((3, *encoder.image_size), np.uint8) if side == "image" else encoder.tokenize(["pulse"])[0]
         work = Work(array, Query(self.default_snapshot(), self.reco.k, np.inf, frozenset(), neighbors=False))
-        return await self._batchers[side].submit([work], deadline)
+        return await self._lanes[side].submit([work], deadline)
 
     @contextmanager
     def timed(self, stage: Stage, side: Side) -> Iterator[None]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import index_store.errors as store
 import models.errors as model
-from service import batcher
+from service import batcher, workers
 
 
 class ServiceError(Exception):
@@ -117,6 +117,7 @@ STATUS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (batcher.QueueFull, 429, "rate_limit_error", "queue_full"),
     (NotServing, 503, "service_unavailable_error", "not_serving"),
     (batcher.BatcherClosed, 503, "service_unavailable_error", "not_serving"),
+    (workers.WorkerLost, 503, "service_unavailable_error", "worker_lost"),
     (batcher.DeadlinePassed, 504, "timeout_error", "deadline_passed"),
     (store.StoreError, 503, "service_unavailable_error", "store_error"),
 )

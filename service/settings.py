@@ -54,6 +54,7 @@ class Settings(BaseModel):
     max_batch: int = Field(32, ge=1)
     max_wait_s: float = Field(0.0, ge=0, le=1)  # how long a batch may wait to fill; 0 = never
     decode_workers: int = Field(default_factory=lambda: max(2, os.cpu_count() or 2), ge=1)
+    stall_s: float = Field(120.0, gt=0)  # of one batch in the model; its thread is then given up and replaced
     timeout_s: float = Field(30.0, gt=0)  # of a request once its body is here
     receive_s: float = Field(30.0, gt=0)  # for the body to arrive
     drain_s: float = Field(30.0, ge=0)

@@ -1,4 +1,4 @@
-"""What runs in a model thread: items of many requests -> one row each. Encoded together, then enhanced snapshot by snapshot."""
+"""What runs in the model threads: items of many requests -> one row each. Encoded together, then enhanced snapshot by snapshot."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from index_store import Side, Snapshot
 from index_store.pairs import Id
+from models.clip import Encoded
 from models.reco import Embeddings, Reco, Timings
 from service.errors import ItemRefused
 from service.metrics import Stage
@@ -72,38 +73,54 @@ class Answered:
     tokens: int = 0  # of all texts, padding left out
 
 
-def answer(reco: Reco, side: Side, batch: Sequence[Work]) -> list[Row]:
-    """One row per item, in order. Items may pin different snapshots, or none."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """One item encoded. plain: (D,) float32 unit.  trunk: (Dt,) or None.  encode_s: seconds of the batch it was encoded in."""
+
+    query: Query
+    plain: np.ndarray
+    trunk: np.ndarray | None
+    encode_s: float
+
+
+def encode(reco: Reco, side: Side, batch: Sequence[Work]) -> list[Seen]:
+    """The first stage: one item each, in order."""
     start = time.perf_counter()
     encoded = reco.encode(np.stack([work.array for work in batch]), side)
     encode_s = time.perf_counter() - start
+    trunks = [None] * len(batch) if encoded.trunk is None else list(encoded.trunk)
+    return [Seen(work.query, plain, trunk, encode_s) for work, plain, trunk in zip(batch, encoded.vectors, trunks, strict=True)]
+
+
+def enhance(reco: Reco, side: Side, batch: Sequence[Seen]) -> list[Row]:
+    """The second stage: one row each, in order. Items may pin different snapshots, or none, and come of one batch."""
     by_snapshot: dict[Snapshot | None, list[int]] = {}
-    for i, work in enumerate(batch):
-        by_snapshot.setdefault(work.query.snapshot, []).append(i)
+    for i, seen in enumerate(batch):
+        by_snapshot.setdefault(seen.query.snapshot, []).append(i)
     rows: dict[int, Row] = {}
     for snapshot, members in by_snapshot.items():
-        queries, mine = [batch[i].query for i in members], encoded.take(members)
+        mine = [batch[i] for i in members]
+        queries, trunks = [seen.query for seen in mine], [seen.trunk for seen in mine if seen.trunk is not None]
         found = reco.enhance(
-            mine,
+            Encoded(np.stack([seen.plain for seen in mine]), np.stack(trunks) if trunks else None),
             side,
             snapshot,
             np.array([query.k for query in queries]),
             max_similarity=np.array([query.max_similarity for query in queries], np.float32),
             exclude=[query.exclude for query in queries],
         )
-        found = replace(found, timings=replace(found.timings, encode=encode_s))
-        trunks = [None] * len(members) if mine.trunk is None else list(mine.trunk)
-        rows.update((i, _row(found, j, query, trunks[j])) for j, (i, query) in enumerate(zip(members, queries, strict=True)))
+        found = replace(found, timings=replace(found.timings, encode=mine[0].encode_s))
+        rows.update((i, _row(found, j, seen)) for j, (i, seen) in enumerate(zip(members, mine, strict=True)))
     return [rows[i] for i in range(len(batch))]
 
 
-def _row(found: Embeddings, j: int, query: Query, trunk: np.ndarray | None) -> Row:
+def _row(found: Embeddings, j: int, seen: Seen) -> Row:
     shown: list[dict[str, Any]] = []
-    if query.neighbors and found.neighbors is not None and found.weights is not None:
+    if seen.query.neighbors and found.neighbors is not None and found.weights is not None:
         weights, scores = found.weights[j], found.neighbors.scores[j]
         shown = [
             {**{OWN.get(name, name): value for name, value in record.items()}, "score": float(score), "weight": float(weight)}
             for record, score, weight in zip(found.neighbors.records(j), scores, weights, strict=False)  # records: the present ones, first
         ]
     nearest = float(found.neighbors.scores[j, 0]) if found.neighbors is not None and found.enhanced[j] else None
-    return Row(found.vectors[j], found.plain[j], trunk, found.neighbors is not None, nearest, shown, found.timings)
+    return Row(found.vectors[j], found.plain[j], seen.trunk, found.neighbors is not None, nearest, shown, found.timings)
