@@ -25,6 +25,7 @@ from service.editing import Editing
 from service.errors import InvalidValue, ItemRefused
 from service.intake import Intake
 from service.jobs import Jobs
+from service.label_index import LabelIndex
 from service.label_sets import LabelSets
 from service.labels import LabelSet
 from service.lane import Lane
@@ -60,6 +61,7 @@ class Engine:
         self.label_sets = LabelSets(
             store.root / ".label-sets",
             reco.embed_labels,
+            scale=encoder.logit_scale,
             max_texts=settings.max_labels,
             max_stored=settings.max_stored_labels,
             max_sets=settings.max_label_sets,
@@ -169,11 +171,14 @@ class Engine:
         """The best labels of each row, their scores a softmax over all labels at the model's own temperature. Raises DeadlinePassed."""
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                candidates = await self.label_sets.vectors.get(labels, snapshot)  # (labels, D)
+                candidates = await self.label_sets.vectors.get(labels, snapshot)
         except TimeoutError as error:
             done = max((each["done"] for each in self.label_sets.vectors.progress(labels)), default=0)
             raise DeadlinePassed(f"{done} of {len(labels.labels)} labels are embedded: ask again, what is done stays done") from error
-        return await asyncio.to_thread(rank, np.stack([row.vector for row in rows]), candidates, self.reco.encoder.logit_scale, top_k)
+        vectors, scale = np.stack([row.vector for row in rows]), self.reco.encoder.logit_scale
+        if isinstance(candidates, LabelIndex):
+            return await asyncio.to_thread(candidates.rank, vectors, scale, top_k)
+        return await asyncio.to_thread(rank, vectors, candidates, scale, top_k)
 
     async def _encoded(self, images: Sequence[bytes | ItemRefused], texts: Sequence[str], deadline: float) -> Sequence[Row | ItemRefused]:
         """Plain rows of images or of texts."""

@@ -1,25 +1,31 @@
-"""Embedded label lists, one per content and memory version: computed once however many ask at once, large ones in the background."""
+"""Embedded label lists, one per content and memory version: computed once however many ask at once, large ones in the background.
+
+A list of more than SEARCHED labels is kept as an index (`label_index`), a smaller one as its rows.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from index_store import Snapshot
+from service.aside import aside
 from service.errors import NotFound, NotServing
+from service.label_index import LabelIndex
 from service.labels import LabelSet
 from service.metrics import Metrics
 
 CACHED_LISTS = 64
-CACHED_BYTES = 5 * 2**30  # two versions of one set of 1 000 000 labels at D = 512, as a swap needs, and room for others
+CACHED_BYTES = 5 * 2**30  # two versions of one set of 1 000 000 labels at D = 512 and all, as a swap needs, and room for others
+SEARCHED = 10_000  # labels; scoring them all takes a millisecond or two
 STEP = 512  # labels embedded between two looks at whether they are still wanted
 
+Candidates = np.ndarray | LabelIndex  # (labels, D) float32 unit, or what searches them
 Embed = Callable[[Sequence[str], Sequence[str], Snapshot | None], np.ndarray]
 
 
@@ -38,34 +44,35 @@ class _Entry:
     memory: str | None
     count: int
     progress: _Progress
-    rows: asyncio.Future[np.ndarray]
+    made: asyncio.Future[Candidates]
 
     @property
     def bytes(self) -> int:
-        """Held by the finished rows; 0 while they are made, or where that failed."""
-        made = self.rows.done() and not self.rows.cancelled() and self.rows.exception() is None
-        return self.rows.result().nbytes if made else 0
+        """Held by what was made; 0 while it is, or where that failed."""
+        whole = self.made.done() and not self.made.cancelled() and self.made.exception() is None
+        return self.made.result().nbytes if whole else 0
 
 
 class LabelVectors:
     """The cache: an entry per content and memory version, so that all callers wait for one computation. Touched on the event loop only.
 
-    embed: `Reco.embed_labels`, blocking.  large: lists of more labels are embedded one after the other in a thread of their own, so that
-    a list sent with a request never waits behind an hour's work.
+    embed: `Reco.embed_labels`, blocking.  scale: the model's logit scale.
+    large: lists of more labels are embedded one after the other in a thread of their own and of low priority, so that neither a list sent
+    with a request nor the requests themselves wait behind an hour's work.
     """
 
-    def __init__(self, embed: Embed, *, large: int, metrics: Metrics) -> None:
-        self._embed, self._large, self._metrics = embed, large, metrics
+    def __init__(self, embed: Embed, *, scale: float, large: int, metrics: Metrics) -> None:
+        self._embed, self._scale, self._large, self._metrics = embed, scale, large, metrics
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
-        self._slow = ThreadPoolExecutor(1, thread_name_prefix="labels")
+        self._slow = aside(1, "labels")
 
-    async def get(self, labels: LabelSet, snapshot: Snapshot | None) -> np.ndarray:
-        """(labels, D) float32 unit vectors: the mean over the templates, of enhanced texts where a snapshot is given."""
+    async def get(self, labels: LabelSet, snapshot: Snapshot | None) -> Candidates:
+        """The labels' unit vectors, each the mean over the templates, of enhanced texts where a snapshot is given."""
         key = (labels.digest, _version(snapshot))
         self._metrics.label_cache_total.labels("hit" if key in self._entries else "miss").inc()
         entry = self._entries.get(key) or self._begin(key, labels, snapshot)
         self._entries.move_to_end(key)
-        return await asyncio.shield(entry.rows)  # a caller who leaves must not take the computation from those who wait
+        return await asyncio.shield(entry.made)  # a caller who leaves must not take the computation from those who wait
 
     def prepare(self, labels: LabelSet, snapshot: Snapshot | None) -> None:
         """Begin to embed a large list; a small one is made when it is first asked for."""
@@ -92,10 +99,16 @@ class LabelVectors:
 
     def _begin(self, key: tuple[str, str], labels: LabelSet, snapshot: Snapshot | None) -> _Entry:
         pool, progress = self._slow if len(labels.labels) > self._large else None, _Progress()
-        rows = asyncio.get_running_loop().run_in_executor(pool, self._in_steps, labels, snapshot, progress)
-        entry = self._entries[key] = _Entry(snapshot.ref if snapshot is not None else None, len(labels.labels), progress, rows)
-        rows.add_done_callback(lambda _: self._settled(key, entry))
+        made = asyncio.get_running_loop().run_in_executor(pool, self._made, labels, snapshot, progress)
+        entry = self._entries[key] = _Entry(snapshot.ref if snapshot is not None else None, len(labels.labels), progress, made)
+        made.add_done_callback(lambda _: self._settled(key, entry))
         return entry
+
+    def _made(self, labels: LabelSet, snapshot: Snapshot | None, progress: _Progress) -> Candidates:
+        """In a thread: embedded, and indexed where there are many."""
+        rows = self._in_steps(labels, snapshot, progress)
+        index = LabelIndex.build(rows, self._scale) if len(rows) > SEARCHED else None
+        return rows if index is None else index
 
     def _in_steps(self, labels: LabelSet, snapshot: Snapshot | None, progress: _Progress) -> np.ndarray:
         """In a thread: all rows, as long as they are wanted."""

@@ -43,6 +43,11 @@ class LabelSet:
         return cls(tuple(labels), tuple(templates))
 
     @property
+    def version(self) -> str:
+        """What a caller pins: the same labels and templates always have the same one."""
+        return self.digest[:12]
+
+    @property
     def body(self) -> dict[str, Any]:
         """As the wire and the disk show it."""
         return {"labels": self.labels, "templates": self.templates}

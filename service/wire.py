@@ -88,7 +88,7 @@ class ClassifyOptions(Options):
 
     enhance: Enhance = Field("both", description="enhance the items (image), the labels (text), both or none")
     labels: list[str] | None = Field(None, description="candidate labels; or name a stored set in label_set")
-    label_set: str | None = Field(None, description="a stored label set")
+    label_set: str | None = Field(None, description="a stored label set, or NAME@VERSION to pin what it held")
     templates: list[str] = Field(default_factory=lambda: ["a photo of a {}."], min_length=1, description="each with one {}")
     top_k: int = Field(5, ge=1, description="labels returned per item; scores are a softmax over all labels, returned or not")
 

@@ -42,7 +42,8 @@ async def _classified(
     good = [row for row in rows if isinstance(row, Row)]
     refined = snapshot if options.enhance in ("both", "text") else None
     ranked = iter(_named(await engine.rank(good, labels, refined, options.top_k, until), labels) if good else [])
-    body = {**frame(engine, snapshot), "data": [None if isinstance(row, ItemRefused) else next(ranked) for row in rows]}
+    stored = {} if options.label_set is None else {"label_set": f"{options.label_set.partition('@')[0]}@{labels.version}"}
+    body = {**frame(engine, snapshot), **stored, "data": [None if isinstance(row, ItemRefused) else next(ranked) for row in rows]}
     if options.neighbors:
         body["neighbors"] = [[] if isinstance(row, ItemRefused) else row.neighbors for row in rows]
     if len(good) < len(rows):
@@ -66,14 +67,18 @@ def _named(ranked: Ranked, labels: LabelSet) -> list[list[dict[str, Any]]]:
 async def list_label_sets(engine: EngineDep) -> dict[str, Any]:
     """The stored sets."""
     sets = {name: engine.label_sets.get(name) for name in engine.label_sets.names()}
-    return {"object": "list", "data": [{"name": name, "labels": len(s.labels), "templates": s.templates} for name, s in sets.items()]}
+    rows = [{"name": name, "version": s.version, "labels": len(s.labels), "templates": s.templates} for name, s in sets.items()]
+    return {"object": "list", "data": rows}
 
 
 @router.get("/label-sets/{name}", dependencies=[WithKey])
 async def get_label_set(name: str, engine: EngineDep) -> dict[str, Any]:
-    """One stored set, whole, and how much of it is embedded under which memory."""
+    """One stored set, whole, the versions that may be pinned as NAME@VERSION, and how much of it is embedded under which memory."""
     found = await asyncio.to_thread(engine.label_sets.get, name)
-    return {"name": name, **found.body, "embedded": engine.label_sets.vectors.progress(found)}
+    name = name.partition("@")[0]
+    versions = await asyncio.to_thread(engine.label_sets.versions, name)
+    embedded = engine.label_sets.vectors.progress(found)
+    return {"name": name, "version": found.version, "versions": versions, **found.body, "embedded": embedded}
 
 
 @router.put("/label-sets/{name}", dependencies=[WithAdmin])
@@ -81,7 +86,7 @@ async def put_label_set(name: str, body: Annotated[LabelSetBody, Body()], engine
     """Store or replace a set. It is embedded at its first use and at each swap; a large one from now on, and GET tells how far that is."""
     found = await asyncio.to_thread(engine.label_sets.checked, body.labels, body.templates, stored=True)
     await engine.label_sets.replace(name, found, engine.default_snapshot())
-    return {"name": name, **found.body}
+    return {"name": name, "version": found.version, **found.body}
 
 
 @router.delete("/label-sets/{name}", dependencies=[WithAdmin])

@@ -183,13 +183,24 @@ def test_enhancing_helps_on_grocery(http: httpx.Client, grocery: list[tuple[byte
 
 def test_label_sets_are_stored_listed_used_and_deleted(http: httpx.Client, photos: dict[str, bytes]) -> None:
     body = {"labels": LABELS, "templates": ["a photo of a {}.", "a {} in a shop."]}
-    assert http.put("/label-sets/fruit", json=body).json() == {"name": "fruit", **body}
+    put = http.put("/label-sets/fruit", json=body).json()
+    version = put.pop("version")
+    assert put == {"name": "fruit", **body}
     found = http.get("/label-sets/fruit").json()
-    assert [found[part] for part in ("name", "labels", "templates")] == ["fruit", LABELS, body["templates"]]
-    assert {"name": "fruit", "labels": 4, "templates": body["templates"]} in http.get("/label-sets").json()["data"]
-    stored = http.post("/classify?label_set=fruit&top_k=2", files={"file": photos["coffee"]}).json()["data"]
-    sent = http.post("/classify", json={**body, "images": [base64.b64encode(photos["coffee"]).decode()], "top_k": 2}).json()["data"]
-    assert [row["label"] for row in stored[0]] == [row["label"] for row in sent[0]]
+    assert [found[part] for part in ("name", "version", "labels", "templates")] == ["fruit", version, LABELS, body["templates"]]
+    row = {"name": "fruit", "version": version, "labels": 4, "templates": body["templates"]}
+    assert row in http.get("/label-sets").json()["data"]
+    stored = http.post("/classify?label_set=fruit&top_k=2", files={"file": photos["coffee"]}).json()
+    sent = http.post("/classify", json={**body, "images": [base64.b64encode(photos["coffee"]).decode()], "top_k": 2}).json()
+    assert [row["label"] for row in stored["data"][0]] == [row["label"] for row in sent["data"][0]]
+    assert (stored["label_set"], "label_set" in sent) == (f"fruit@{version}", False)
+    http.put("/label-sets/fruit", json={"labels": ["Pear"]}).raise_for_status()  # the version before may still be asked for
+    pinned = http.post(f"/classify?label_set=fruit@{version}&top_k=2", files={"file": photos["coffee"]}).json()
+    assert pinned["label_set"] == stored["label_set"]
+    assert [row["label"] for row in pinned["data"][0]] == [row["label"] for row in stored["data"][0]]
+    assert http.get("/label-sets/fruit").json()["versions"][1:] == [version]
+    assert http.get(f"/label-sets/fruit@{version}").json()["labels"] == LABELS
+    refused(http.post("/classify?label_set=fruit@0123", files={"file": photos["coffee"]}), 410, "retired_version")
     assert http.delete("/label-sets/fruit").status_code == 200
     refused(http.get("/label-sets/fruit"), 404, "not_found")
     refused(http.post("/classify?label_set=fruit", files={"file": photos["coffee"]}), 404)

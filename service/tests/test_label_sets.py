@@ -12,10 +12,14 @@ import pytest
 
 from index_store import Snapshot
 from index_store.tests.small import opened, some_pairs
-from service.errors import InvalidValue, NotFound, ServiceError, TooLarge
+from service import label_vectors
+from service.errors import InvalidValue, NotFound, RetiredVersion, ServiceError, TooLarge
+from service.label_index import LabelIndex
 from service.label_sets import LabelSets
+from service.label_vectors import LabelVectors
 from service.labels import LabelSet
 from service.metrics import Metrics
+from service.ranking import rank
 
 LARGE = tuple(f"label {i}" for i in range(2000))
 FEW = LabelSet(("a", "b"))
@@ -41,8 +45,13 @@ def held() -> Held:
 
 
 @pytest.fixture
-def sets(tmp_path: Path, held: Held) -> LabelSets:
-    return LabelSets(tmp_path, held, max_texts=10, max_stored=2000, max_sets=3, metrics=Metrics(version="0", torch="0", faiss="0"))
+def metrics() -> Metrics:
+    return Metrics(version="0", torch="0", faiss="0")
+
+
+@pytest.fixture
+def sets(tmp_path: Path, held: Held, metrics: Metrics) -> LabelSets:
+    return LabelSets(tmp_path, held, scale=100.0, max_texts=10, max_stored=2000, max_sets=3, metrics=metrics)
 
 
 async def until(sets: LabelSets, labels: LabelSet, done: int) -> None:
@@ -71,6 +80,55 @@ def test_a_set_is_read_once_until_it_changes(sets: LabelSets) -> None:
         sets.get("../s")
 
 
+def test_earlier_versions_may_be_pinned_and_the_oldest_goes(sets: LabelSets) -> None:
+    made = [LabelSet((f"label {i}",)) for i in range(6)]
+    for each in made:
+        sets.put("s", each)
+    assert sets.versions("s") == [each.version for each in made[:1:-1]][:4]
+    for kept in made[2:]:
+        assert sets.get(f"s@{kept.version}") == kept
+    for gone in (made[0].version, "never"):
+        with pytest.raises(RetiredVersion, match=made[-1].version):
+            sets.get(f"s@{gone}")
+    for wrong in ("s@../x", "s@a@b", "../s@x"):
+        with pytest.raises(InvalidValue):
+            sets.get(wrong)
+    assert sets.names() == ["s"]
+    sets.put("s", made[3])  # back to what it was
+    assert sets.get("s") == made[3]
+    assert sets.versions("s")[0] == made[3].version
+    assert len(set(sets.versions("s"))) == len(sets.versions("s"))
+    sets.put("other", FEW)
+    sets.delete("s")
+    with pytest.raises(NotFound):
+        sets.get(f"s@{made[3].version}")
+    assert sets.versions("other") == [FEW.version]
+
+
+def test_many_labels_are_kept_as_an_index_that_ranks_as_their_rows_do(monkeypatch: pytest.MonkeyPatch, metrics: Metrics) -> None:
+    monkeypatch.setattr(label_vectors, "SEARCHED", 3000)
+    rng = np.random.default_rng(1)
+    rows = np.asarray(rng.standard_normal((40, 32)).repeat(100, axis=0) + 0.4 * rng.standard_normal((4000, 32)), np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+
+    def embed(labels: Sequence[str], templates: Sequence[str], snapshot: Snapshot | None) -> np.ndarray:
+        return rows[[int(label) for label in labels]]
+
+    async def made(count: int) -> np.ndarray | LabelIndex:
+        vectors = LabelVectors(embed, scale=20.0, large=100, metrics=metrics)
+        try:
+            return await vectors.get(LabelSet(tuple(map(str, range(count)))), None)
+        finally:
+            vectors.close()
+
+    assert isinstance(asyncio.run(made(3000)), np.ndarray)
+    index = asyncio.run(made(4000))
+    assert isinstance(index, LabelIndex)
+    found, exact = index.rank(rows[::100], 20.0, 1), rank(rows[::100], rows, 20.0, 1)
+    np.testing.assert_array_equal(found.labels, exact.labels)
+    np.testing.assert_allclose(found.scores, exact.scores, rtol=0.05)
+
+
 def test_a_large_set_is_embedded_in_the_background_and_once(sets: LabelSets, held: Held) -> None:
     async def run() -> None:
         large = sets.checked(LARGE, ["{}"], stored=True)
@@ -84,6 +142,7 @@ def test_a_large_set_is_embedded_in_the_background_and_once(sets: LabelSets, hel
         held.go.release(9)
         rows = [await caller for caller in callers[1:]]
         assert rows[0] is rows[1]
+        assert isinstance(rows[0], np.ndarray)
         np.testing.assert_array_equal(rows[0][:, 0], [len(label) for label in LARGE])
         assert sorted(held.calls) == [2, 464, 512, 512, 512]
 
