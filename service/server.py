@@ -88,11 +88,12 @@ def serve(settings: Settings) -> None:
         print(f"loading {settings.model}: this takes some seconds…", flush=True)
         from service.app import create_app  # torch takes seconds: only now that the port is ours
         from service.engine import Engine
+        from service.protocol import bounded
 
         engine = Engine.open(settings)
         config = uvicorn.Config(
             create_app(engine), log_config=None, access_log=False, proxy_headers=False, server_header=False, lifespan="on", loop="uvloop",
-            http="httptools", backlog=2048,
+            http=bounded(settings.receive_s), backlog=2048,
         )  # fmt: skip
         DrainingServer(config, engine).run(sockets=[taken])
         sys.stdout.flush()

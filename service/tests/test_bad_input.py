@@ -119,3 +119,36 @@ def test_callers_who_hang_up_are_counted_and_their_work_is_dropped(server: Serve
     assert metric(http, encoded) < batched + 100  # of 200: those in a batch already, and the test item of the pulse
     assert re.search(r'reco_queue_depth\{modality="image"\} 0\.0', http.get("/metrics").text)
     assert http.post("/embed/image", content=photos["coffee"], headers=JPEG).status_code == 200
+
+
+def test_nothing_of_it_stays_behind(server: Server, http: httpx.Client, photos: dict[str, bytes]) -> None:
+    """Files, memory, items admitted and requests inside are as before a few hundred hostile requests."""
+    photo, address = photos["coffee"], server.url.removeprefix("http://").split(":")
+
+    def hostile() -> None:
+        for body in (b"", b"no image", photo[:2000], photo[: len(photo) // 2], b"\x89PNG\r\n\x1a\n" + b"\0" * 5000):
+            assert http.post("/embed/image", content=body, headers=JPEG).status_code in (400, 415, 422)
+        assert http.post("/embed/image", files=[("file", b"broken"), ("file", photo[:3000])]).status_code in (415, 422)
+        assert http.post("/embed/text", json={"texts": ["x"] * 10_000}).status_code == 413
+        assert http.post("/embed/text", json={"texts": ["x" * 2**20]}).status_code == 413
+        for head in (
+            b"content-length: 10737418240\r\n\r\nthe beginning",
+            b"content-length: 5000\r\n\r\nhalf",
+            b"transfer-encoding: chunked\r\n\r\n5\r\nab",
+        ):
+            with socket.create_connection((address[0], int(address[1]))) as raw:
+                raw.sendall(b"POST /embed/image HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\n" + head)
+
+    for _ in range(3):
+        hostile()  # what is allocated once is allocated now
+    files, resident = metric(http, "process_open_fds"), metric(http, "process_resident_memory_bytes")
+    for _ in range(40):
+        hostile()
+    give_up = time.monotonic() + 30
+    while metric(http, "process_open_fds") > files + 2 and time.monotonic() < give_up:
+        time.sleep(0.1)
+    assert metric(http, "process_open_fds") <= files + 2
+    assert metric(http, "process_resident_memory_bytes") - resident < 64e6
+    assert metric(http, "reco_queue_depth") == 0
+    with server.client() as fresh:
+        assert fresh.post("/embed/image", content=photo, headers=JPEG).status_code == 200

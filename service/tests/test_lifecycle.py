@@ -116,6 +116,49 @@ def test_a_body_that_trickles_in_is_a_408(guarded: Server) -> None:
     assert time.monotonic() > started + 1.9
 
 
+@pytest.mark.parametrize("beginning", [b"", b"POST /embed/image HTTP/1.1\r\nx: "])
+def test_a_head_that_never_comes_whole_ends_its_connection(guarded: Server, beginning: bytes) -> None:
+    host, port = guarded.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as raw:
+        started, reply = time.monotonic(), b""
+        raw.sendall(beginning)
+        raw.settimeout(0.2)
+        while not reply and time.monotonic() < started + 60:
+            with suppress(TimeoutError):
+                if beginning:
+                    raw.sendall(b"x")
+                reply = raw.recv(65536)
+    assert reply.startswith(b"HTTP/1.1 408"), reply
+    assert 1.9 < time.monotonic() - started < 30
+
+
+def test_a_head_is_bounded_and_a_kept_connection_goes_on(guarded: Server) -> None:
+    host, port = guarded.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as raw:
+        for _ in range(3):
+            time.sleep(0.9)  # together longer than one head may take
+            raw.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+            reply = b""
+            while not reply.endswith(b"}"):
+                reply += raw.recv(65536)
+            assert reply.startswith(b"HTTP/1.1 200")
+        raw.sendall(b"GET /livez HTTP/1.1\r\n")
+        reply = b""
+        with suppress(ConnectionError):
+            for _ in range(200):
+                raw.sendall(b"x: " + b"y" * 1000 + b"\r\n")
+        with suppress(ConnectionError):  # what it did not read makes the kernel reset the connection
+            while part := raw.recv(65536):
+                reply += part
+        assert reply == b"" or reply.startswith(b"HTTP/1.1 431"), reply
+        with pytest.raises(OSError):
+            for _ in range(50):
+                raw.sendall(b"x")
+                time.sleep(0.02)
+    with guarded.client() as client:
+        assert client.get("/livez").status_code == 200
+
+
 def test_a_large_label_set_is_embedded_in_the_background(guarded: Server) -> None:
     labels = [f"shelf number {i}" for i in range(3000)] + ["banana"]
     with guarded.client(headers=bearer("gamma-key")) as client:
