@@ -1,14 +1,16 @@
 """What serving costs beside the bare model, in one run on the same cores (`make bench`).
 
-    python -m loadtests.bench [--only FIGURE...] [--repeats 5] [--seconds 12] [--threads 2]
+    python -m loadtests.bench [--only FIGURE...] [--repeats 5] [--seconds 12] [--threads 2] [--device cuda --precision bf16] [--quick]
 
 Each figure takes turns with its yardstick, open_clip with the same random weights in another process; never two at once. The memory
 holds `--pairs` synthetic pairs, written once for that encoder and kept in var/bench. Exit code 1 where a figure misses its target.
+`--quick` runs everything once with a small model and little data: it shows that the bench works, and says nothing about speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -29,14 +31,17 @@ from loadtests.serving import service
 from loadtests.yardstick import Yardstick
 
 MEMORY = "bench"
-BATCHES = (16, 32)  # candidates for the yardstick; the faster one is taken
+BATCHES = {"cpu": (16, 32), "cuda": (32, 64, 128, 256, 512)}  # candidates for the yardstick; the fastest is taken
+QUICK = {"model": "ViT-S-32-alt", "repeats": 1, "seconds": 6.0, "warmup": 0.5, "pairs": 2000, "labels": 20_000}
+SETTINGS = ("only", "model", "device", "precision", "max_batch", "threads", "pairs", "labels", "repeats", "seconds", "warmup", "quick")
 RUNNING: Mapping[str, Callable[[Bench], Measured]] = {  # these share one service
     "throughput": figures.throughput,
     "one-photo": figures.one_photo,
     "texts": figures.short_texts,
     "many-photos": figures.many_photos,
+    "by-concurrency": figures.by_concurrency,
 }
-ALONE = ("flood", "start", "help")  # these start their own processes
+ALONE = ("labels", "flood", "start", "help")  # these start their own processes
 
 
 def build_memory(environ: Mapping[str, str], pairs: int, fingerprint: str, dim: int) -> float:
@@ -65,25 +70,30 @@ def help_seconds(repeats: int) -> dict[str, float]:
 
 def measure(arguments: argparse.Namespace, environ: Mapping[str, str], work: Path) -> dict[str, Any]:
     """Every figure asked for, and its goals under `targets`."""
-    model, threads, log = arguments.model, arguments.threads, work / "service.log"
+    log = work / "service.log"
+    bare = partial(Yardstick, arguments.model, arguments.threads, arguments.device, arguments.precision)
     photos = [photo for _, photo in crops(64)]
-    with service(environ, log) as served:
-        info = httpx.get(f"{served.url}/info", trust_env=False).json()
-    report: dict[str, Any] = {"service": info}
+    command = [sys.executable, "-m", "service.cli", "info"]
+    info = json.loads(subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True).stdout)
+    report: dict[str, Any] = {"model": info["model"]}
     report["memory_build_s"] = round(build_memory(environ, arguments.pairs, info["model"]["fingerprint"], info["model"]["dim"]), 1)
     environ = {**environ, "RECO_MEMORY": MEMORY}
     found: dict[str, Measured] = {}
     if chosen := [name for name in RUNNING if name in arguments.only]:
-        with service(environ, log) as served, Yardstick(model, threads) as yardstick:
-            batch = max(BATCHES, key=lambda size: yardstick.images(size, arguments.seconds / 2)["images_per_s"])
-            bench = Bench(served.url, yardstick, batch, MEMORY, photos, arguments.repeats, arguments.seconds, arguments.warmup)
-            report["raw_batch"] = batch
+        with service(environ, log) as served, bare() as yardstick:
+            batch = max(BATCHES[arguments.device], key=lambda size: yardstick.images(size, arguments.seconds / 2)["images_per_s"])
+            of = (arguments.repeats, arguments.seconds, arguments.warmup)
+            bench = Bench(served.url, yardstick, batch, arguments.device, MEMORY, photos, *of)
+            report |= {"service": httpx.get(f"{served.url}/info", trust_env=False).json(), "raw_batch": batch}
             for name in chosen:
                 found[name] = _told(name, partial(RUNNING[name], bench))
+    if "labels" in arguments.only:
+        with_model = (arguments.model, arguments.device, arguments.precision, arguments.repeats)
+        found["labels"] = _told("labels", partial(figures.labels, arguments.labels, *with_model, environ))
     if "flood" in arguments.only:
         found["flood"] = _told("flood", partial(figures.flood, environ, log, photos, arguments.seconds))
     if "start" in arguments.only:
-        found["start"] = _told("start", partial(figures.cold_start, environ, log, model, threads, arguments.repeats))
+        found["start"] = _told("start", partial(figures.cold_start, environ, log, bare, arguments.repeats))
     if "help" in arguments.only:
         report["help_s"] = help_seconds(arguments.repeats)
     goals = [goal for _, of in found.values() for goal in of]
@@ -97,26 +107,37 @@ def _told(name: str, figure: Callable[[], Measured]) -> Measured:
     return measured, goals
 
 
-def main() -> int:
-    """Parse, build what is missing, measure, print, write."""
+def _arguments() -> argparse.Namespace:
     figures_known = (*RUNNING, *ALONE)
     parser = argparse.ArgumentParser(prog="python -m loadtests.bench", description="What serving costs beside the bare model.")
     parser.add_argument("--only", nargs="+", choices=figures_known, default=figures_known, help="figures to measure (default: all)")
     parser.add_argument("--model", default="ViT-B-32", help="an open_clip model, with random weights: speed does not depend on them")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--max-batch", type=int, default=32, help="of the service")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=100_000, help="size of the memory")
+    parser.add_argument("--labels", type=int, default=1_000_000, help="size of the label set")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=12.0, help="of each load in each round")
     parser.add_argument("--warmup", type=float, default=3.0)
+    parser.add_argument("--quick", action="store_true", help="once, with a small model and little data: does the bench work?")
     parser.add_argument("--work", type=Path, default=ROOT / "var" / "bench", help="where the memory and the service's log are kept")
     parser.add_argument("--out", type=Path, default=Path("loadtests/results/bench.json"))
-    arguments = parser.parse_args()
+    if "--quick" in sys.argv:
+        parser.set_defaults(**QUICK, out=ROOT / "var" / "bench" / "quick.json")
+    return parser.parse_args()
 
+
+def main() -> int:
+    """Parse, build what is missing, measure, print, write."""
+    arguments = _arguments()
     work = arguments.work / f"{arguments.model}-{arguments.pairs}"
     work.mkdir(parents=True, exist_ok=True)
-    chosen = {"MODEL": arguments.model, "PRETRAINED": "random", "STORE": str(work / "store"), "DEVICE": "cpu"}
+    chosen = {"MODEL": arguments.model, "PRETRAINED": "random", "STORE": str(work / "store")}
+    chosen |= {"DEVICE": arguments.device, "PRECISION": arguments.precision, "MAX_BATCH": str(arguments.max_batch)}
     environ = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), **{f"RECO_{name}": value for name, value in chosen.items()}}
-    settings = {name: getattr(arguments, name) for name in ("only", "model", "threads", "pairs", "repeats", "seconds", "warmup")}
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
     report = {**environment(), "settings": settings, **measure(arguments, environ, work)}
     print(told(report["targets"]))
     write(arguments.out, report)

@@ -12,22 +12,26 @@ import numpy as np
 
 from loadtests.calls import Call, Reply, Unexpected, open_client, send
 from loadtests.gauges import account, image_totals, samples
+from loadtests.report import quantiles
 
 __all__ = ["closed_loop", "slope"]
 
 
 async def closed_loop(url: str, calls: Sequence[Call], concurrency: int, seconds: float, warmup: float) -> dict[str, Any]:
-    """Images per second, and what the service says it did meanwhile."""
+    """Images per second, latency, and what the service says it did meanwhile."""
     ends: list[float] = []
+    spent: list[float] = []
     bad: list[Reply] = []
 
     async def work(client: httpx.AsyncClient, turn: int, until: float) -> None:
         while time.perf_counter() < until:
+            begun = time.perf_counter()
             reply = await send(client, calls[turn % len(calls)])
             if reply.status != 200 or bad:
                 bad.append(reply)
                 return
             ends.append(time.perf_counter())
+            spent.append(ends[-1] - begun)
             turn += concurrency
 
     async with open_client(url) as client:
@@ -41,7 +45,9 @@ async def closed_loop(url: str, calls: Sequence[Call], concurrency: int, seconds
     counted = [end for end in ends if start + warmup <= end <= start + warmup + seconds]
     if len(counted) < 2 * concurrency:
         raise Unexpected(f"{calls[0].path}: {len(counted)} replies in {seconds:g} s are too few to measure: give more --seconds")
-    return {"images_per_s": slope(counted), **account(before, after), "client_cpu_ms_per_image": round(1000 * cpu / len(ends), 2)}
+    latency = quantiles([one for one, end in zip(spent, ends, strict=True) if start + warmup <= end])
+    told = {"images_per_s": slope(counted), "latency_ms": latency, **account(before, after)}
+    return {**told, "client_cpu_ms_per_image": round(1000 * cpu / len(ends), 2)}
 
 
 def slope(ends: Sequence[float]) -> float:

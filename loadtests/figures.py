@@ -6,26 +6,41 @@ A function returns what it measured and the goals that this is judged by.
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 
-from loadtests.calls import Call, Reply, Unexpected, image_call, open_client, run_to_end, send, text_call
+from loadtests.alone import Visit, alone, profile
+from loadtests.calls import Call, image_call, open_client, run_to_end, text_call
 from loadtests.closed_loop import closed_loop
-from loadtests.gauges import samples
-from loadtests.report import Goal, quantiles
+from loadtests.report import ROOT, Goal, quantiles, table
 from loadtests.serving import service
 from loadtests.steady import Sample, drive, schedule
 from loadtests.yardstick import Yardstick
 
-__all__ = ["Bench", "Measured", "cold_start", "flood", "many_photos", "one_photo", "short_texts", "throughput"]
+__all__ = [
+    "Bench",
+    "Measured",
+    "by_concurrency",
+    "cold_start",
+    "flood",
+    "labels",
+    "many_photos",
+    "middle",
+    "one_photo",
+    "short_texts",
+    "throughput",
+]
 
 Measured = tuple[dict[str, Any], list[Goal]]
 
@@ -37,6 +52,7 @@ LOADS = {
 }  # at once, share of raw
 WORDS = ("cat", "dog", "bird", "car", "bus", "apple", "pear", "lemon", "bread", "milk", "juice", "rice", "chair", "lamp", "table", "shoe")
 LABELS = [f"a photo of a {look} {word}" for look in ("red", "small") for word in WORDS]
+AT_ONCE = {"cpu": (1, 2, 8, 32), "cuda": (1, 8, 32, 128, 512)}  # callers of `by_concurrency`
 MANY = 64  # photos of one request
 ASKED = 5  # requests in a row of each round of `one_photo`
 QUEUE = 32  # items that the flooded service admits
@@ -49,12 +65,13 @@ INSIDE = ("decode", "encode", "retrieve")  # stages that are not the service's o
 class Bench:
     """A running service and its yardstick.
 
-    batch: the yardstick's best.  memory: what enhances.  repeats: rounds.  seconds, warmup: of each load in a round.
+    batch: the yardstick's best.  device: of both.  memory: what enhances.  repeats: rounds.  seconds, warmup: of each load in a round.
     """
 
     url: str
     yardstick: Yardstick
     batch: int
+    device: str
     memory: str
     photos: Sequence[bytes]
     repeats: int
@@ -65,27 +82,46 @@ class Bench:
         """Images per second of the bare tower now."""
         return self.yardstick.images(self.batch, self.seconds / 2)["images_per_s"]
 
+    def ceiling(self) -> float:
+        """Photos per second that the processor can decode, all cores at work."""
+        return self.yardstick.decoding(self.photos, os.cpu_count() or 1, self.seconds / 2)
+
     def options(self, name: str) -> dict[str, object]:
         """Of a request, by the first word of the load's name."""
         return {"enhance": False} if name.startswith("plain") else {"memory": self.memory}
 
 
 def throughput(bench: Bench) -> Measured:
-    """Images per second through HTTP, one photo per request, against the bare tower."""
+    """Images per second through HTTP, one photo per request, against the bare tower; on a GPU against the decoder where that is slower."""
     rounds = []
     for number in range(bench.repeats):
         raw, entry = [bench.raw()], dict[str, Any]()
+        decoder = bench.ceiling()
         for name, (concurrency, _) in LOADS.items():
             calls = [image_call([photo], **bench.options(name)) for photo in bench.photos]
             entry[name] = run_to_end(closed_loop(bench.url, calls, concurrency, bench.seconds, bench.warmup))
             raw.append(bench.raw())
-            entry[name]["ratio"] = entry[name]["images_per_s"] / statistics.mean(raw[-2:])
-        rounds.append({"raw_images_per_s": raw, **entry})
+            bound = statistics.mean(raw[-2:])
+            entry[name]["ratio"] = entry[name]["images_per_s"] / (bound if bench.device == "cpu" else min(bound, decoder))
+        rounds.append({"raw_images_per_s": raw, "decoder_photos_per_s": decoder, **entry})
         print(f"throughput {number + 1}: " + ", ".join(f"{name} {entry[name]['ratio']:.3f}" for name in LOADS), flush=True)
     ratios = {name: middle([entry[name]["ratio"] for entry in rounds]) for name in LOADS}
     goals: list[Goal] = [(f"{name} / raw", ratios[name]["median"], ">=", goal) for name, (_, goal) in LOADS.items()]
     raws = middle([rate for entry in rounds for rate in entry["raw_images_per_s"]])
-    return {"raw_images_per_s": raws, "ratios": ratios, "rounds": rounds}, goals
+    decoders = middle([entry["decoder_photos_per_s"] for entry in rounds])
+    return {"raw_images_per_s": raws, "decoder_photos_per_s": decoders, "ratios": ratios, "rounds": rounds}, goals
+
+
+def by_concurrency(bench: Bench) -> Measured:
+    """The table of throughput and latency by how many call at once; told, not judged."""
+    calls = [image_call([photo], memory=bench.memory) for photo in bench.photos]
+    rows = []
+    for callers in AT_ONCE[bench.device]:
+        found = run_to_end(closed_loop(bench.url, calls, callers, bench.seconds, bench.warmup))
+        rows.append({"callers": callers, **found})
+    shown = [[row["callers"], row["images_per_s"], *(row["latency_ms"][q] for q in ("p50", "p99")), row["mean_batch"]] for row in rows]
+    print(table([["callers", "images/s", "p50 ms", "p99 ms", "mean batch"], *shown]), flush=True)
+    return {"rows": rows}, []
 
 
 def one_photo(bench: Bench) -> Measured:
@@ -93,20 +129,21 @@ def one_photo(bench: Bench) -> Measured:
     names = ("plain", "enhanced")
     calls = {name: [image_call([photo], **bench.options(name)) for photo in bench.photos[:ASKED]] for name in names}
     ratios: dict[str, list[float]] = {name: [] for name in names}
-    own: dict[str, list[float]] = {name: [] for name in names}
-    stages: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    visits: dict[str, list[Visit]] = {name: [] for name in names}
     for _ in range(4 * bench.repeats):
         before = _raw_photo(bench)
         for name in names:
-            visits = run_to_end(_alone(bench.url, calls[name]))
+            these = run_to_end(alone(bench.url, calls[name]))
             after = _raw_photo(bench)
-            ratios[name].append(statistics.median(visit.felt for visit in visits) / statistics.mean((before, after)))
-            own[name] += [visit.inside - sum(visit.stages.get(stage, 0.0) for stage in INSIDE) for visit in visits]
-            stages[name] += [visit.stages for visit in visits]
+            ratios[name].append(statistics.median(visit.felt for visit in these) / statistics.mean((before, after)))
+            visits[name] += these
             before = after
+    own = {name: [visit.inside - sum(visit.stages.get(stage, 0.0) for stage in INSIDE) for visit in visits[name]] for name in names}
     found: dict[str, Any] = {
-        name: {"p50_over_raw": middle(ratios[name]), "own_ms": quantiles(own[name]), "stages_ms": _medians(stages[name])} for name in names
+        name: {"p50_over_raw": middle(ratios[name]), "own_ms": quantiles(own[name]), "profile_ms": profile(visits[name])} for name in names
     }
+    stages = list(found["enhanced"]["profile_ms"])
+    print(table([["p50, ms", *names], *([stage, *(found[name]["profile_ms"].get(stage, 0.0) for name in names)] for stage in stages)]))
     goals: list[Goal] = [
         ("p50 alone / (decode + raw forward)", found["plain"]["p50_over_raw"]["median"], "<=", 1.10),
         ("own time of an enhanced request, ms (p50)", found["enhanced"]["own_ms"]["p50"], "<=", 2.0),
@@ -117,10 +154,10 @@ def one_photo(bench: Bench) -> Measured:
 def short_texts(bench: Bench) -> Measured:
     """32 short labels in one request, against open_clip's own text encoding at the full context length."""
     call, ratios, cosines = text_call(LABELS, enhance=False), [], []
-    run_to_end(_alone(bench.url, [call]))
+    run_to_end(alone(bench.url, [call]))
     for _ in range(bench.repeats):
         before, vectors = bench.yardstick.texts(LABELS)
-        visit = run_to_end(_alone(bench.url, [call]))[0]
+        visit = run_to_end(alone(bench.url, [call]))[0]
         after, _ = bench.yardstick.texts(LABELS)
         ratios.append(statistics.mean((before, after)) / visit.felt)
         served = np.asarray([row["embedding"] for row in visit.reply.json()["data"]], np.float32)
@@ -135,10 +172,20 @@ def many_photos(bench: Bench) -> Measured:
     call = image_call([bench.photos[i % len(bench.photos)] for i in range(MANY)], enhance=False)
     ratios, raw = [], [bench.raw()]
     for _ in range(bench.repeats):
-        felt = run_to_end(_alone(bench.url, [call]))[0].felt
+        felt = run_to_end(alone(bench.url, [call]))[0].felt
         raw.append(bench.raw())
         ratios.append(MANY / felt / statistics.mean(raw[-2:]))
     return {"ratio": middle(ratios)}, [(f"{MANY} photos at once / raw", statistics.median(ratios), ">=", 0.95)]
+
+
+def labels(count: int, model: str, device: str, precision: str, repeats: int, environ: Mapping[str, str]) -> Measured:
+    """One image among so many labels, beside encoding it: measured in a process of its own, not over HTTP (`service.benchmarks.labels`)."""
+    command = [sys.executable, "-m", "service.benchmarks.labels", "--labels", str(count), "--model", model, "--device", device]
+    command += ["--precision", precision, "--repeats", str(repeats)]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    ratio = found["ratio"] = middle(found["whole_over_encode"])
+    return found, [(f"{count:,} labels: (encode + rank) / encode", ratio["median"], "<=", 2.0)]
 
 
 def flood(environ: Mapping[str, str], log: Path, photos: Sequence[bytes], seconds: float) -> Measured:
@@ -147,11 +194,11 @@ def flood(environ: Mapping[str, str], log: Path, photos: Sequence[bytes], second
     calls = [image_call([photo], enhance=False) for photo in photos]
     with service({**environ, **limits}, log) as served:
         capacity = run_to_end(closed_loop(served.url, calls, QUEUE // 2, seconds, warmup=2.0))["images_per_s"]
-        calm = statistics.median(visit.felt for visit in run_to_end(_alone(served.url, calls[:10])))
+        calm = statistics.median(visit.felt for visit in run_to_end(alone(served.url, calls[:10])))
         moments = schedule(FLOOD * capacity, seconds, "poisson", 0)
         flooded = run_to_end(_flooded(served.url, calls, moments))
         time.sleep(PATIENCE_S)
-        again = statistics.median(visit.felt for visit in run_to_end(_alone(served.url, calls[:10])))
+        again = statistics.median(visit.felt for visit in run_to_end(alone(served.url, calls[:10])))
     admitted = [sample.done - sample.sent for sample in flooded if sample.status == 200]
     refused = [sample.done - sample.sent for sample in flooded if sample.status == 429]
     bound = QUEUE / capacity
@@ -175,13 +222,13 @@ def flood(environ: Mapping[str, str], log: Path, photos: Sequence[bytes], second
     return found, goals
 
 
-def cold_start(environ: Mapping[str, str], log: Path, model: str, threads: int, repeats: int) -> Measured:
+def cold_start(environ: Mapping[str, str], log: Path, bare_start: Callable[[], Yardstick], repeats: int) -> Measured:
     """From the start of the process to /readyz, against importing torch and open_clip and building the same model."""
-    served, bare = [], [_bare_start(model, threads)]
+    served, bare = [], [_ready_s(bare_start)]
     for _ in range(repeats):
         with service(environ, log) as started:
             served.append(started.ready_s)
-        bare.append(_bare_start(model, threads))
+        bare.append(_ready_s(bare_start))
     ratios = [ours / statistics.mean(around) for ours, around in zip(served, pairwise(bare), strict=True)]
     found = {"ready_s": middle(served), "bare_s": middle(bare), "ratio": middle(ratios)}
     return found, [("cold start / bare load", found["ratio"]["median"], "<=", 1.2)]
@@ -190,45 +237,6 @@ def cold_start(environ: Mapping[str, str], log: Path, model: str, threads: int, 
 def middle(values: Sequence[float]) -> dict[str, float]:
     """Median and spread."""
     return {"median": round(statistics.median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
-
-
-@dataclass(frozen=True, slots=True)
-class _Visit:
-    """One request of a caller who is alone, in seconds: felt by the client, inside by the service's own clock, and per stage."""
-
-    reply: Reply
-    felt: float
-    inside: float
-
-    @property
-    def stages(self) -> dict[str, float]:
-        """By the service's own clock."""
-        return self.reply.stages
-
-
-async def _alone(url: str, calls: Sequence[Call]) -> list[_Visit]:
-    """One call after the other, each answered with 200."""
-    visits = []
-    async with open_client(url) as client:
-        before = await _inside(client, calls[0].route)
-        for call in calls:
-            begun = time.perf_counter()
-            reply = await send(client, call)
-            felt = time.perf_counter() - begun
-            if reply.status != 200:
-                raise Unexpected(f"{call.path}: {reply.status} {reply.content[:300]!r}")
-            after = await _inside(client, call.route)
-            visits.append(_Visit(reply, felt, after - before))
-            before = after
-    return visits
-
-
-async def _inside(client: httpx.AsyncClient, route: str) -> float:
-    """Seconds that the service has spent on requests of this route so far."""
-    spent = [
-        s.value for s in await samples(client) if s.name == "reco_request_duration_seconds_sum" and s.labels["endpoint"] == f"/{route}"
-    ]
-    return sum(spent)
 
 
 async def _flooded(url: str, calls: Sequence[Call], moments: Sequence[float]) -> list[Sample]:
@@ -241,11 +249,6 @@ def _raw_photo(bench: Bench) -> float:
     return statistics.median(bench.yardstick.photo(photo) for photo in bench.photos[:ASKED])
 
 
-def _bare_start(model: str, threads: int) -> float:
-    with Yardstick(model, threads) as started:
+def _ready_s(start: Callable[[], Yardstick]) -> float:
+    with start() as started:
         return started.ready_s
-
-
-def _medians(stages: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Milliseconds of each stage, the median over requests."""
-    return {name: round(1000 * statistics.median(of.get(name, 0.0) for of in stages), 3) for name in stages[0]}

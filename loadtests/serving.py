@@ -18,6 +18,7 @@ from loadtests.report import ROOT
 __all__ = ["Served", "service"]
 
 POLL_S = 0.05
+START_S = 600.0  # with a large model on a busy machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,11 @@ def service(environ: Mapping[str, str], log: Path) -> Iterator[Served]:
         command, begun = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)], time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT)
         try:
-            while not _ready(url):
+            while reason := _not_ready(url):
                 if process.poll() is not None:
                     raise SystemExit(f"the service did not start; {log} ends:\n{log.read_text()[-2000:]}")
+                if time.perf_counter() - begun > START_S:
+                    raise SystemExit(f"the service was not ready within {START_S:g} s: {reason}; its log is {log}")
                 time.sleep(POLL_S)
             yield Served(url, time.perf_counter() - begun)
         finally:
@@ -49,8 +52,10 @@ def service(environ: Mapping[str, str], log: Path) -> Iterator[Served]:
             process.wait(60)
 
 
-def _ready(url: str) -> bool:
+def _not_ready(url: str) -> str:
+    """Why it takes no requests yet; empty once it does."""
     try:
-        return httpx.get(f"{url}/readyz", timeout=5, trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False
+        reply = httpx.get(f"{url}/readyz", timeout=5, trust_env=False)
+    except httpx.TransportError as error:
+        return type(error).__name__
+    return "" if reply.status_code == 200 else str(reply.json()["reason"])

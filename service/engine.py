@@ -155,7 +155,7 @@ class Engine:
         """Decode, then embed. A bad image is refused alone, before any batch."""
         with self._admit("image", len(images)):
             start = time.perf_counter()
-            pixels = await asyncio.gather(*(self._pixels(i, image) for i, image in enumerate(images)))
+            pixels = await asyncio.gather(*(self._pixels(i, image, deadline) for i, image in enumerate(images)))
             return await self._embed("image", pixels, query, deadline, {"decode": time.perf_counter() - start})
 
     async def _embed_texts(self, texts: Sequence[str], query: Query, deadline: float) -> Answered:
@@ -242,12 +242,12 @@ class Engine:
             self.metrics.neighbor_similarity.labels(side).observe(row.similarity)
         return row
 
-    async def _pixels(self, index: int, image: bytes | ItemRefused) -> np.ndarray | ItemRefused:
+    async def _pixels(self, index: int, image: bytes | ItemRefused, deadline: float) -> np.ndarray | ItemRefused:
         if isinstance(image, ItemRefused):
             return image
         start = time.perf_counter()
         try:
-            return await self._decoder.decode(image)
+            return await self._decoder.decode(image, deadline)
         except Exception as error:  # noqa: BLE001  whatever it is, it is this image's own
             return ItemRefused(f"images[{index}]", error)
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,6 +18,7 @@ import numpy as np
 
 from index_store import Snapshot, Store
 from service.errors import ServiceError, UsageError
+from service.examples import Pictured, examples
 from service.settings import Settings, read
 
 if TYPE_CHECKING:
@@ -26,13 +27,10 @@ if TYPE_CHECKING:
     from models.evaluate import Captioned, Labels, Report
     from models.queries import Photos, Setting
     from models.reco import Reco
-    from models.report_page import Example
     from models.samples import Sample
 
 Args = argparse.Namespace
-Pictured = tuple[list["Example"], list["Example"]]  # helped, hurt
 CURVE_PAIRS = 200_000  # more are not taken apart for a plot: their vectors would have to be read whole
-EXAMPLES, NEIGHBOURS = 8, 5  # of either kind in a report, and the neighbours shown of each
 
 
 def classify(args: Args) -> None:
@@ -49,7 +47,11 @@ def classify(args: Args) -> None:
     report = evaluate(reco, photos, labels, snapshot, settings, args.label)
     if args.report:
         report = _with_memory_curve(report, settings, reco, photos, labels, snapshot)
-    _tell(report, args, settings, lambda: _examples(report, settings, reco, photos, labels, snapshot, args))
+
+    def pictured() -> Pictured:
+        return examples(report, settings, reco, photos, labels, snapshot, lambda: _samples(args, f"{{{args.label}}}"))
+
+    _tell(report, args, settings, pictured)
     if args.per_class:
         from models.report_tables import details
 
@@ -203,53 +205,6 @@ def _tell(report: Report, args: Args, settings: Sequence[Setting], pictured: Cal
         (args.report / "report.md").write_text(f"{markdown(report)}\n\n{details(report)}\n", "utf-8")
         (args.report / "report.json").write_text(found, "utf-8")
         print(f"the report: {args.report / 'report.html'}")
-
-
-def _examples(
-    report: Report, settings: Sequence[Setting], reco: Reco, photos: Photos, labels: Labels, snapshot: Snapshot, args: Args
-) -> Pictured:
-    """Some photos that the best setting helped, and as many that it hurt, drawn with a fixed seed."""
-    from models.report_page import best_line
-
-    setting = next((each for each in settings if str(each) == best_line(report).method), None)
-    if setting is None:
-        return [], []
-    before, after = (report.hits[method]["top-1"] for method in ("none", str(setting)))
-    rng = np.random.default_rng(0)
-    drawn = [rng.permutation(np.flatnonzero(chosen))[:EXAMPLES] for chosen in (~before & after, before & ~after)]
-    pictures = _pictures({photos.ids[row] for rows in drawn for row in rows}, args)
-    helped, hurt = ([_example(row, report, setting, reco, photos, labels, snapshot, pictures) for row in rows.tolist()] for rows in drawn)
-    return helped, hurt
-
-
-def _example(
-    row: int,
-    report: Report,
-    setting: Setting,
-    reco: Reco,
-    photos: Photos,
-    labels: Labels,
-    snapshot: Snapshot,
-    pictures: Mapping[str, bytes],
-) -> Example:
-    from models.report_page import Example
-
-    one, k = photos.queries.encoded.take([row]), setting.k or reco.k
-    own = [photos.queries.own[row]]
-    found = reco.enhance(one, "image", snapshot, k, max_similarity=setting.image_limit, exclude=own, route=setting.route).neighbors
-    near = [] if found is None else list(zip([str(each["caption"]) for each in found.records(0)], found.scores[0].tolist(), strict=False))
-    before, after = (labels.labels[report.guesses[method][row]] for method in ("none", str(setting)))
-    return Example(pictures[photos.ids[row]], photos.labels[row], before, after, near[:NEIGHBOURS])
-
-
-def _pictures(wanted: set[str], args: Args) -> dict[str, bytes]:
-    """Small JPEGs of the photos with these ids, read once more from the sources."""
-    from models.images import read_image
-    from models.report_page import thumbnail
-    from models.samples import Sample
-
-    samples = (item for item in _samples(args, f"{{{args.label}}}") if isinstance(item, Sample) and item.id in wanted)
-    return {sample.id: thumbnail(read_image(sample.image)) for sample in samples}
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def _searched(index: Any, vectors: np.ndarray, k: int, lists: int) -> tuple[np.n
 
 
 def _settled(index: Any, rows: np.ndarray, scale: float, rng: np.random.Generator) -> int | None:
-    """The fewest lists, doubled from 8 on, whose search holds SURE of what the ten best weigh; None beyond a quarter of all lists."""
+    """The fewest lists, doubled from 8 on, whose search holds SURE of what the ten best weigh; None beyond half of all."""
     noise = rng.standard_normal((PROBES, rows.shape[1])).astype(np.float32)
     noise *= math.sqrt(1 / LIKENESS**2 - 1) / np.linalg.norm(noise, axis=1, keepdims=True)
     asked = rows[rng.permutation(len(rows))[:PROBES]]
@@ -102,7 +102,7 @@ def _settled(index: Any, rows: np.ndarray, scale: float, rng: np.random.Generato
     exact, _ = _searched(index, questions, 10, index.nlist)  # (PROBES, 10)
     weight = np.exp(scale * (exact - exact[:, :1])).sum(axis=1)
     lists = 8
-    while lists <= index.nlist // 4:
+    while lists <= index.nlist // 2:
         near, _ = _searched(index, questions, 10, lists)
         if float((np.exp(scale * (near - exact[:, :1])).sum(axis=1) / weight).mean()) >= SURE:
             return lists

@@ -6,6 +6,7 @@ import asyncio
 import io
 import struct
 import threading
+import time
 import zlib
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from models.errors import BrokenImage, ImageError, ImageTooLarge, UnsupportedImage
 from models.images import read_image
+from service.batcher import DeadlinePassed
 from service.decode import Decoder
 from service.errors import NotServing
 
@@ -109,6 +111,30 @@ def test_at_most_workers_images_are_decoded_at_a_time_and_callers_who_left_are_s
     asyncio.run(scenario())
     assert most == 3
     assert seen == 9
+
+
+def test_an_image_whose_deadline_comes_before_its_turn_is_never_decoded() -> None:
+    gate, seen = threading.Event(), list[bytes]()
+
+    def slow(data: bytes) -> np.ndarray:
+        seen.append(data)
+        assert gate.wait(20)
+        return shrink(data)
+
+    async def scenario() -> None:
+        decoder, image, late = Decoder(slow, workers=1), encoded("PNG"), encoded("PNG")
+        first = asyncio.create_task(decoder.decode(image, time.monotonic() + 20))
+        while not seen:  # noqa: ASYNC110  set by the decoding thread
+            await asyncio.sleep(0.001)
+        for deadline in (time.monotonic() + 0.02, time.monotonic() - 1):
+            with pytest.raises(DeadlinePassed):
+                await decoder.decode(late, deadline)
+        gate.set()
+        assert (await first).shape == (3, SIDE, SIDE)
+        decoder.close()
+        assert seen == [image]
+
+    asyncio.run(scenario())
 
 
 def test_a_closed_decoder_refuses() -> None:
