@@ -30,6 +30,7 @@ class Recent:
     def __init__(self) -> None:
         self._requests: dict[Asked, deque[Encoded]] = {}
         self._counts: dict[Asked, int] = {}
+        self._kept: dict[Asked, int] = {}  # queries, so that none has to be counted while a request waits
         self._lock = threading.Lock()
 
     def note(self, snapshot: Snapshot | None, side: Side, rows: Sequence[Row | ItemRefused]) -> None:
@@ -44,8 +45,9 @@ class Recent:
             kept = self._requests.setdefault(key, deque())
             kept.append(encoded)
             self._counts[key] = self._counts.get(key, 0) + len(asked)
-            while sum(len(each.vectors) for each in kept) - len(kept[0].vectors) >= KEPT:
-                kept.popleft()
+            self._kept[key] = self._kept.get(key, 0) + len(asked)
+            while self._kept[key] - len(kept[0].vectors) >= KEPT:
+                self._kept[key] -= len(kept.popleft().vectors)
 
     def counts(self) -> dict[Asked, int]:
         """How many queries were remembered so far, those since forgotten included."""

@@ -25,9 +25,16 @@ T = TypeVar("T")
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
+# Dependencies are async although they wait for nothing: FastAPI sends any other function through a thread, a millisecond on a busy machine.
+
+
 def _engine(request: Request) -> Engine:
     engine: Engine = request.app.state.engine
     return engine
+
+
+async def _engine_of(request: Request) -> Engine:
+    return _engine(request)
 
 
 def _sent_key(request: Request) -> str | None:
@@ -45,7 +52,7 @@ def _admin_keys(engine: Engine) -> list[SecretStr]:
     return [engine.settings.admin_key] if engine.settings.admin_key else []
 
 
-def _require_key(request: Request) -> None:
+async def _require_key(request: Request) -> None:
     """An API key, or the admin key, where the operator has set any."""
     engine = _engine(request)
     if not engine.settings.api_keys:
@@ -55,7 +62,7 @@ def _require_key(request: Request) -> None:
         raise MissingKey("no valid key: send 'Authorization: Bearer KEY'")
 
 
-def _require_admin(request: Request) -> None:
+async def _require_admin(request: Request) -> None:
     """The admin key; without one set, a caller on this very machine."""
     engine, key = _engine(request), _sent_key(request)
     if not engine.settings.admin_key:
@@ -81,7 +88,7 @@ def _local(request: Request) -> bool:
     return host in LOOPBACK_NAMES and same_site and "x-forwarded-for" not in headers and "forwarded" not in headers
 
 
-EngineDep = Annotated[Engine, Depends(_engine)]
+EngineDep = Annotated[Engine, Depends(_engine_of)]
 WithKey = Depends(_require_key)
 WithAdmin = Depends(_require_admin)
 
