@@ -38,9 +38,10 @@ from service.recall import RecallSampler
 from service.recent import Recent, drift
 from service.settings import Settings
 from service.swaps import Swaps
+from service.together import together
 from service.tracing import Tracing
 from service.wire import Options
-from service.work import Answered, Query, Row, Work
+from service.work import Answered, Query, Row, Work, slowest
 
 
 class Engine:
@@ -147,16 +148,25 @@ class Engine:
 
     async def embed(self, intake: Intake[Any], query: Query, deadline: float) -> Answered:
         """Every item's row or refusal. deadline: a `time.monotonic()` instant. Raises QueueFull, BatcherClosed for the whole."""
-        if intake.side == "image":
-            return await self._embed_images(intake.images, query, deadline)
-        return await self._embed_texts(intake.texts, query, deadline)
+        items = self._embed_images(intake.images, query, deadline) if intake.images else self._embed_texts(intake.texts, query, deadline)
+        return await items
 
     async def _embed_images(self, images: Sequence[bytes | ItemRefused], query: Query, deadline: float) -> Answered:
-        """Decode, then embed. A bad image is refused alone, before any batch."""
+        """Decode, then embed: a large request batch by batch, so that the first is in the model while the next is decoded.
+
+        A bad image is refused alone, before any batch.
+        """
         with self._admit("image", len(images)):
-            start = time.perf_counter()
-            pixels = await asyncio.gather(*(self._pixels(i, image, deadline) for i, image in enumerate(images)))
-            return await self._embed("image", pixels, query, deadline, {"decode": time.perf_counter() - start})
+            size = self.settings.max_batch
+            parts = [self._part_of_images(at, images[at : at + size], query, deadline) for at in range(0, len(images), size)]
+            return self._answered("image", query, await together(parts))
+
+    async def _part_of_images(self, at: int, images: Sequence[bytes | ItemRefused], query: Query, deadline: float) -> Answered:
+        """at: the place of the first in its request."""
+        start = time.perf_counter()
+        pixels = await asyncio.gather(*(self._pixels(at + i, image, deadline) for i, image in enumerate(images)))
+        seconds: dict[Stage, float] = {"decode": time.perf_counter() - start}
+        return await self._part("image", at, pixels, query, deadline, seconds)
 
     async def _embed_texts(self, texts: Sequence[str], query: Query, deadline: float) -> Answered:
         with self._admit("text", len(texts)):
@@ -164,8 +174,8 @@ class Engine:
             tokens = await asyncio.to_thread(self.reco.encoder.tokenize, list(texts))  # (B, L)
             spent = time.perf_counter() - start
             self.observe("tokenize", "text", spent)
-            answered = await self._embed("text", list(tokens), query, deadline, {"tokenize": spent})
-        return replace(answered, tokens=int(np.count_nonzero(tokens)))
+            part = await self._part("text", 0, list(tokens), query, deadline, {"tokenize": spent})
+            return replace(self._answered("text", query, [part]), tokens=int(np.count_nonzero(tokens)))
 
     async def rank(self, rows: Sequence[Row], labels: LabelSet, snapshot: Snapshot | None, top_k: int, deadline: float) -> Ranked:
         """The best labels of each row, their scores a softmax over all labels at the model's own temperature. Raises DeadlinePassed."""
@@ -211,23 +221,27 @@ class Engine:
             self.metrics.gpu_memory_bytes.labels(kind).set(size)
         self.metrics.ready.set(self.not_ready() is None)
 
-    async def _embed(
-        self, side: Side, arrays: Sequence[np.ndarray | ItemRefused], query: Query, deadline: float, seconds: dict[Stage, float]
+    async def _part(
+        self, side: Side, at: int, arrays: Sequence[np.ndarray | ItemRefused], query: Query, deadline: float, seconds: dict[Stage, float]
     ) -> Answered:
-        """Send the good items through the batcher; put every outcome in its item's place."""
+        """Send the good items through the lane; put every outcome in its item's place."""
         good = {i: array for i, array in enumerate(arrays) if not isinstance(array, ItemRefused)}
         answers = await self._lanes[side].submit([Work(array, query) for array in good.values()], deadline)
         outcomes = dict(zip(good, answers, strict=True))
-        rows = [array if isinstance(array, ItemRefused) else self._outcome(side, i, outcomes[i]) for i, array in enumerate(arrays)]
-        self._recent.note(query.snapshot, side, rows)
-        slowest: dict[Stage, float] = {"queue": max((found.queued_s for found in answers if isinstance(found, Answer)), default=0.0)}
+        rows = [array if isinstance(array, ItemRefused) else self._outcome(side, at + i, outcomes[i]) for i, array in enumerate(arrays)]
+        longest: dict[Stage, float] = {"queue": max((found.queued_s for found in answers if isinstance(found, Answer)), default=0.0)}
         timings = [row.timings for row in rows if isinstance(row, Row)]
         for stage in ("encode", "retrieve", "fuse"):
-            slowest[stage] = max((getattr(timing, stage) for timing in timings), default=0.0)
-        spent: dict[Stage, float] = {**seconds, **slowest}
+            longest[stage] = max((getattr(timing, stage) for timing in timings), default=0.0)
+        return Answered(rows, {**seconds, **longest})
+
+    def _answered(self, side: Side, query: Query, parts: Sequence[Answered]) -> Answered:
+        """The parts of a request as one, each stage as long as in the slowest."""
+        rows, spent = [row for part in parts for row in part.rows], slowest(parts)
+        self._recent.note(query.snapshot, side, rows)
         if self.tracing is not None:
             memory = "none" if query.snapshot is None else query.snapshot.ref
-            self.tracing.stages(spent, {"reco.side": side, "reco.items": len(arrays), "reco.memory": memory})
+            self.tracing.stages(spent, {"reco.side": side, "reco.items": len(rows), "reco.memory": memory})
         return Answered(rows, spent)
 
     def _outcome(self, side: Side, index: int, found: Answer[Row] | Exception) -> Row | ItemRefused:
@@ -269,8 +283,7 @@ class Engine:
 
     async def _test_item(self, side: Side, deadline: float) -> Sequence[object]:
         """One real item through the whole of one tower, a memory's search included where there is one."""
-        encoder = self.reco.encoder
-        array = np.zeros((3, *encoder.image_size), np.uint8) if side == "image" else encoder.tokenize(["pulse"])[0]
+        array = np.zeros((3, *self.reco.encoder.image_size), np.uint8) if side == "image" else self.reco.encoder.tokenize(["pulse"])[0]
         work = Work(array, Query(self.default_snapshot(), self.reco.k, np.inf, frozenset(), neighbors=False))
         return await self._lanes[side].submit([work], deadline)
 

@@ -14,7 +14,7 @@ from service.intake import Intake, counted, read_image, read_json, read_text
 from service.metrics import Modality
 from service.settings import Settings
 from service.wire import OpenAIOptions
-from service.work import Answered, Row
+from service.work import Answered, Row, slowest
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,7 @@ class Mixed:
         rows: dict[int, Row | ItemRefused] = {}
         for places, answered in zip(self.places, answers, strict=True):
             rows.update((place, _placed(row, place)) for place, row in zip(places, answered.rows, strict=True))
-        stages = dict.fromkeys(stage for answered in answers for stage in answered.seconds)
-        slowest = {stage: max(answered.seconds.get(stage, 0.0) for answered in answers) for stage in stages}
-        return Answered([rows[place] for place in sorted(rows)], slowest, sum(answered.tokens for answered in answers))
+        return Answered([rows[place] for place in sorted(rows)], slowest(answers), sum(answered.tokens for answered in answers))
 
 
 async def read_input(request: Request, settings: Settings) -> Mixed:

@@ -73,6 +73,12 @@ class Answered:
     tokens: int = 0  # of all texts, padding left out
 
 
+def slowest(parts: Sequence[Answered]) -> dict[Stage, float]:
+    """Seconds of each stage that any part of a request went through, the slowest part's."""
+    stages = dict.fromkeys(stage for part in parts for stage in part.seconds)
+    return {stage: max(part.seconds.get(stage, 0.0) for part in parts) for stage in stages}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:
     """One item encoded. plain: (D,) float32 unit.  trunk: (Dt,) or None.  encode_s: seconds of the batch it was encoded in."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -12,6 +10,7 @@ from service.errors import BadRequest
 from service.mixed import Mixed, read_input
 from service.routes.deps import EngineDep, WithKey, deadline, unless_gone
 from service.routes.embed import asked, told
+from service.together import together
 from service.wire import OpenAIOptions, documented
 from service.work import Answered, Query
 
@@ -31,12 +30,7 @@ async def embeddings(request: Request, engine: EngineDep) -> Response:
 
 async def _embedded(engine: Engine, mixed: Mixed, query: Query, until: float) -> Answered:
     """Both towers at once; where one refuses its part, the other's is withdrawn."""
-    tasks = [asyncio.ensure_future(engine.embed(part, query, until)) for part in mixed.parts]
-    try:
-        return mixed.join(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
+    return mixed.join(await together([engine.embed(part, query, until) for part in mixed.parts]))
 
 
 def _same_width(options: OpenAIOptions, dim: int) -> None:

@@ -140,3 +140,26 @@ def labelled(path: Path) -> list[tuple[bytes, str]]:
                 key, _, kind = member.name.partition(".")
                 found.setdefault(key, {})[kind] = file.read()
     return [(parts["jpg"], json.loads(parts["json"])["class"]) for parts in found.values()]
+
+
+@pytest.fixture(scope="session")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+    """Settings, the starter's Reco and its store, loaded in this process: what an Engine is made of."""
+    from index_store import Store
+    from models.starter import install_starter
+    from service.loading import load_reco
+    from service.settings import read
+
+    chosen = read({"store": tmp_path_factory.mktemp("store"), "device": "cpu", "stall_s": 1.0, "max_batch": 2}, environ={})
+    store = Store(chosen.store)
+    install_starter(store)
+    return chosen, load_reco(chosen), store
+
+
+@pytest.fixture
+def engine(opened: tuple[Any, Any, Any]) -> Any:
+    """An engine in this process, not yet running (`inside.scenario`)."""
+    from service.engine import Engine
+    from service.metrics import Metrics
+
+    return Engine(*opened, Metrics(version="0", torch="0", faiss="0"))

@@ -7,12 +7,14 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
 from index_store import Snapshot
 from index_store.tests.small import opened, some_pairs
 from service import label_vectors
+from service.engine import Engine
 from service.errors import InvalidValue, NotFound, RetiredVersion, ServiceError, TooLarge
 from service.label_index import LabelIndex
 from service.label_sets import LabelSets
@@ -20,6 +22,7 @@ from service.label_vectors import LabelVectors
 from service.labels import LabelSet
 from service.metrics import Metrics
 from service.ranking import rank
+from service.tests.inside import scenario
 
 LARGE = tuple(f"label {i}" for i in range(2000))
 FEW = LabelSet(("a", "b"))
@@ -200,3 +203,38 @@ def test_closing_ends_it(sets: LabelSets, held: Held) -> None:
             await waiting
 
     asyncio.run(run())
+
+
+def test_over_http_a_stored_list_is_embedded_once_indexed_where_it_is_long_and_ranked_as_exactly(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, looks = [f"{a} {b}" for a in ("red", "ripe", "tinned", "fresh") for b in range(30)], ("banana", "milk", "bread", "soap", "pear")
+    labels = [f"{word} {look}" for look in looks for word in words]
+    embedded: list[str] = []
+    own = engine.label_sets.vectors._embed
+
+    def counted(some: Sequence[str], templates: Sequence[str], snapshot: Snapshot | None) -> np.ndarray:
+        embedded.extend(some)
+        return own(some, templates, snapshot)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        monkeypatch.setattr(engine.label_sets.vectors, "_embed", counted)
+        asked = {"texts": ["a photo of a ripe 7 banana.", "milk"], "label_set": "many", "top_k": 4, "enhance": "none"}
+        tops = {}
+        for at_most in (10_000, 500):
+            monkeypatch.setattr(label_vectors, "SEARCHED", at_most)
+            (await client.put("/label-sets/many", json={"labels": labels})).raise_for_status()
+            embedded.clear()
+            replies = await asyncio.gather(*(client.post("/classify", json=asked) for _ in range(8)))
+            assert sorted(embedded) == sorted(labels)  # once, for eight callers
+            assert len({reply.text for reply in replies}) == 1
+            tops[at_most] = replies[0].json()["data"]
+            kept = await engine.label_sets.vectors.get(engine.label_sets.get("many"), None)
+            assert isinstance(kept, LabelIndex) is (at_most < len(labels))
+            (await client.delete("/label-sets/many")).raise_for_status()
+        for exact, found in zip(tops[10_000], tops[500], strict=True):
+            assert found[0]["label"] == exact[0]["label"]
+            assert found[0]["score"] == pytest.approx(exact[0]["score"], rel=0.05)
+        assert tops[500][0][0]["label"] == "ripe 7 banana"
+
+    scenario(engine, work)

@@ -9,44 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
-from index_store import Store
-from models.reco import Reco
-from models.starter import install_starter
-from service.app import create_app
 from service.engine import Engine
-from service.loading import load_reco
-from service.metrics import Metrics
-from service.settings import Settings, read
-
-PATIENCE_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Reco, Store]:
-    """The starter, loaded in this process: only here can its model be made to hang."""
-    chosen = read({"store": tmp_path_factory.mktemp("store"), "device": "cpu", "stall_s": 1.0, "max_batch": 2}, environ={})
-    store = Store(chosen.store)
-    install_starter(store)
-    return chosen, load_reco(chosen), store
-
-
-@pytest.fixture
-def engine(opened: tuple[Settings, Reco, Store]) -> Engine:
-    return Engine(*opened, Metrics(version="0", torch="0", faiss="0"))
-
-
-def scenario(engine: Engine, work: Callable[[httpx.AsyncClient], Any]) -> None:
-    """Run `work` against the whole application, which starts and stops around it."""
-
-    async def run() -> None:
-        async with asyncio.timeout(PATIENCE_S), engine.running():
-            transport = httpx.ASGITransport(create_app(engine))
-            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-                await work(client)
-
-    asyncio.run(run())
+from service.tests.inside import PATIENCE_S, scenario
 
 
 async def until(client: httpx.AsyncClient, status: int) -> httpx.Response:
@@ -116,3 +83,40 @@ def test_a_batch_is_encoded_while_the_one_before_is_enhanced(engine: Engine, mon
     scenario(engine, work)
     overlaps = [a for a in spans["encode"] if any(a[0] < b[1] and b[0] < a[1] for b in spans["enhance"])]
     assert len(overlaps) >= 3
+
+
+def test_a_large_request_is_decoded_while_its_first_batch_is_encoded(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, photos: dict[str, bytes]
+) -> None:
+    encoded, decoded, own, read = list[float](), list[float](), engine.reco.encode, engine._decoder._read
+    files = [("file", photos[name]) for name in ("astronaut", "chelsea", "coffee")] * 3
+    found: dict[str, list[list[float]]] = {}
+
+    def encode(*arguments: Any) -> Any:
+        encoded.append(time.perf_counter())
+        return own(*arguments)
+
+    def decode(data: bytes) -> Any:
+        made = read(data)
+        time.sleep(0.02)  # of nine images two at a time: the last are done well after the first batch has begun
+        decoded.append(time.perf_counter())
+        return made
+
+    async def work(client: httpx.AsyncClient) -> None:
+        for name, some in (("together", files), *((str(i), files[i : i + 1]) for i in range(3))):
+            found[name] = [row["embedding"] for row in (await client.post("/embed/image", files=some)).json()["data"]]
+            if name == "together":
+                assert encoded[0] < decoded[-3]
+                bad = await client.post("/embed/image?on_error=null", files=[*files[:7], ("file", b"broken")])
+                assert [row["index"] for row in bad.json()["data"] if row["embedding"] is None] == [7]
+                assert bad.json()["data"][7]["error"]["param"] == "images[7]"
+
+    monkeypatch.setattr(engine._decoder, "_read", decode)
+
+    async def warmed(client: httpx.AsyncClient) -> None:
+        monkeypatch.setattr(engine.reco, "encode", encode)
+        await work(client)
+
+    scenario(engine, warmed)
+    for i in range(9):
+        np.testing.assert_allclose(found["together"][i], found[str(i % 3)][0], atol=1e-5)
