@@ -32,8 +32,9 @@ def bounded(head_s: float) -> type[HttpToolsProtocol]:
 
         def data_received(self, data: bytes) -> None:
             """Count what belongs to a head that is not whole yet."""
+            running = self._clock
             super().data_received(data)
-            if self._clock is not None:
+            if running is not None and self._clock is running:  # the same head: what ends one request and begins another is not counted
                 self._head += len(data)
                 if self._head > HEAD_BYTES:
                     self._end(b"431 Request Header Fields Too Large")

@@ -159,6 +159,23 @@ def test_a_head_is_bounded_and_a_kept_connection_goes_on(guarded: Server) -> Non
         assert client.get("/livez").status_code == 200
 
 
+def test_a_request_behind_a_large_body_is_not_taken_for_a_large_head(guarded: Server, photos: dict[str, bytes]) -> None:
+    host, port = guarded.url.removeprefix("http://").split(":")
+    body = b"x" * 200_000
+    head = f"POST /embed/image HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    with socket.create_connection((host, int(port)), timeout=60) as raw:
+        raw.sendall(head + body + b"GET /livez HTTP/1.1\r\nhost: x\r\nx-a: ")
+        time.sleep(0.3)
+        raw.sendall(b"b\r\n\r\n")
+        reply = b""
+        while reply.count(b"HTTP/1.1") < 2 or not reply.endswith(b"}"):
+            part = raw.recv(65536)
+            assert part, reply
+            reply += part
+    assert reply.startswith(b"HTTP/1.1 401")  # no key was sent
+    assert b"HTTP/1.1 200" in reply
+
+
 def test_a_large_label_set_is_embedded_in_the_background(guarded: Server) -> None:
     labels = [f"shelf number {i}" for i in range(3000)] + ["banana"]
     with guarded.client(headers=bearer("gamma-key")) as client:
