@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from service.tests.conftest import Server, jpeg
 
@@ -247,6 +247,42 @@ def test_the_smallest_image_is_an_image(http: httpx.Client) -> None:
     wide = io.BytesIO()
     Image.new("RGB", (50_000, 1), (10, 200, 30)).save(wide, "PNG")
     assert http.post("/embed/image", files=[("file", tiny), ("file", wide.getvalue())]).status_code == 200
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_every_format_and_colour_mode_has_the_vector_of_its_picture(http: httpx.Client, photos: dict[str, bytes]) -> None:
+    """The same photo in every dress, against itself as a PNG; the second frame of an animation is another photo."""
+    photo = Image.open(io.BytesIO(photos["chelsea"])).resize((300, 300))
+    other, exif = Image.open(io.BytesIO(photos["coffee"])).resize((300, 300)), Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    shades = np.asarray(photo.convert("L")).astype(np.uint16) * 257
+    dressed = {
+        "exif": encoded(photo.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif),
+        "cmyk": encoded(photo.convert("CMYK"), "JPEG", quality=95),
+        "alpha": encoded(photo.convert("RGBA"), "PNG"),
+        "palette": encoded(photo.quantize(256), "PNG"),
+        "16 bits": encoded(Image.fromarray(shades), "PNG"),
+        "grey": encoded(photo.convert("L"), "PNG"),
+        "tiff": encoded(photo, "TIFF"),
+        "bmp": encoded(photo, "BMP"),
+        "webp": encoded(photo, "WEBP", lossless=True),
+        "animated webp": encoded(photo, "WEBP", lossless=True, save_all=True, append_images=[other]),
+        "animated gif": encoded(photo, "GIF", save_all=True, append_images=[other]),
+        **({"avif": encoded(photo, "AVIF", quality=95)} if features.check("avif") else {}),
+    }
+    files = [("file", encoded(photo, "PNG")), *(("file", data) for data in dressed.values())]
+    found = vectors(http.post("/embed/image?enhance=false", files=files))
+    cosines = dict(zip(dressed, (found[1:] @ found[0]).tolist(), strict=True))
+    exact = {"alpha", "tiff", "bmp", "webp", "animated webp"}
+    assert all(cosines[name] > 0.99999 for name in exact), cosines
+    assert all(cosine > 0.97 for name, cosine in cosines.items() if name not in {"16 bits", "grey"}), cosines
+    grey = {name: found[1 + list(dressed).index(name)] for name in ("16 bits", "grey")}
+    assert float(grey["16 bits"] @ grey["grey"]) > 0.99999
 
 
 def test_a_bad_item_never_hurts_its_neighbours(http: httpx.Client, photos: dict[str, bytes]) -> None:
