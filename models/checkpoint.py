@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 
 from index_store.manifest import same_encoder
 from index_store.pairs import SIDES, Side
 from models.errors import ConfigError, IncompatibleFusion
-from models.fusion import RULES, Fusion, FusionConfig, build_fusions
+from models.fusion import RULES, Fusion, FusionConfig, build_fusions, share_metrics
 
-FORMAT = "1"
+FORMAT = "2"  # 1 had another pool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,19 +78,12 @@ def load_fusions(path: Path, *, encoder: str) -> FusionFile:
             raise IncompatibleFusion(
                 f"{path.name} was trained on {header['encoder']}, this is {encoder}: train a fusion for it, or serve its encoder"
             )
-        layers = {name: _layer(config, name, tensors) for name, config in json.loads(header["configs"]).items()}
+        layers = {name: Fusion(FusionConfig(**config)).eval() for name, config in json.loads(header["configs"]).items()}
+        _fill(layers, tensors)
         fusions: dict[Side, Fusion] = {side: layers.get("shared") or layers[side] for side in SIDES}
         return FusionFile(fusions, int(header["k"]), _fusion_id(layers), json.loads(header["card"]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
         raise IncompatibleFusion(f"{path.name} is not a fusion file ({type(error).__name__}): give the file that training wrote") from error
-
-
-def untrained_fusions(dim: int, *, alpha: float = 1.0, k: int = 10) -> FusionFile:
-    """The training-free rule, for an encoder that has no fusion of its own yet. The same id every time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        fusions = build_fusions("default", dim, alpha=alpha)
-    return FusionFile(fusions, k, _fusion_id(_layers(fusions)), {"trained": False, "alpha": alpha})
 
 
 def training_free(name: str, dim: int, *, alpha: float = 1.0, k: int = 10) -> FusionFile:
@@ -116,16 +110,19 @@ def _layers(fusions: Mapping[Side, Fusion]) -> dict[str, Fusion]:
     return {"shared": fusions["image"]} if fusions["image"] is fusions["text"] else {str(side): fusions[side] for side in SIDES}
 
 
-def _layer(config: Mapping[str, Any], name: str, tensors: Mapping[str, torch.Tensor]) -> Fusion:
-    """One layer out of the file; a missing, surplus or misshapen weight is refused by load_state_dict."""
-    layer = Fusion(FusionConfig(**config))
-    prefix = f"{name}."
-    layer.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)})
-    return layer.eval()
+def _fill(layers: Mapping[str, Fusion], tensors: Mapping[str, torch.Tensor]) -> None:
+    """The weights into the layers; a missing, surplus or misshapen one is a KeyError or RuntimeError."""
+    if set(layers) == set(SIDES):
+        share_metrics(layers["image"], layers["text"])
+    found = nn.ModuleDict(layers).load_state_dict(tensors, strict=False)  # what both layers share has two names and is stored under one
+    if found.unexpected_keys or not set(found.missing_keys).isdisjoint(_tensors(layers)):
+        raise KeyError(f"{found}")
 
 
 def _tensors(layers: Mapping[str, Fusion]) -> dict[str, torch.Tensor]:
-    return {f"{name}.{key}": value.detach().cpu() for name, layer in layers.items() for key, value in layer.state_dict().items()}
+    """Every distinct weight, once."""
+    module = nn.ModuleDict(layers)
+    return {name: value.detach().cpu() for name, value in (*module.named_parameters(), *module.named_buffers())}
 
 
 def _fusion_id(layers: Mapping[str, Fusion]) -> str:

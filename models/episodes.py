@@ -20,6 +20,7 @@ from models.errors import DataError
 from models.reco import Reco
 
 BLOCK = 4096  # training pairs looked up in one search: a second of work, and what a kill may cost
+SPREAD = 20_000  # vectors of an episode that tell how those of a modality vary
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,6 +123,16 @@ class Asking:
         """What the memory returns, (B, K).  encoded: float16 or float32.  own: for each query the ids that it must not find."""
         wide = Encoded(widened(encoded.vectors), None if encoded.trunk is None else widened(encoded.trunk))
         return self.reco.search(wide, side, self.snapshot, self.k, max_similarity=self.limits.get(side), exclude=own)
+
+
+def covariance(episodes: Sequence[Episode], side: Side) -> Tensor:
+    """(D, D) float32: how the vectors of one modality vary, those that ask and those that are found, every episode counting alike."""
+    found = []
+    for episode in episodes:
+        both = (episode.lookups[side].query, episode.lookups[other(side)].known)  # (M, D), (U, D): what is found is on the other side
+        seen = np.concatenate([vectors[:: 1 + len(vectors) // SPREAD] for vectors in both]).astype(np.float32)
+        found.append(torch.from_numpy(seen).T.cov(correction=0))
+    return torch.stack(found).mean(0)
 
 
 def look_up(name: str, pairs: Pairs, snapshot: Snapshot, reco: Reco, k: int, max_similarity: Mapping[Side, float | None]) -> Episode:

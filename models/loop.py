@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from index_store.pairs import SIDES, Side
 from models.checkpoint import read_tensors, write_tensors
-from models.episodes import Episode
+from models.episodes import Episode, covariance
 from models.errors import ConfigError, TrainingFailed
-from models.fusion import Fusion
+from models.fusion import Fusion, turn_metrics
 from models.losses import reco_loss
 from models.training_config import TERMS
 
@@ -46,11 +46,13 @@ class Learning:
     scale: float
     terms: Sequence[str] = TERMS
     drop: float = 0.1
-    pool_learning_rate: float = 0.05
+    pool_learning_rate: float = 0.03
     clip: float = 1.0
     learn_scale: bool = False
     every: int = 50  # steps between two looks at what is held out, and between two checkpoints
     patience: int = 0  # looks without a better one before the run stops; 0 = never
+    precision: str = "fp32"
+    compile: bool = False
 
 
 @dataclass(slots=True)
@@ -67,6 +69,7 @@ class Loop:
     """Trains the fusions in place on the rows `learned` of each episode, one episode a step in turn.
 
     watch: the held-out metric, greater = better, or None.  folder: where curve.jsonl and the checkpoint go, or None.
+    on_line: takes each line of the curve too.
     """
 
     def __init__(
@@ -78,11 +81,14 @@ class Loop:
         *,
         watch: Callable[[], float] | None = None,
         folder: Path | None = None,
+        on_line: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
-        self._fusions, self._episodes, self._learned, self._learning = fusions, episodes, learned, learning
-        self._watch, self._folder = watch, folder
+        self._episodes, self._learned, self._learning = episodes, learned, learning
+        self._watch, self._folder, self._on_line = watch, folder, on_line
         self._device = next(fusions["image"].parameters()).device.type
+        turn_metrics(fusions, lambda side: covariance(episodes, side))
         self._layers = nn.ModuleDict({str(side): fusion for side, fusion in fusions.items()})
+        self._refine = {side: torch.compile(fusion) if learning.compile else fusion for side, fusion in fusions.items()}
         self._scale = nn.Parameter(torch.tensor(math.log(learning.scale), device=self._device), requires_grad=learning.learn_scale)
         self._optimiser = _optimiser(self._layers, self._scale, learning)
         self._peaks = [group["lr"] for group in self._optimiser.param_groups]
@@ -140,7 +146,7 @@ class Loop:
         rng = np.random.default_rng([learning.seed, step])
         turn = step % len(self._episodes)
         rows = rng.permutation(self._learned[turn])[: learning.batch]
-        loss = _step_loss(self._fusions, self._episodes[turn], rows, learning, self._scale.exp(), rng, self._device)
+        loss = _step_loss(self._refine, self._episodes[turn], rows, learning, self._scale.exp(), rng, self._device)
         if not torch.isfinite(loss):
             raise TrainingFailed(
                 f"the loss is {loss.item()} at step {step}: lower learning_rate, which is {learning.learning_rate}{self._kept()}"
@@ -161,6 +167,8 @@ class Loop:
         if look and self._watch is not None:
             self._layers.eval()
             line["held_out"] = self._look(self._watch())
+        if self._on_line is not None:
+            self._on_line(line)
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -223,7 +231,7 @@ def _optimiser(layers: nn.Module, scale: nn.Parameter, learning: Learning) -> to
 
 
 def _step_loss(
-    fusions: Mapping[Side, Fusion],
+    refine: Mapping[Side, Callable[..., Tensor]],
     episode: Episode,
     rows: np.ndarray,
     learning: Learning,
@@ -233,7 +241,8 @@ def _step_loss(
 ) -> Tensor:
     """The loss of one batch, each side refined with a random part of its neighbours."""
     batches = {side: episode.lookups[side].batch(rows, _some(episode, side, rows, learning.drop, rng), device) for side in SIDES}
-    image, text = (fusions[side](*batches[side]) for side in SIDES)
+    with torch.autocast(device, torch.bfloat16, enabled=learning.precision == "bf16"):
+        image, text = (refine[side](*batches[side]).float() for side in SIDES)
     both, image_only, text_only = (term in learning.terms for term in TERMS)
     same = torch.from_numpy(episode.same(rows)).to(device)
     plain_image, plain_text = (batches[side][0] for side in SIDES)

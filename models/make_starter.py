@@ -1,4 +1,4 @@
-"""Make the bundled starter again: `python -m models.make_starter DATA` (two cores, no GPU, at most 40 minutes; DATA as in CARD.md).
+"""Make the bundled starter again: `python -m models.make_starter DATA` (two cores, no GPU, about 40 minutes; DATA as in CARD.md).
 
 Photos -> features of a frozen MobileNetV2 -> text tower and projections -> the Grocery memory -> the fusion -> figures -> CARD.md.
 Nothing of the Grocery photos is learned from: they fill the memory and measure the result.
@@ -21,7 +21,7 @@ from index_store.build import build_version
 from index_store.pairs import KeyKind, Pairs, Side
 from index_store.snapshot import Snapshot
 from index_store.store import Store
-from models.checkpoint import FusionFile, save_fusions, untrained_fusions
+from models.checkpoint import FusionFile, save_fusions, training_free
 from models.clip import Encoder, EncoderSpec
 from models.prepare import encode_texts
 from models.reco import Reco
@@ -30,7 +30,8 @@ from models.starter.figures import classification, listed, retrieval, table, wit
 from models.starter.learn import Source, learn, project, pseudo_features
 from models.starter.lessons import Classroom
 from models.starter.photos import Photos, Reader, folded
-from models.starter.teach import SERVED_K, best_alpha, grades, learned_fusion, prepare
+from models.starter.teach import SERVED_K, best_alpha, learned_fusion, lessons
+from models.starter.teach import STEPS as LESSON_STEPS
 
 SEED = 0
 STEPS = 800
@@ -193,6 +194,7 @@ def save_half(encoder: Encoder, path: Path) -> None:
 
 def memory_of(encoder: Encoder, photos: Photos) -> StarterMemory:
     """The Grocery training photos as the bundled memory. Their ids get a folder, because the test photos have the same names."""
+    photos = photos.take(np.random.default_rng(SEED).permutation(len(photos)).tolist())  # of equal captions the first k answer: a mixed lot
     records = {record["class"]: _record(record["class"], record["coarse_class"]) for record in photos.fields}
     names = sorted(records)
     return StarterMemory(
@@ -212,17 +214,14 @@ def _record(name: str, coarse: str) -> dict[str, str]:
 
 
 def teach(encoder: Encoder, everything: Everything, folder: Path) -> dict[str, FusionFile]:
-    """The two fusions that may be shipped: the training-free "rule" and the "learned" one that starts from it."""
-    file = untrained_fusions(encoder.dim, k=SERVED_K)
+    """The two fusions that may be shipped: the training-free "rule" and the "learned" one."""
+    file = training_free("mean", encoder.dim, k=SERVED_K)
     classroom = Classroom(Reco(encoder, file.fusions, file.fusion_id, file.k), folder)
     objects = {"Caltech 101": everything.caltech_test, "imagen": everything.imagen}
-    lessons = prepare(classroom, objects, everything.flickr, everything.flickr_unseen)
-    alpha = best_alpha(encoder.dim, lessons)
-    rule = untrained_fusions(encoder.dim, alpha=alpha, k=SERVED_K)
-    learned = learned_fusion(encoder.dim, alpha, lessons, encoder.logit_scale, SEED)
-    graded_by = {name: grades(fusions, lessons) for name, fusions in (("rule", rule.fusions), ("learned", learned))}
-    print("lessons kept to choose by:", graded_by, flush=True)
-    about = {"trained": True, "alpha at the start": alpha, "lessons": [episode.name for episode in lessons.learned], "grades": graded_by}
+    episodes = lessons(classroom, objects, everything.flickr, everything.flickr_unseen)
+    rule = training_free("mean", encoder.dim, alpha=best_alpha(encoder.dim, episodes), k=SERVED_K)
+    learned = learned_fusion(encoder.dim, episodes, encoder.logit_scale, SEED)
+    about = {"trained": True, "steps": LESSON_STEPS, "lessons": sorted({episode.name for episode in episodes})}
     return {"rule": rule, "learned": FusionFile(learned, SERVED_K, "", about)}
 
 

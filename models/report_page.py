@@ -54,10 +54,18 @@ def page(report: Report, settings: Sequence[Setting], helped: Sequence[Example],
 
 
 def best_line(report: Report) -> Line:
-    """The enhanced line that is right most often in the first figure, on every second query; plain where nothing was enhanced."""
+    """The enhanced line that is right most often in the first figure, on every second query; plain where nothing was enhanced.
+
+    A line that loses in any figure is passed over, unless all of them do.
+    """
     asked = [line for line in report.lines[1:] if not line.method.startswith("(")]
-    first = report.lines[0].figures[0].name
-    return max(asked, key=lambda line: float(report.hits[line.method][first][::2].mean()), default=report.lines[0])
+    first, sound = report.lines[0].figures[0].name, [line for line in asked if not lost(line)]
+    return max(sound or asked, key=lambda line: float(report.hits[line.method][first][::2].mean()), default=report.lines[0])
+
+
+def lost(line: Line) -> list[str]:
+    """The figures in which a line is worse than plain by more than its interval."""
+    return [figure.name for figure in line.figures if figure.high < 0]
 
 
 def measured(report: Report, line: Line) -> Figure:
@@ -73,12 +81,12 @@ def recommendation(report: Report, settings: Sequence[Setting]) -> str:
     first = measured(report, best)
     if first.low <= 0:
         return f"Do not enhance (enhance=none): the best setting tried, {best.method}, does not gain more than its interval."
-    lost = [figure.name for figure in best.figures if figure.high < 0]
+    if worse_in := lost(best):
+        return f"Do not enhance (enhance=none): every setting tried loses somewhere, the best, {best.method}, in {', '.join(worse_in)}."
     setting = next(each for each in settings if str(each) == best.method)
     k = report.k if setting.k is None else setting.k
     told = f"Enhance {setting.enhance} with k = {k}: {100 * first.gain:+.1f} points of {first.name}."
-    worse = [line.method for line in report.lines[1:] if line.figures[0].high < 0]
-    told += f" It loses {', '.join(lost)}." if lost else ""
+    worse = [f"{line.method} in {', '.join(lost(line))}" for line in report.lines[1:] if lost(line)]
     rivals = [line for line in report.lines if line.method.startswith("(") and line.figures[0].share > first.share]
     told += "".join(
         f" Where every memory item carries its label, {line.method} reaches {100 * line.figures[0].share:.1f} %." for line in rivals

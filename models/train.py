@@ -7,9 +7,10 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
         return float(np.mean([accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)]))
 
     folder = output.with_suffix(".run")
-    loop = Loop(fusions, episodes, [learned for learned, _ in splits], learning, watch=watch, folder=folder)
+    board = _board(folder / "tensorboard") if config.tensorboard else None
+    loop = Loop(fusions, episodes, [learned for learned, _ in splits], learning, watch=watch, folder=folder, on_line=board)
     if not (resume and loop.resume()):
         shutil.rmtree(folder, ignore_errors=True)
     losses = loop.run().losses
@@ -99,6 +101,8 @@ def _learning(config: TrainConfig, scale: float) -> Learning:
         learn_scale=config.learn_scale,
         every=config.every,
         patience=config.patience,
+        precision=config.precision,
+        compile=config.compile,
     )
 
 
@@ -143,6 +147,24 @@ def draw(folder: Path) -> None:
         axes.plot([line["step"] for line in known], [line[name] for line in known])
         axes.set(xlabel="step", title=name.replace("_", " "))
     figure.savefig(folder / "curve.png")
+
+
+def _board(folder: Path) -> Callable[[Mapping[str, Any]], None]:
+    """What writes each line of the curve for TensorBoard, from the first line on (the extra "tensorboard")."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError("tensorboard is not installed: pip install 'reco-serve[tensorboard]', or set tensorboard = false") from error
+    writers = list[SummaryWriter]()
+
+    def write(line: Mapping[str, Any]) -> None:
+        if not writers:
+            writers.append(SummaryWriter(str(folder), purge_step=line["step"]))  # a run gone on with: its steps are written again
+        for name in line.keys() - {"step"}:
+            writers[0].add_scalar(name, line[name], line["step"])
+        writers[0].flush()
+
+    return write
 
 
 def _commit() -> str | None:

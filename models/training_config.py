@@ -14,6 +14,7 @@ from models.errors import ConfigError
 from models.fusion import PRESETS
 
 TERMS = ("both", "image", "text")
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class TrainConfig:
     clip: the longest gradient.  learn_scale: whether the loss learns its own temperature, from CLIP's on.
     every: steps between two looks at the held-out accuracy and two checkpoints.  patience: looks without a better one before the run
     stops with the best it saw; 0 = never.
+    precision: "bf16" does the arithmetic of the layers in half the bits, the weights stay fp32.  compile: the layers through torch.compile,
+    which needs a C++ compiler; where they help is told in docs/RESULTS.md.  tensorboard: the curve for TensorBoard too, beside curve.jsonl.
     drop: share of the neighbours hidden in each step.  held_out: share of the photos kept for the accuracy before and after.
     """
 
@@ -57,7 +60,7 @@ class TrainConfig:
     steps: int = 500
     batch: int = 256
     learning_rate: float = 1e-5
-    pool_learning_rate: float = 0.05
+    pool_learning_rate: float = 0.03
     weight_decay: float = 0.01
     seed: int = 0
     terms: tuple[str, ...] = TERMS
@@ -67,6 +70,9 @@ class TrainConfig:
     learn_scale: bool = False
     every: int = 50
     patience: int = 0
+    precision: str = "fp32"
+    compile: bool = False
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         _require(self.preset in PRESETS, "preset", self.preset, f"one of {', '.join(PRESETS)}")
@@ -76,6 +82,7 @@ class TrainConfig:
         _require(self.clip > 0, "clip", self.clip, "above 0")
         _require(self.every >= 1, "every", self.every, "at least 1")
         _require(self.patience >= 0, "patience", self.patience, "0 for never, or a number of looks")
+        _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         _require(0 <= self.drop < 1, "drop", self.drop, "a share from 0 to below 1")
         _require(0 < self.held_out < 1, "held_out", self.held_out, "a share between 0 and 1")
         _require(bool(self.episodes), "episodes", [], "at least one [[episodes]] table")

@@ -23,11 +23,11 @@ from service.settings import Settings, read
 
 if TYPE_CHECKING:
     from index_store.steps import Reject
-    from models.ablate import Rival
     from models.evaluate import Captioned, Labels, Report
     from models.queries import Photos, Setting
     from models.reco import Reco
     from models.samples import Sample
+    from models.workbench import Rival
 
 Args = argparse.Namespace
 CURVE_PAIRS = 200_000  # more are not taken apart for a plot: their vectors would have to be read whole
@@ -218,10 +218,11 @@ def _bar() -> Iterator[Any]:
 
 def ablate(args: Args) -> None:
     """reco eval ablate: every claim of the method as one row; goes on where an earlier run stopped."""
-    from models.ablate import Bench, Recipe, markdown
     from models.ablate import ablate as measure
+    from models.ablate import markdown
     from models.checkpoint import FusionFile
     from models.evaluate import Labels
+    from models.workbench import Bench, Recipe
 
     reco, snapshot = opened(args)
     settings = read(vars(args), args.config)
@@ -242,11 +243,11 @@ def ablate(args: Args) -> None:
 
 def _rival(args: Args, names: Sequence[str]) -> Rival | None:
     """The pairs that full fine-tuning and the fusion alone both learn from, where sources are given."""
-    from models.ablate import Rival
     from models.finetune import Tuning
     from models.queries import encode_photos
     from models.samples import Sample
     from models.sources import read_all
+    from models.workbench import Rival
 
     if not args.tune_on:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.checkpoint import fusion_named, untrained_fusions
+from models.checkpoint import fusion_named, training_free
 from models.clip import Encoder, EncoderSpec
 from models.reco import Reco
 from models.starter import FUSION
@@ -21,5 +21,5 @@ def load_reco(settings: Settings) -> Reco:
     """The encoder, with the fusion asked for, else the starter's own, else the training-free rule. Raises ModelError."""
     encoder = load_encoder(settings)
     name = settings.fusion or (str(FUSION) if settings.model == "starter" else None)
-    file = fusion_named(name, encoder=encoder.fingerprint, dim=encoder.dim) if name else untrained_fusions(encoder.dim)
+    file = fusion_named(name, encoder=encoder.fingerprint, dim=encoder.dim) if name else training_free("mean", encoder.dim)
     return Reco(encoder, file.fusions, fusion_id=file.fusion_id, k=file.k)

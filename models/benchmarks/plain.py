@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from index_store.pairs import SIDES, Side
 from models.episodes import Episode
@@ -25,7 +25,7 @@ class PlainLoop:
         self.photo, self.caption = torch.tensor(episode.photo), torch.tensor(episode.caption)
         torch.manual_seed(learning.seed)
         self.fusions = build_fusions("default", self.query["image"].shape[1])
-        self.parameters = [value for side in SIDES for value in self.fusions[side].parameters()]
+        self.parameters = list(nn.ModuleList(self.fusions.values()).parameters())  # each once: the sides share their metrics
         self.optimiser = torch.optim.AdamW(self.parameters, lr=learning.learning_rate, weight_decay=learning.weight_decay)
 
     def run(self, steps: int) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from index_store.pairs import SIDES, Side
 from index_store.store import Store
-from models.checkpoint import untrained_fusions
+from models.checkpoint import training_free
 from models.clip import Encoder, EncoderSpec
 from models.episodes import Asking, Episode
 from models.prepared import look_up_prepared, prepare_pairs
@@ -23,7 +23,7 @@ NAME, VERSION = "bench", "v1"
 def looked_up(store: Path, prepared: Path, model: Path) -> tuple[Episode, float]:
     """The episode, and the seconds that its neighbours took.  model: open_clip's JSON of an encoder with random weights."""
     encoder = Encoder.load(EncoderSpec(str(model), "random", device="cpu"))
-    file = untrained_fusions(encoder.dim, k=K)
+    file = training_free("mean", encoder.dim, k=K)
     reco = Reco(encoder, file.fusions, file.fusion_id, file.k)
     snapshot = Store(store).open(NAME, VERSION, encoder=encoder.fingerprint)
     pairs = prepare_pairs(prepared, [store / NAME / VERSION], Encoding(encoder, dict.fromkeys(SIDES, "vector")))

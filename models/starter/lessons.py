@@ -35,14 +35,15 @@ class Classroom:
         self.folder = folder
         self._known: dict[str, np.ndarray] = {}  # (D,) of every caption encoded so far: the same ones come back with each kind of key
 
-    def classes(self, name: str, photos: Photos, key: KeyKind, naming: Naming) -> Episode:
-        """Half the photos of every class are the memory, the other half the queries."""
+    def classes(self, name: str, photos: Photos, key: KeyKind, naming: Naming, half: int) -> Episode:
+        """Half the photos of every class are the memory, the other half the queries.  half: 0 or 1, which of them is the memory."""
         names = {label: label if naming is None else invented(label, naming) for label in sorted(set(photos.column("class")))}
         called = [names[label] for label in photos.column("class")]
-        half = np.array([_place(photos.column("class"), row) % 2 == 0 for row in range(len(photos))])
-        memory = self.pairs(photos, [MEMORY_CAPTION.format(label) for label in called], key, np.flatnonzero(half))
-        queries = self.pairs(photos, [QUERY_CAPTION.format(label) for label in called], key, np.flatnonzero(~half))
-        return self.episode(f"{name}, {'own' if naming is None else 'invented'} names, {key} keys", queries, self.snapshot(memory, key))
+        known = np.array([_place(photos.column("class"), row) % 2 == half for row in range(len(photos))])
+        memory = self.pairs(photos, [MEMORY_CAPTION.format(label) for label in called], key, np.flatnonzero(known))
+        queries = self.pairs(photos, [QUERY_CAPTION.format(label) for label in called], key, np.flatnonzero(~known))
+        names_are = "own" if naming is None else f"invented ({naming})"
+        return self.episode(f"{name}, {names_are} names, {key} keys, half {half}", queries, self.snapshot(memory, key))
 
     def sentence_memory(self, photos: Photos, key: KeyKind) -> Snapshot:
         """Photos with two captions each."""

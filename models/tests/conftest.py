@@ -9,7 +9,7 @@ import torch
 
 from index_store.build import build_version
 from index_store.store import Store
-from models.checkpoint import untrained_fusions
+from models.checkpoint import training_free
 from models.clip import Encoder, EncoderSpec
 from models.episodes import joined
 from models.prepare import encode_samples
@@ -63,7 +63,7 @@ def encoder(configs: Path) -> Encoder:
 @pytest.fixture(scope="session")
 def reco(encoder: Encoder) -> Reco:
     """The tiny encoder with the training-free rule."""
-    file = untrained_fusions(encoder.dim, alpha=2.0, k=4)
+    file = training_free("mean", encoder.dim, alpha=2.0, k=4)
     return Reco(encoder, file.fusions, file.fusion_id, file.k)
 
 

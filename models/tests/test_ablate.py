@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from index_store.pairs import Pairs
-from models.ablate import Bench, Recipe, ablate, markdown
+from models.ablate import ablate, markdown
 from models.checkpoint import training_free
 from models.clip import Encoded, Encoder
 from models.episodes import joined
@@ -15,6 +15,7 @@ from models.parts import Parts
 from models.queries import Photos, Queries, Setting
 from models.reco import Reco
 from models.tests.small import memory_of, unit
+from models.workbench import Bench, Recipe
 
 CLASSES = 6
 

@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from models.checkpoint import fusion_named, load_fusions, save_fusions, training_free, untrained_fusions
+from models.checkpoint import fusion_named, load_fusions, save_fusions, training_free
 from models.errors import ConfigError, IncompatibleFusion
 from models.fusion import PRESETS, build_fusions
 
@@ -37,6 +37,16 @@ def test_a_shared_layer_is_stored_once(tmp_path: Path) -> None:
     assert sum(tensor.numel() for tensor in load_file(tmp_path / "shared").values()) == 3_158_016
 
 
+def test_what_both_sides_share_is_stored_once_and_shared_again(tmp_path: Path) -> None:
+    save_fusions(tmp_path / "f", build_fusions("default", 64), encoder=ENCODER, k=10, card={})
+    assert sum(tensor.numel() for tensor in load_file(tmp_path / "f").values()) == 2 * (64 * 64 + 64) + 2 * 3
+    fusions = load_fusions(tmp_path / "f", encoder=ENCODER).fusions
+    image, text = fusions["image"].pool, fusions["text"].pool
+    assert image is not None
+    assert text is not None
+    assert (image.own, image.other) == (text.other, text.own)
+
+
 def test_the_label_of_an_encoder_may_change_but_not_its_digest(tmp_path: Path) -> None:
     path = tmp_path / "f.safetensors"
     save_fusions(path, build_fusions("default", 32), encoder=ENCODER, k=10, card={})
@@ -46,9 +56,10 @@ def test_the_label_of_an_encoder_may_change_but_not_its_digest(tmp_path: Path) -
 
 
 def test_ids_follow_the_weights() -> None:
-    assert untrained_fusions(32).fusion_id == untrained_fusions(32).fusion_id
-    assert untrained_fusions(32).fusion_id != untrained_fusions(32, alpha=2.0).fusion_id
-    assert untrained_fusions(32).card == {"trained": False, "alpha": 1.0}
+    rule = training_free("mean", 32)
+    assert rule.fusion_id == training_free("mean", 32).fusion_id
+    assert rule.fusion_id != training_free("mean", 32, alpha=2.0).fusion_id
+    assert rule.card == {"trained": False, "rule": "mean", "alpha": 1.0}
 
 
 def broken(path: Path, how: str) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.ablate import Bench, Recipe, Rival, ablate, markdown
+from models.ablate import ablate, markdown
 from models.clip import Encoder
 from models.episodes import joined
 from models.errors import DataError
@@ -17,6 +17,7 @@ from models.prepare import encode_samples
 from models.queries import encode_photos
 from models.samples import Sample
 from models.tests.small import encoded_as, memory_of, picture
+from models.workbench import Bench, Recipe, Rival
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 200)}
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from index_store.pairs import SIDES
 from models.errors import ConfigError
-from models.fusion import PRESETS, Fusion, FusionConfig, build_fusions, preset
+from models.fusion import PRESETS, Fusion, FusionConfig, Metric, build_fusions, preset, turn_metrics
 
 D, K = 64, 6
 
@@ -39,13 +40,14 @@ def parameters(name: str, dim: int) -> int:
 def test_presets_have_the_papers_parameter_counts() -> None:
     assert parameters("paper", 512) == 3_158_016  # one layer for both sides, 11 rank vectors
     assert parameters("paper-split", 512) == 3_155_968  # one layer per side
-    assert parameters("default", 512) == 3_155_968 + 2 * 4  # and four numbers of pooling each
+    assert parameters("default", 512) == 2 * 512 + 2 * 3  # a factor per direction of each modality, three numbers of pooling per side
+    assert parameters("corrected", 512) == 3_155_968 + 2 * 512 + 2 * 3
     without_ranks = FusionConfig(512, 8, mlp_ratio=4, rank_vectors=False, max_k=10, start="identity")
     assert sum(parameter.numel() for parameter in Fusion(without_ranks).parameters()) == 3_152_384
 
 
-def test_the_mlp_is_as_large_as_the_default_and_blind_to_neighbours() -> None:
-    assert abs(parameters("mlp", 512) / parameters("default", 512) - 1) < 0.002
+def test_the_mlp_is_as_large_as_the_papers_layer_and_blind_to_neighbours() -> None:
+    assert abs(parameters("mlp", 512) / parameters("paper-split", 512) - 1) < 0.002
     query, values, scores, mask = batch(5)
     fusion = trained(preset("mlp", D))
     torch.testing.assert_close(fusion(query, values, scores, mask), fusion(query, -values, -scores, mask), rtol=0, atol=0)
@@ -64,7 +66,7 @@ def test_the_rules_are_what_their_formulas_say() -> None:
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="default, paper, paper-split"):
+    with pytest.raises(ConfigError, match="default, corrected, paper, paper-split"):
         preset("best", 512)
 
 
@@ -194,9 +196,45 @@ def test_default_attends_by_score_once_it_has_learned_to() -> None:
     query, values, scores, mask = batch(3)
     with torch.no_grad():
         assert fusion.pool is not None
-        fusion.pool.temperature.fill_(20.0)
+        fusion.pool.tens.fill_(2.0)
     weights = fusion.fuse(query, values, scores, mask).weights
     torch.testing.assert_close(weights, (20 * scores).softmax(1), atol=1e-6, rtol=0)
+
+
+def test_a_metric_stretches_both_modalities_along_their_directions() -> None:
+    """Against the matrix written out: the query by its own modality's, the values by the other's, each unit again before they meet."""
+    fusions = build_fusions("default", D, alpha=2.0)
+    turn_metrics(fusions, lambda side: torch.cov(torch.randn(D, 500, generator=torch.Generator().manual_seed(len(side)))))
+    image, text = (fusions[side].pool for side in SIDES)
+    assert image is not None
+    assert text is not None
+    assert image.own is not None
+    assert image.other is not None
+    assert (image.own, image.other) == (text.other, text.own)
+    query, values, scores, mask = batch(5)
+    torch.testing.assert_close(fusions["image"](query, values, scores, mask), F.normalize(query + 2 * values.mean(1), dim=-1))
+    with torch.no_grad():
+        for metric in (image.own, image.other):
+            metric.stretch.copy_(torch.randn(D, generator=torch.Generator().manual_seed(9)))
+    own, other = (metric.basis @ torch.diag(metric.stretch.exp()) @ metric.basis.T for metric in (image.own, image.other))
+    turned, known = F.normalize(query @ own, dim=-1), F.normalize(values @ other, dim=-1)
+    expected = F.normalize(turned + 2 * known.mean(1), dim=-1)
+    torch.testing.assert_close(fusions["image"](query, values, scores, mask), expected, atol=1e-6, rtol=0)
+    turned, known = F.normalize(query @ other, dim=-1), F.normalize(values @ own, dim=-1)
+    torch.testing.assert_close(
+        fusions["text"](query, values, scores, mask), F.normalize(turned + 2 * known.mean(1), dim=-1), atol=1e-6, rtol=0
+    )
+
+
+def test_principal_directions_are_those_in_which_vectors_vary() -> None:
+    rng = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(D, D, generator=rng)).Q
+    seen = torch.randn(4000, D, generator=rng) * torch.linspace(0.1, 3, D) @ axes.T
+    metric = Metric(D)
+    metric.turn(seen.T.cov())
+    spread = (seen @ metric.basis).std(0)
+    assert (spread.diff() > -0.05).all()
+    torch.testing.assert_close(spread[-1], torch.tensor(3.0), atol=0.2, rtol=0)
 
 
 def test_masked_rows_give_no_nan_gradient() -> None:

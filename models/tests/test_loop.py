@@ -93,3 +93,11 @@ def test_a_loss_that_is_not_finite_names_the_step_and_what_is_kept(episode: Epis
         loop._scale.fill_(float("nan"))
     with pytest.raises(TrainingFailed, match=r"at step 5.*last good checkpoint is of step 4"):
         loop.run()
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"compile": True}], ids=["bf16", "compiled"])
+def test_other_arithmetic_learns_the_same(episode: Episode, changes: dict[str, object]) -> None:
+    usual, other = loop_of(episode, None, steps=6).run(), loop_of(episode, None, steps=6, **changes).run()
+    assert other.losses != usual.losses or "compile" in changes
+    np.testing.assert_allclose(other.losses, usual.losses, rtol=0.02)
+    assert all(value.dtype == torch.float32 for value in weights(loop_of(episode, None, **changes)).values())

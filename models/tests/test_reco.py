@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 from index_store.errors import IncompatibleSnapshot
 from index_store.pairs import Pairs, Side
 from index_store.snapshot import Snapshot
-from models.checkpoint import untrained_fusions
+from models.checkpoint import training_free
 from models.clip import Encoded, Encoder
 from models.errors import ConfigError
 from models.fusion import build_fusions
@@ -117,7 +117,7 @@ def test_k_outside_the_fusions_range_is_refused(reco: Reco, snapshot: Snapshot, 
 
 def test_a_fusion_that_does_not_fit_is_refused(encoder: Encoder) -> None:
     with pytest.raises(ConfigError, match="width 64 cannot refine vectors of width 32"):
-        Reco(encoder, untrained_fusions(64).fusions, "x", 10)
+        Reco(encoder, training_free("mean", 64).fusions, "x", 10)
     with pytest.raises(ConfigError, match="k = 11 is outside 1 to 10"):
         Reco(encoder, build_fusions("paper", encoder.dim), "x", 11)
 

@@ -23,13 +23,29 @@ def test_the_recommendation_follows_the_figures() -> None:
     told = recommendation(good, SETTINGS)
     assert told.startswith("Enhance both with k = 10: +40.0 points")
     assert "(1-NN) reaches 70.0 %" in told
-    assert "lose against plain: image, k 10" in told
+    assert "lose against plain: image, k 10 in top-1" in told
     lucky = report_of({"none": 0.2, "both, k 1": 0.2, "both, k 10": 0.2})
     lucky.hits["both, k 10"]["top-1"][::2] = True  # right on the very half that chooses: worth nothing on the other
     assert best_line(lucky).method == "both, k 10"
     assert recommendation(lucky, SETTINGS).startswith("Do not enhance")
     bad = report_of({"none": 0.2, "both, k 1": 0.2, "both, k 10": 0.1})
     assert recommendation(bad, SETTINGS).startswith("Do not enhance")
+
+
+def test_what_loses_anywhere_is_not_recommended() -> None:
+    def both_ways(shares: dict[str, tuple[float, float]]) -> Report:
+        hits = {method: {"R@1": np.arange(100) < 100 * one, "R@10": np.arange(100) < 100 * ten} for method, (one, ten) in shares.items()}
+        return Report("retrieve", "m@1", "abc", 10, [], compared(hits), None, hits)
+
+    mixed = both_ways({"none": (0.2, 0.6), "both, k 1": (0.4, 0.6), "both, k 10": (0.6, 0.3)})
+    assert best_line(mixed).method == "both, k 1"
+    told = recommendation(mixed, SETTINGS)
+    assert told.startswith("Enhance both with k = 1")
+    assert "lose against plain: both, k 10 in R@10" in told
+    losing = both_ways({"none": (0.2, 0.6), "both, k 10": (0.6, 0.3)})
+    assert recommendation(losing, SETTINGS) == (
+        "Do not enhance (enhance=none): every setting tried loses somewhere, the best, both, k 10, in R@10."
+    )
 
 
 def test_the_page_is_whole_and_safe() -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,36 @@ def test_learning_turns_a_memory_into_knowledge(episode: Episode, reco: Reco) ->
     assert after > 0.9
 
 
+def dressed(rows: int, seed: int, dim: int, prefix: str, world: int) -> Pairs:
+    """As `strangers`, but a few directions, which say nothing of the class, rule every cosine.  world: decides the classes, not these."""
+    rng, classes, fashion = (np.random.default_rng(each) for each in (seed, world, 5))
+    seen, said = unit(classes.standard_normal((CLASSES, dim))), unit(classes.standard_normal((CLASSES, dim)))
+    label, loud = np.arange(rows) % CLASSES, fashion.standard_normal((2, 3, dim)) / dim**0.5
+    image, text = (unit(of[label] + 2 * rng.standard_normal((rows, 3)) @ noise) for of, noise in zip((seen, said), loud, strict=True))
+    ids = np.array([f"{prefix}{row}" for row in range(rows)])
+    return Pairs(ids, image, text, [{"caption": f"class {number}"} for number in label])
+
+
+def test_the_learned_metric_holds_for_classes_never_seen(reco: Reco, tmp_path: Path) -> None:
+    dim, encoder = reco.encoder.dim, reco.encoder.fingerprint
+    known, foreign = (
+        look_up(
+            f"world {world}",
+            dressed(120, 1, dim, "query", world),
+            memory_of(tmp_path / str(world), dressed(240, 0, dim, "memory", world), encoder),
+            reco,
+            4,
+            {},
+        )
+        for world in (7, 8)
+    )
+    everything, fusions = np.arange(120), build_fusions("default", dim)
+    rule = accuracy(fusions, foreign, everything)
+    learning = Learning(steps=150, batch=96, learning_rate=1e-5, weight_decay=0.0, seed=0, scale=20.0)
+    learn(fusions, [known], [everything], learning)
+    assert accuracy(fusions, foreign, everything) > rule + 0.3
+
+
 def test_a_seed_decides_everything(episode: Episode, reco: Reco) -> None:
     import torch
 
@@ -106,6 +137,20 @@ def test_a_configuration_becomes_a_checkpoint(recipe: Path, encoder: Encoder, ca
     assert "things@v1" in str(summary)
     assert "1 items left out" in capsys.readouterr().err
     assert train(config).fusion_id == made.fusion_id
+
+
+def test_tensorboard_shows_the_curve(recipe: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = dataclasses.replace(TrainConfig.read(recipe), tensorboard=True)
+    train(config)
+    folder = Path(config.output).with_suffix(".run")
+    shown = EventAccumulator(str(folder / "tensorboard"))
+    shown.Reload()
+    curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+    assert [event.step for event in shown.Scalars("loss")] == [line["step"] for line in curve]
+    np.testing.assert_allclose([event.value for event in shown.Scalars("loss")], [line["loss"] for line in curve], rtol=1e-6)
+    assert "held_out" in shown.Tags()["scalars"]
 
 
 def test_terms_can_be_left_out(recipe: Path) -> None:

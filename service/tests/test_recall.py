@@ -12,7 +12,7 @@ import pytest
 
 from index_store import Memory, Snapshot
 from index_store.tests.small import opened, some_pairs, unit_rows
-from models.checkpoint import untrained_fusions
+from models.checkpoint import training_free
 from models.clip import Encoded, Encoder, EncoderSpec
 from models.reco import Reco, Timings
 from models.tests.small import memory_of
@@ -90,7 +90,7 @@ def reco(tmp_path_factory: pytest.TempPathFactory) -> Reco:
     }
     path = tmp_path_factory.mktemp("config") / "tiny.json"
     path.write_text(json.dumps(config))
-    file = untrained_fusions(D, alpha=2.0, k=4)
+    file = training_free("mean", D, alpha=2.0, k=4)
     return Reco(Encoder.load(EncoderSpec(str(path), "random", device="cpu")), file.fusions, file.fusion_id, file.k)
 
 
