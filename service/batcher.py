@@ -4,7 +4,8 @@
                                                                           its own threads
 
 A slot is taken first and the batch is formed after, so a batch keeps filling while every worker is busy: under load batches
-grow by themselves, and an idle service answers at once. Where there is a second stage, `then`, the next batch runs meanwhile.
+grow by themselves, and an idle service answers at once. Where there is a second stage, `then`, the next batch runs meanwhile; where no
+next batch waits, both run in one thread, and nobody waits for another to wake up.
 No future is ever left pending, whatever `run` does.
 """
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from service.workers import Workers
+from service.workers import Workers, isolated
 
 __all__ = ["Answer", "Batcher", "BatcherClosed", "BatcherError", "DeadlinePassed", "QueueFull", "Ticket"]
 
@@ -76,12 +77,19 @@ class Ticket(Generic[T, R]):
         return self.deadline is not None and self.deadline <= now
 
 
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """What came of an item that has been through both stages."""
+
+    outcome: Any
+
+
 class Batcher(Generic[T, R]):
     """Groups the items of many callers into calls of `run`, first come first served.
 
     run: blocking, one result per payload in the payloads' order; an Exception returned in a payload's place is that item's error, one
     raised is narrowed down to the guilty items by running halves of the batch again.  With `workers` > 1 it is called from several threads.
-    then: likewise, of what `run` gave, in a thread of its own; at most one batch is in it, and the one before it keeps its worker.
+    then: likewise, of what `run` gave, in a thread of its own where items wait; one batch at most is there, the next keeps its worker.
     stall_s: a batch that takes longer in either is answered with WorkerLost, and its thread replaced.
     max_queue: items that may wait, not counting those being worked on.  max_wait_s: how long the oldest item of an unfilled batch waits
     for company although a worker is free; it and max_batch may change while serving.  on_batch: told each batch's size, on the event loop.
@@ -105,9 +113,9 @@ class Batcher(Generic[T, R]):
         if min(max_batch, max_queue, workers) < 1 or max_wait_s < 0 or stall_s <= 0:
             raise ValueError(f"batcher {name}: max_batch, max_queue, workers and stall_s must be positive, and max_wait_s not negative")
         self.name, self.max_batch, self.max_queue, self.max_wait_s = name, max_batch, max_queue, max_wait_s
-        self._on_batch = on_batch
-        self._first: Workers[T, Any] = Workers(run, name=name, threads=workers, stall_s=stall_s)
-        self._second = None if then is None else Workers(then, name=f"{name}-then", threads=1, stall_s=stall_s)
+        self._run, self._then, self._on_batch = run, then, on_batch
+        self._first: Workers[Ticket[T, R], Any] = Workers(self._work, name=name, threads=workers, stall_s=stall_s)
+        self._second = None if then is None else Workers(partial(isolated, then), name=f"{name}-then", threads=1, stall_s=stall_s)
         self._slots, self._between = asyncio.Semaphore(workers), asyncio.Semaphore(1)
         self._waiting: OrderedDict[Ticket[T, R], None] = OrderedDict()  # ordered, and a caller who leaves is removed in O(1)
         self._changed = asyncio.Event()  # something arrived, or closing began
@@ -227,7 +235,7 @@ class Batcher(Generic[T, R]):
         except Exception as error:  # noqa: BLE001  its callers are told, the loop lives
             outcomes: Sequence[Any] = [error] * len(batch)
         else:
-            outcomes = await self._first.answers([ticket.payload for ticket in batch])
+            outcomes = await self._first.answers(batch)
         answered = list(zip(batch, outcomes, strict=True))
         going_on = [pair for pair in answered if self._goes_on(*pair)]
         handed = {ticket for ticket, _ in going_on}
@@ -237,9 +245,19 @@ class Batcher(Generic[T, R]):
             task = tasks.create_task(self._finish(going_on, started))
             task.add_done_callback(partial(self._release, self._between, [ticket for ticket, _ in going_on]))
 
+    def _work(self, batch: list[Ticket[T, R]]) -> list[Any]:
+        """In a worker's thread: the first stage, and the second too where no item waits that could use the time. Reads, changes nothing."""
+        outcomes: list[Any] = isolated(self._run, [ticket.payload for ticket in batch])
+        going_on = [i for i, ticket in enumerate(batch) if self._goes_on(ticket, outcomes[i])]
+        if self._then is not None and going_on and not self._waiting:
+            whole = isolated(self._then, [outcomes[i] for i in going_on])
+            for i, outcome in zip(going_on, whole, strict=True):
+                outcomes[i] = _Whole(outcome)
+        return outcomes
+
     def _goes_on(self, ticket: Ticket[T, R], outcome: object) -> bool:
         """Whether there is a second stage, something for it to do, and anyone who still wants it."""
-        return self._second is not None and not isinstance(outcome, Exception) and not ticket.reply.done()
+        return self._second is not None and not isinstance(outcome, Exception | _Whole) and not ticket.reply.done()
 
     async def _finish(self, going_on: Sequence[tuple[Ticket[T, R], Any]], started: float) -> None:
         """The second stage of one batch."""
@@ -248,7 +266,8 @@ class Batcher(Generic[T, R]):
         self._settle([(ticket, outcome) for (ticket, _), outcome in zip(going_on, outcomes, strict=True)], started)
 
     def _settle(self, answered: Iterable[tuple[Ticket[T, R], Any]], started: float) -> None:
-        for ticket, outcome in answered:
+        for ticket, made in answered:
+            outcome = made.outcome if isinstance(made, _Whole) else made
             ticket.settle(outcome if isinstance(outcome, Exception) else Answer(outcome, started - ticket.enqueued))
 
     def _release(self, slots: asyncio.Semaphore, batch: Sequence[Ticket[T, R]], task: asyncio.Task[None]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-__all__ = ["WorkerLost", "Workers"]
+__all__ = ["WorkerLost", "Workers", "isolated"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -21,24 +21,24 @@ class WorkerLost(Exception):
 
 
 class Workers(Generic[T, R]):
-    """A pool of threads around `run`.
+    """A pool of threads around `work`.
 
-    run: one result per payload, in the payloads' order; an Exception in a payload's place is that item's error, one raised is narrowed
-    down to the guilty items by running halves again.  stall_s: how long a call may take; a thread cannot be ended from outside, so one
-    that takes longer is left to itself and a new pool takes its place.
+    work: one outcome per payload, in the payloads' order, raising nothing, as `isolated` makes it of a function that may.
+    stall_s: how long a call may take; a thread cannot be ended from outside, so one that takes longer is left to itself and a new pool
+    takes its place.
 
     State, on the event loop: the pool in use, and whether nothing has come back since one was given up.
     """
 
-    def __init__(self, run: Callable[[list[T]], Sequence[R]], *, name: str, threads: int, stall_s: float) -> None:
-        self._run, self._name, self._threads, self._stall_s = run, name, threads, stall_s
+    def __init__(self, work: Callable[[list[T]], Sequence[R | Exception]], *, name: str, threads: int, stall_s: float) -> None:
+        self._work, self._name, self._threads, self._stall_s = work, name, threads, stall_s
         self._pool = self._made()
         self.lost = False
 
     async def answers(self, payloads: list[T]) -> Sequence[R | Exception]:
         """One outcome per payload; only cancelling it raises."""
         try:
-            doing = asyncio.get_running_loop().run_in_executor(self._pool, _isolate, self._run, payloads)
+            doing = asyncio.get_running_loop().run_in_executor(self._pool, self._work, payloads)
         except RuntimeError as error:  # the pool is closed
             return [error] * len(payloads)
         done, _ = await asyncio.wait({doing}, timeout=self._stall_s)
@@ -58,9 +58,10 @@ class Workers(Generic[T, R]):
         return ThreadPoolExecutor(self._threads, thread_name_prefix=f"batcher-{self._name}")
 
 
-def _isolate(run: Callable[[list[T]], Sequence[R]], payloads: list[T]) -> list[R | Exception]:
+def isolated(run: Callable[[list[T]], Sequence[R]], payloads: list[T]) -> list[R | Exception]:
     """One outcome per payload: where the whole fails, each half is tried alone, until only the guilty items have the error.
 
+    run: one result per payload; an Exception in a payload's place is that item's error.
     A guilty item among B costs about 2·log2(B) further runs; an error of every item, the device lost for example, costs 2·B - 2.
     """
     try:
@@ -73,4 +74,4 @@ def _isolate(run: Callable[[list[T]], Sequence[R]], payloads: list[T]) -> list[R
     else:
         return [RuntimeError(f"{len(results)} results came back for {len(payloads)} items") for _ in payloads]
     middle = len(payloads) // 2
-    return [*_isolate(run, payloads[:middle]), *_isolate(run, payloads[middle:])]
+    return [*isolated(run, payloads[:middle]), *isolated(run, payloads[middle:])]

@@ -440,6 +440,24 @@ def test_the_next_batch_runs_while_the_one_before_is_in_its_second_stage() -> No
     run_async(scenario())
 
 
+def test_where_nothing_waits_both_stages_run_in_one_thread() -> None:
+    async def scenario() -> None:
+        threads: list[int] = []
+
+        def noted(payloads: list[int]) -> list[int]:
+            threads.append(threading.get_ident())
+            return payloads
+
+        async with serving(noted, max_batch=2, then=noted) as batcher:
+            assert values(await batcher.submit([1, 2])) == [1, 2]
+            assert len(set(threads)) == 1
+            threads.clear()
+            assert values(await batcher.submit([1, 2, 3])) == [1, 2, 3]
+            assert len(set(threads)) == 2  # the third waited while the first two were in theirs
+
+    run_async(scenario())
+
+
 def test_each_stage_keeps_its_poison_to_itself() -> None:
     async def scenario() -> None:
         first, second = Doubler(poison=frozenset({3})), Doubler(poison=frozenset({10}))
