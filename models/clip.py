@@ -141,10 +141,10 @@ class Encoder:
         eager = as_they_come(lambda tokens: [unit(text(tokens))], self.device)
         if not self.fixed_shapes:
             return as_they_come(image, self.device), eager
-        stage, sizes = Stage(self.device), sizes_to(self.spec.max_batch)
-        with torch.inference_mode():
-            see = Replay(image, torch.zeros(3, *self.image_size, dtype=torch.uint8), sizes, stage)
-            read = FixedTexts(text, self.context_length, sizes, stage) if isinstance(text, TrimmedText) else eager
+        sizes = sizes_to(self.spec.max_batch)
+        with torch.inference_mode():  # a stage for each, so that an image never waits for a list of labels
+            see = Replay(image, torch.zeros(3, *self.image_size, dtype=torch.uint8), sizes, Stage(self.device))
+            read = FixedTexts(text, self.context_length, sizes, Stage(self.device)) if isinstance(text, TrimmedText) else eager
         return see, read
 
 

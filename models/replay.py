@@ -75,7 +75,7 @@ class Replay:
     def __call__(self, batch: np.ndarray) -> list[np.ndarray]:
         """(B, …) -> each of the function's results, (B, …)."""
         most = self._sizes[-1]
-        parts = [self._part(batch[at : at + most]) for at in range(0, len(batch), most)]
+        parts = [self._part(batch[at : at + most]) for at in range(0, max(1, len(batch)), most)]
         return parts[0] if len(parts) == 1 else [np.concatenate(made) for made in zip(*parts, strict=True)]
 
     def _part(self, rows: np.ndarray) -> list[np.ndarray]:

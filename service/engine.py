@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -25,15 +25,15 @@ from service.editing import Editing
 from service.errors import InvalidValue, ItemRefused
 from service.intake import Intake
 from service.jobs import Jobs
-from service.label_index import LabelIndex
 from service.label_sets import LabelSets
+from service.label_vectors import ranked
 from service.labels import LabelSet
 from service.lane import Lane
 from service.live import LiveMemories
 from service.loading import load_reco
 from service.metrics import Metrics, Stage
 from service.pulse import Pulse
-from service.ranking import Ranked, rank
+from service.ranking import Ranked
 from service.recall import RecallSampler
 from service.recent import Recent, drift
 from service.settings import Settings
@@ -103,7 +103,7 @@ class Engine:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Serve batches until left; then answer what was admitted and let go."""
+        """Serve batches until left; then answer what was admitted, for `drain_s` at the most, and let go."""
         serving = [asyncio.create_task(lane.serve()) for lane in self._lanes.values()]
         for side in self._lanes:
             await self._pulse.check(side)  # the first batch of each tower: warm before ready
@@ -117,7 +117,9 @@ class Engine:
             for task in background:
                 task.cancel()
             await self.swaps.close()
-            await asyncio.gather(*(lane.close() for lane in self._lanes.values()), *serving)
+            with suppress(TimeoutError):  # a model that hangs would hold the end up; who still waits is told
+                async with asyncio.timeout(max(1.0, self.settings.drain_s)):
+                    await asyncio.gather(*(lane.close() for lane in self._lanes.values()), *serving)
             self.label_sets.vectors.close()
             self._decoder.close()
             self.memories.close()
@@ -185,10 +187,7 @@ class Engine:
         except TimeoutError as error:
             done = max((each["done"] for each in self.label_sets.vectors.progress(labels)), default=0)
             raise DeadlinePassed(f"{done} of {len(labels.labels)} labels are embedded: ask again, what is done stays done") from error
-        vectors, scale = np.stack([row.vector for row in rows]), self.reco.encoder.logit_scale
-        if isinstance(candidates, LabelIndex):
-            return await asyncio.to_thread(candidates.rank, vectors, scale, top_k)
-        return await asyncio.to_thread(rank, vectors, candidates, scale, top_k)
+        return await asyncio.to_thread(ranked, np.stack([row.vector for row in rows]), candidates, self.reco.encoder.logit_scale, top_k)
 
     async def _encoded(self, images: Sequence[bytes | ItemRefused], texts: Sequence[str], deadline: float) -> Sequence[Row | ItemRefused]:
         """Plain rows of images or of texts."""
@@ -200,14 +199,16 @@ class Engine:
         """What is running, for /info; no path and no key."""
         encoder, chosen = self.reco.encoder, self.settings
         limits = {name: value for name, value in chosen.model_dump().items() if name.startswith("max_") or name.endswith("_s")}
-        live = [row for row in self.memories.table() if row["live"]]
         return {
             "version": version("reco-serve"),
             "model": {"name": chosen.model, "fingerprint": encoder.fingerprint, "dim": encoder.dim, "device": str(encoder.device)}
             | {"precision": chosen.precision, "fixed_shapes": encoder.fixed_shapes, "image_size": list(encoder.image_size)}
             | {"random_weights": chosen.pretrained == "random"},
             "fusion": {"id": self.reco.fusion_id, "k": self.reco.k, "max_k": self.reco.max_k},
-            "memories": {"default": self.memories.default, "live": {row["name"]: row["current"] for row in live}},
+            "memories": {
+                "default": self.memories.default,
+                "live": {row["name"]: row["current"] for row in self.memories.table() if row["live"]},
+            },
             "limits": limits,
         }
 

@@ -19,6 +19,7 @@ from service.errors import NotFound, NotServing
 from service.label_index import LabelIndex
 from service.labels import LabelSet
 from service.metrics import Metrics
+from service.ranking import Ranked, rank
 
 CACHED_LISTS = 64
 CACHED_BYTES = 5 * 2**30  # two versions of one set of 1 000 000 labels at D = 512 and all, as a swap needs, and room for others
@@ -129,6 +130,11 @@ class LabelVectors:
             del self._entries[key]
         while len(self._entries) > CACHED_LISTS or (len(self._entries) > 1 and sum(e.bytes for e in self._entries.values()) > CACHED_BYTES):
             self._entries.popitem(last=False)
+
+
+def ranked(vectors: np.ndarray, candidates: Candidates, scale: float, top_k: int) -> Ranked:
+    """The best top_k labels of each row, as `ranking.rank`, by whichever form the list is kept in."""
+    return candidates.rank(vectors, scale, top_k) if isinstance(candidates, LabelIndex) else rank(vectors, candidates, scale, top_k)
 
 
 def _version(snapshot: Snapshot | None) -> str:

@@ -71,7 +71,7 @@ def test_an_answer_is_not_overwritten_by_the_next_one(pair: tuple[Encoder, Encod
     np.testing.assert_array_equal(first, kept)
 
 
-def test_threads_of_both_sides_take_turns(pair: tuple[Encoder, Encoder]) -> None:
+def test_threads_of_both_sides_share_an_encoder(pair: tuple[Encoder, Encoder]) -> None:
     plain, fixed = pair
     images, texts = batch_of(plain, "image", 5), batch_of(plain, "text", 5)
     expected = {"image": plain.encode(images, "image").vectors, "text": plain.encode(texts, "text").vectors}
@@ -95,7 +95,7 @@ def test_the_function_sees_few_shapes_and_memory_that_stays(device: str) -> None
 
     with torch.inference_mode():
         replay = Replay(doubled, torch.zeros(3, dtype=torch.int64), sizes_to(4), stage)
-        for count in range(1, 12):
+        for count in range(12):
             rows = np.arange(3 * count).reshape(count, 3)
             twice, total = replay(rows)
             np.testing.assert_array_equal(twice, rows * 2)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from service.engine import Engine
+from service.metrics import Metrics
 from service.tests.inside import PATIENCE_S, scenario
 
 
@@ -45,6 +46,29 @@ def test_a_model_that_hangs_is_told_by_livez_and_its_thread_replaced(engine: Eng
         await until(client, 200)
 
     scenario(engine, work)
+
+
+def test_a_model_that_hangs_does_not_hold_up_the_end(opened: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, reco, store = opened
+    patient = Engine(settings.model_copy(update={"stall_s": 60.0, "drain_s": 0.5}), reco, store, Metrics(version="0", torch="0", faiss="0"))
+    hung, let_go = threading.Event(), threading.Event()
+    replies: list[asyncio.Task[httpx.Response]] = []
+
+    def hanging(*_: Any) -> Any:
+        hung.set()
+        assert let_go.wait(PATIENCE_S)
+        raise RuntimeError("too late")
+
+    async def work(client: httpx.AsyncClient) -> None:
+        monkeypatch.setattr(reco, "encode", hanging)
+        replies.append(asyncio.create_task(client.post("/embed/text", json={"texts": ["lost"]})))
+        while not hung.is_set():  # noqa: ASYNC110  set by the model's thread
+            await asyncio.sleep(0.01)
+
+    begun = time.monotonic()
+    scenario(patient, work)
+    assert time.monotonic() - begun < 20
+    let_go.set()
 
 
 def test_a_batcher_that_ends_is_put_back(engine: Engine) -> None:
