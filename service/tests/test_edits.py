@@ -112,7 +112,7 @@ def test_vectors_may_be_given_instead(running: Server) -> None:
     with running.client() as client:
         plain = client.post("/embed/text", json={"texts": [said], "enhance": False, "encoding_format": "base64"}).json()
         packed = plain["data"][0]["embedding"]
-        pair = {"id": "given", "caption": said, "image_embedding": unit(rng, 256), "image_key": unit(rng, 1280), "text_embedding": packed}
+        pair = {"id": "given", "caption": said, "image_embedding": unit(rng, 512), "image_key": unit(rng, 1280), "text_embedding": packed}
         with added(client, **pair) as told:
             assert told["added"] == 1
             found = client.post("/embed/text", json={"texts": [said], "neighbors": True}).json()
@@ -126,8 +126,8 @@ def test_vectors_may_be_given_instead(running: Server) -> None:
     [
         ({"image_embedding": None}, 400, "pairs[1].image_embedding"),
         ({"image_key": None}, 400, "image_key is missing"),
-        ({"image_embedding": [1.0] * 3}, 422, "has 3 numbers, this memory's have 256"),
-        ({"image_embedding": [2.0] + [0.0] * 255}, 422, "length 2"),
+        ({"image_embedding": [1.0] * 3}, 422, "has 3 numbers, this memory's have 512"),
+        ({"image_embedding": [2.0] + [0.0] * 511}, 422, "length 2"),
         ({"text_embedding": "not base64!"}, 422, "base64"),
         ({"id": ""}, 422, "id ''"),
         ({"caption": 7}, 422, "caption"),
@@ -140,9 +140,9 @@ def test_a_bad_pair_is_named_and_none_of_its_batch_is_kept(running: Server, chan
     good = {
         "id": "good",
         "caption": "fine",
-        "image_embedding": unit(rng, 256),
+        "image_embedding": unit(rng, 512),
         "image_key": unit(rng, 1280),
-        "text_embedding": unit(rng, 256),
+        "text_embedding": unit(rng, 512),
     }
     with running.client() as client:
         before = client.get("/memories/grocery").json()
@@ -160,9 +160,9 @@ def test_edits_are_folded_each_time_that_enough_have_come_together(tmp_path: Pat
         idle = wait(client, client.post("/memories/grocery/activate", json={"version": "fruit-and-vegetables", "dry_run": True}).json())
         assert idle["drift"] == {}  # nobody asked anything: the service's own test items are no queries
         for i in range(5):
-            pair = {"id": f"new-{i}", "caption": "x", "image_embedding": unit(rng, 256), "image_key": unit(rng, 1280)}
+            pair = {"id": f"new-{i}", "caption": "x", "image_embedding": unit(rng, 512), "image_key": unit(rng, 1280)}
             assert client.get("/memories/grocery").json()["current"] == "all"
-            assert client.post(PAIRS, json={"pairs": [{**pair, "text_embedding": unit(rng, 256)}]}).status_code == 200
+            assert client.post(PAIRS, json={"pairs": [{**pair, "text_embedding": unit(rng, 512)}]}).status_code == 200
         until = time.monotonic() + 60
         while client.get("/memories/grocery").json()["current"] == "all" and time.monotonic() < until:
             time.sleep(0.1)
@@ -215,8 +215,8 @@ def test_compaction_keeps_what_is_added_while_it_runs(running: Server) -> None:
         with running.client() as own:
             while not stop.is_set():
                 name = f"during-{len(kept)}"
-                pair = {"id": name, "caption": name, "image_embedding": unit(rng, 256), "image_key": unit(rng, 1280)}
-                reply = own.post(PAIRS, json={"pairs": [{**pair, "text_embedding": unit(rng, 256)}]})
+                pair = {"id": name, "caption": name, "image_embedding": unit(rng, 512), "image_key": unit(rng, 1280)}
+                reply = own.post(PAIRS, json={"pairs": [{**pair, "text_embedding": unit(rng, 512)}]})
                 assert reply.status_code == 200, reply.text
                 kept.append(name)
 

@@ -60,7 +60,7 @@ class Edits:
             reply = client.delete(f"/memories/edited/pairs/{name}")
             assert reply.status_code in (200, 404), reply.text
             return
-        image, text = (base64.b64encode(unit_rows(1, 256, seed).astype("<f4").tobytes()).decode() for seed in (number, number + 1))
+        image, text = (base64.b64encode(unit_rows(1, 512, seed).astype("<f4").tobytes()).decode() for seed in (number, number + 1))
         pair = {"id": name, "caption": str(number), "image_embedding": image, "text_embedding": text}
         reply = client.post("/memories/edited/pairs", json={"pairs": [pair]})
         assert reply.status_code == 200, reply.text
@@ -89,7 +89,7 @@ class World:
         self.root, self.store = root, Store(root / "store")
         install_starter(self.store)
         self.encoder = self.store.manifest("grocery").encoder
-        base = some_pairs(60, 256)
+        base = some_pairs(60, 512)
         build_version(self.store, "edited", "v1", [base], encoder=self.encoder, kinds={"image": "vector", "text": "vector"})
         self.store.activate("edited", "v1")
         self.edits, self.pointed, self.swaps = Edits(base), {self.store.current("grocery")}, 0
