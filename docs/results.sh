@@ -19,7 +19,7 @@ reco eval ablate "$DATA"/grocery/test-*.tar --memory grocery --learn-from things
   --tune-on "$DATA/caltech101/caltech101.tar" "$DATA/imagen/imagen.tar" --tune-caption "$named"
 
 # Sentences: text to image and image to text, with the learned fusion and with a gentle rule.
-for fusion in "" mean:0.5; do
+for fusion in "" mean:0.5 mean:0.25; do
   reco eval retrieve "$DATA"/flickr8k/test-*.tar --memory sentences --enhance image text both ${fusion:+--fusion "$fusion"} --report "$WORK/flickr-${fusion:-learned}"
 done
 
