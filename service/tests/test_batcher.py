@@ -435,7 +435,7 @@ def test_the_next_batch_runs_while_the_one_before_is_in_its_second_stage() -> No
             assert second.gate is not None
             second.gate.set()
             assert [values(await caller) for caller in callers] == [[4 * item] for item in range(5)]
-        assert second.batches == [[2 * item] for item in range(5)]
+        assert sorted(second.batches) == [[2 * item] for item in range(5)]  # the last, behind which nothing waits, may overtake
 
     run_async(scenario())
 
