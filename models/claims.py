@@ -82,7 +82,7 @@ def learned_over_rules(bench: Bench) -> Iterator[Planned]:
     if (served := bench.served) is not None:
         learned[f"{served.fusion_id}, which serves"] = lambda _: served
     for keys, snapshot in {**memories, "vector": bench.parts.by_vectors()}.items():
-        both = Setting("both", min(bench.recipe.k, len(snapshot)))
+        both = _within(bench, snapshot)
 
         def right(file: FusionFile, snapshot: Snapshot = snapshot, setting: Setting = both) -> np.ndarray:
             return bench.right(Trial(file, snapshot, setting))
@@ -115,15 +115,15 @@ def _learned(bench: Bench, preset: str, terms: Sequence[str], seed: int) -> Tria
 
 def _smaller(bench: Bench, share: float, seed: int) -> Trial:
     snapshot = bench.parts.share(share, seed)
-    return Trial(bench.rule("core"), snapshot, _within(Setting("both"), snapshot))
+    return Trial(bench.rule("core"), snapshot, _within(bench, snapshot))
 
 
 def _grown(bench: Bench, share: float, seed: int) -> Trial:
     """Learned with a hundredth of one memory, served with a share of the other."""
     snapshot = bench.parts.share(share, seed)
-    return Trial(bench.taught("default", seed, share=0.01), snapshot, _within(Setting("both"), snapshot))
+    return Trial(bench.taught("default", seed, share=0.01), snapshot, _within(bench, snapshot))
 
 
-def _within(setting: Setting, snapshot: Snapshot) -> Setting:
-    """k no larger than the memory."""
-    return replace(setting, k=min(10, len(snapshot)))
+def _within(bench: Bench, snapshot: Snapshot) -> Setting:
+    """Both sides, k no larger than the memory."""
+    return Setting("both", min(bench.recipe.k, len(snapshot)))
