@@ -30,6 +30,7 @@ class EncoderSpec:
     pretrained: a hub tag, a local weights file, or "random" (seeded; for speed tests); None = what stands beside the configuration.
     device: "auto" is CUDA where there is one.
     fixed_shapes: whether batches are padded to a few sizes up to max_batch, recorded when the model is loaded (`replay`); "auto" on CUDA.
+    packed: on the CPU, lay out the weights for speed once (`packed`); `module` is then good for nothing but encoding.
     """
 
     model: str = "starter"
@@ -38,6 +39,7 @@ class EncoderSpec:
     device: str = "auto"
     fixed_shapes: FixedShapes = "off"
     max_batch: int = 32
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,10 @@ class Encoder:
         self.device = _device(spec.device)
         self.logit_scale = math.exp(model.logit_scale.item())  # before any rounding to half precision
         self._model = _frozen(model, self.device, spec.precision)
+        if spec.packed and self.device == "cpu":
+            from models.packed import pack
+
+            pack(self._model)
         self._tokenizer = tokenizer
         self._crop = crop_of(model.visual.preprocess_cfg)
         self.image_size = self._crop.size  # (H, W)

@@ -11,7 +11,7 @@ from models.crop import Crop
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ImageTower", "crop_of", "normalised", "unit"]
+__all__ = ["ImageTower", "attends_to_itself", "crop_of", "normalised", "unit"]
 
 
 def crop_of(preprocess: Mapping[str, Any]) -> Crop:
@@ -37,6 +37,13 @@ def unit(vectors: "Tensor") -> "Tensor":
     import torch.nn.functional as F
 
     return F.normalize(vectors.float(), dim=-1)
+
+
+def attends_to_itself(block: Any) -> bool:
+    """Whether this is one of open_clip's blocks whose `attn` takes one sequence three times, a mask and nothing else."""
+    from open_clip.transformer import ResidualAttentionBlock
+
+    return type(block) is ResidualAttentionBlock and not hasattr(block, "ln_1_kv")
 
 
 class ImageTower:

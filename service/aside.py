@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+
+from service.threads import Threads
 
 NICE = 10  # Linux gives such a thread a tenth of a core that a normal one wants too, and all of one that is idle
 
 
-def aside(workers: int, name: str) -> ThreadPoolExecutor:
+def aside(count: int, name: str) -> Threads:
     """Threads of low priority; what faiss starts from them inherits it. Elsewhere than on Linux they are threads like any others."""
-    return ThreadPoolExecutor(workers, thread_name_prefix=name, initializer=_give_way)
+    return Threads(count, name, begin=_give_way)
 
 
 def _give_way() -> None:

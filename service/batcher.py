@@ -1,10 +1,11 @@
-"""Dynamic batching for any blocking function of a list: standard library alone, nothing in here knows what an item is.
+"""Dynamic batching for any blocking function of a list; nothing in here knows what an item is.
 
     submit -> [waiting tickets] -> a worker slot frees -> batch formed -> run -> [then] -> each ticket settled
                                                                           its own threads
 
 A slot is taken first and the batch is formed after, so a batch keeps filling while every worker is busy: under load batches
-grow by themselves, and an idle service answers at once. Where there is a second stage, `then`, the next batch runs meanwhile; where no
+grow by themselves, and an idle service answers at once. A batch that is not full waits a moment for items that are on their way, because
+several callers who ask again and again would otherwise be answered in turn, a few at a time, and each few cost a whole pass. Where there is a second stage, `then`, the next batch runs meanwhile; where no
 next batch waits, both run in one thread, and nobody waits for another to wake up.
 No future is ever left pending, whatever `run` does.
 """
@@ -15,7 +16,7 @@ import asyncio
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -23,6 +24,8 @@ from typing import Any, Generic, TypeVar
 from service.workers import Workers, isolated
 
 __all__ = ["Answer", "Batcher", "BatcherClosed", "BatcherError", "DeadlinePassed", "QueueFull", "Ticket"]
+
+COMPANY = 0.1  # of the last batch's time, at the most, for items on their way
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -91,10 +94,12 @@ class Batcher(Generic[T, R]):
     raised is narrowed down to the guilty items by running halves of the batch again.  With `workers` > 1 it is called from several threads.
     then: likewise, of what `run` gave, in a thread of its own where items wait; one batch at most is there, the next keeps its worker.
     stall_s: a batch that takes longer in either is answered with WorkerLost, and its thread replaced.
+    begin, begin_then: called once in each thread of either stage.
     max_queue: items that may wait, not counting those being worked on.  max_wait_s: how long the oldest item of an unfilled batch waits
     for company although a worker is free; it and max_batch may change while serving.  on_batch: told each batch's size, on the event loop.
 
-    State, touched on the event loop only: the waiting tickets in order, the free slots of both stages, and whether it is closing.
+    State, touched on the event loop only: the waiting tickets in order, the free slots of both stages, whether it is closing; how many items
+    are announced; of the last batch, when it left its worker, how long it took and how many of its callers have not come back.
     """
 
     def __init__(
@@ -108,19 +113,24 @@ class Batcher(Generic[T, R]):
         workers: int = 1,
         then: Callable[[list[Any]], Sequence[R]] | None = None,
         stall_s: float = 120.0,
+        begin: Callable[[], None] | None = None,
+        begin_then: Callable[[], None] | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> None:
         if min(max_batch, max_queue, workers) < 1 or max_wait_s < 0 or stall_s <= 0:
             raise ValueError(f"batcher {name}: max_batch, max_queue, workers and stall_s must be positive, and max_wait_s not negative")
         self.name, self.max_batch, self.max_queue, self.max_wait_s = name, max_batch, max_queue, max_wait_s
         self._run, self._then, self._on_batch = run, then, on_batch
-        self._first: Workers[Ticket[T, R], Any] = Workers(self._work, name=name, threads=workers, stall_s=stall_s)
-        self._second = None if then is None else Workers(partial(isolated, then), name=f"{name}-then", threads=1, stall_s=stall_s)
+        self._first: Workers[Ticket[T, R], Any] = Workers(self._work, name=name, threads=workers, stall_s=stall_s, begin=begin)
+        self._second = None
+        if then is not None:
+            self._second = Workers(partial(isolated, then), name=f"{name}-then", threads=1, stall_s=stall_s, begin=begin_then)
         self._slots, self._between = asyncio.Semaphore(workers), asyncio.Semaphore(1)
         self._waiting: OrderedDict[Ticket[T, R], None] = OrderedDict()  # ordered, and a caller who leaves is removed in O(1)
         self._changed = asyncio.Event()  # something arrived, or closing began
         self._closing = self._serving = False
         self._ended = asyncio.Event()
+        self._announced, self._left, self._took_s, self._away = 0, 0.0, 0.0, 0
 
     @property
     def depth(self) -> int:
@@ -148,6 +158,17 @@ class Batcher(Generic[T, R]):
                 alarm.cancel()
             for ticket in tickets:
                 self._waiting.pop(ticket, None)
+
+    @contextlib.contextmanager
+    def expecting(self, items: int) -> Iterator[None]:
+        """So many are being made ready and will be submitted, or not, when this is left: an unfilled batch may wait for them."""
+        self._announced += items
+        self._away -= min(self._away, items)
+        try:
+            yield
+        finally:
+            self._announced -= items
+            self._changed.set()
 
     async def serve(self) -> None:
         """Form and run batches until closed; a batch keeps filling while every worker is busy."""
@@ -202,15 +223,22 @@ class Batcher(Generic[T, R]):
                 return batch
 
     async def _fill(self) -> None:
-        """Wait for a first ticket, then for a full batch, max_wait_s after the first one arrived at the latest."""
+        """Wait for a first ticket, then for a full batch, but not for long."""
         while not self._closing and self.depth < self.max_batch:
-            left_s = next(iter(self._waiting)).enqueued + self.max_wait_s - time.monotonic() if self._waiting else None
+            left_s = self._patience(next(iter(self._waiting)).enqueued) - time.monotonic() if self._waiting else None
             if left_s is not None and left_s <= 0:
                 return
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_s):
                     await self._changed.wait()
+
+    def _patience(self, first: float) -> float:
+        """The instant until which an unfilled batch is kept, whose oldest item came at `first`."""
+        latest = first + self.max_wait_s
+        if self._announced or self._away:
+            latest = max(latest, max(first, self._left) + COMPANY * self._took_s)
+        return latest
 
     def _take(self) -> list[Ticket[T, R]]:
         """Remove the next tickets from the queue, without those whose caller left or whose deadline has come."""
@@ -236,6 +264,8 @@ class Batcher(Generic[T, R]):
             outcomes: Sequence[Any] = [error] * len(batch)
         else:
             outcomes = await self._first.answers(batch)
+            self._left, self._away = time.monotonic(), len(batch)
+            self._took_s = self._left - started
         answered = list(zip(batch, outcomes, strict=True))
         going_on = [pair for pair in answered if self._goes_on(*pair)]
         handed = {ticket for ticket, _ in going_on}

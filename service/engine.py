@@ -166,14 +166,16 @@ class Engine:
     async def _part_of_images(self, at: int, images: Sequence[bytes | ItemRefused], query: Query, deadline: float) -> Answered:
         """at: the place of the first in its request."""
         start = time.perf_counter()
-        pixels = await asyncio.gather(*(self._pixels(at + i, image, deadline) for i, image in enumerate(images)))
+        with self._lanes["image"].expecting(len(images)):
+            pixels = await asyncio.gather(*(self._pixels(at + i, image, deadline) for i, image in enumerate(images)))
         seconds: dict[Stage, float] = {"decode": time.perf_counter() - start}
         return await self._part("image", at, pixels, query, deadline, seconds)
 
     async def _embed_texts(self, texts: Sequence[str], query: Query, deadline: float) -> Answered:
         with self._admit("text", len(texts)):
             start = time.perf_counter()
-            tokens = await asyncio.to_thread(self.reco.encoder.tokenize, list(texts))  # (B, L)
+            with self._lanes["text"].expecting(len(texts)):
+                tokens = await asyncio.to_thread(self.reco.encoder.tokenize, list(texts))  # (B, L)
             spent = time.perf_counter() - start
             self.observe("tokenize", "text", spent)
             part = await self._part("text", 0, list(tokens), query, deadline, {"tokenize": spent})

@@ -20,10 +20,12 @@ from service.label_index import LabelIndex
 from service.labels import LabelSet
 from service.metrics import Metrics
 from service.ranking import Ranked, rank
+from service.threads import Threads
 
 CACHED_LISTS = 64
 CACHED_BYTES = 5 * 2**30  # two versions of one set of 1 000 000 labels at D = 512 and all, as a swap needs, and room for others
 SEARCHED = 10_000  # labels; scoring them all takes a millisecond or two
+SHORT_LISTS = 2  # embedded at once
 STEP = 512  # labels embedded between two looks at whether they are still wanted
 
 Candidates = np.ndarray | LabelIndex  # (labels, D) float32 unit, or what searches them
@@ -65,7 +67,7 @@ class LabelVectors:
     def __init__(self, embed: Embed, *, scale: float, large: int, metrics: Metrics) -> None:
         self._embed, self._scale, self._large, self._metrics = embed, scale, large, metrics
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
-        self._slow = aside(1, "labels")
+        self._quick, self._slow = Threads(SHORT_LISTS, "short-labels"), aside(1, "labels")
 
     async def get(self, labels: LabelSet, snapshot: Snapshot | None) -> Candidates:
         """The labels' unit vectors, each the mean over the templates, of enhanced texts where a snapshot is given."""
@@ -96,11 +98,12 @@ class LabelVectors:
         """Stop what is being embedded."""
         for entry in self._entries.values():
             entry.progress.unwanted = NotServing("shutting down: send the request to another instance, or retry later")
-        self._slow.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._quick, self._slow):
+            pool.close()
 
     def _begin(self, key: tuple[str, str], labels: LabelSet, snapshot: Snapshot | None) -> _Entry:
-        pool, progress = self._slow if len(labels.labels) > self._large else None, _Progress()
-        made = asyncio.get_running_loop().run_in_executor(pool, self._made, labels, snapshot, progress)
+        pool, progress = self._slow if len(labels.labels) > self._large else self._quick, _Progress()
+        made = pool.run(self._made, labels, snapshot, progress)
         entry = self._entries[key] = _Entry(snapshot.ref if snapshot is not None else None, len(labels.labels), progress, made)
         made.add_done_callback(lambda _: self._settled(key, entry))
         return entry

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
 
 from index_store import Side
 from models.reco import Reco
 from service.batcher import Answer, Batcher
 from service.metrics import Metrics
 from service.settings import Settings
+from service.threads import computing
 from service.work import Row, Seen, Work, encode, enhance
 
 __all__ = ["Lane"]
@@ -29,6 +34,7 @@ class Lane:
     def __init__(self, side: Side, reco: Reco, settings: Settings, metrics: Metrics, passed: Callable[[Side], None]) -> None:
         self._side, self._reco, self._settings, self._metrics, self._passed = side, reco, settings, metrics, passed
         self._observed = {stage: metrics.stage_duration_seconds.labels(stage, side) for stage in ("encode", "retrieve", "fuse")}
+        self._cores = torch.get_num_threads()
         self._batcher = self._made()
         self._ended: str | None = None
         self._closing = False
@@ -51,6 +57,10 @@ class Lane:
     async def submit(self, items: Sequence[Work], deadline: float) -> list[Answer[Row] | Exception]:
         """As `Batcher.submit`."""
         return await self._batcher.submit(items, deadline)
+
+    def expecting(self, items: int) -> AbstractContextManager[None]:
+        """As `Batcher.expecting`."""
+        return self._batcher.expecting(items)
 
     async def serve(self) -> None:
         """Serve until closed. A batcher that ends otherwise has told its callers; a new one takes its place."""
@@ -80,6 +90,8 @@ class Lane:
             max_wait_s=chosen.max_wait_s,
             then=self._enhance,
             stall_s=chosen.stall_s,
+            begin=partial(computing, self._cores, self._cores),
+            begin_then=partial(computing, 1, self._cores),  # its sums are small, and a second pool would slow the first
             on_batch=self._metrics.batch_size.labels(self._side).observe,
         )
 

@@ -12,9 +12,8 @@ from service.settings import Settings
 def load_encoder(settings: Settings) -> Encoder:
     """The encoder that the settings name. Raises ModelError."""
     chosen = settings
-    return Encoder.load(
-        EncoderSpec(chosen.model, chosen.pretrained, chosen.precision, chosen.device, chosen.fixed_shapes, chosen.max_batch)
-    )
+    shapes = (chosen.fixed_shapes, chosen.max_batch)
+    return Encoder.load(EncoderSpec(chosen.model, chosen.pretrained, chosen.precision, chosen.device, *shapes, packed=True))
 
 
 def load_reco(settings: Settings) -> Reco:

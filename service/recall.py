@@ -53,7 +53,7 @@ class RecallSampler:
             snapshot = self._served(name, side)
             if snapshot is not None and self._counted.get((name, side)) != count:
                 self._counted[name, side] = count
-                recall = await asyncio.get_running_loop().run_in_executor(self._pool, self._measured, snapshot, side)
+                recall = await self._pool.run(self._measured, snapshot, side)
                 self._told(name, side, snapshot.manifest.version, recall)
 
     def _served(self, name: str, side: Side) -> Snapshot | None:

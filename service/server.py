@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import uvicorn
 
 from service.errors import UsageError
 from service.settings import Settings
+from service.threads import apart
 
 if TYPE_CHECKING:
     from service.engine import Engine
@@ -90,7 +92,7 @@ def serve(settings: Settings) -> None:
         from service.engine import Engine
         from service.protocol import bounded
 
-        engine = Engine.open(settings)
+        engine = apart(partial(Engine.open, settings))
         config = uvicorn.Config(
             create_app(engine), log_config=None, access_log=False, proxy_headers=False, server_header=False, lifespan="on", loop="uvloop",
             http=bounded(settings.receive_s), backlog=2048,

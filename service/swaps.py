@@ -71,7 +71,7 @@ class Swaps:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for pool in (self._pool, self._reader):
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.close()
 
     def _begin(self, job: Job, work: Coroutine[Any, Any, None]) -> Job:
         if job.memory in self._under_way:
@@ -161,12 +161,12 @@ class Swaps:
         self.verify(job.memory)
 
     async def _aside(self, work: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+        return await self._pool.run(work, *arguments)
 
     async def _verified(self, name: str, version: str) -> None:
         """Holds no snapshot meanwhile: a version that is replaced while it is read must be free to die."""
         try:
-            await asyncio.get_running_loop().run_in_executor(self._reader, self._read_again, name, version)
+            await self._reader.run(self._read_again, name, version)
         except DamagedVersion as error:
             if self._live.serves(name, version):
                 self._live.damaged(name, error)

@@ -1,14 +1,16 @@
 """Threads that run one blocking function of a list: the guilty item of a failure is found, a call that never returns is given up.
 
-Standard library alone, like `batcher`, whose hands these are.
+Nothing in here knows what an item is; these are the hands of `batcher`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Generic, TypeVar
+
+from service.threads import Threads
 
 __all__ = ["WorkerLost", "Workers", "isolated"]
 
@@ -25,20 +27,29 @@ class Workers(Generic[T, R]):
 
     work: one outcome per payload, in the payloads' order, raising nothing, as `isolated` makes it of a function that may.
     stall_s: how long a call may take; a thread cannot be ended from outside, so one that takes longer is left to itself and a new pool
-    takes its place.
+    takes its place.  begin: called once in each thread.
 
     State, on the event loop: the pool in use, and whether nothing has come back since one was given up.
     """
 
-    def __init__(self, work: Callable[[list[T]], Sequence[R | Exception]], *, name: str, threads: int, stall_s: float) -> None:
-        self._work, self._name, self._threads, self._stall_s = work, name, threads, stall_s
+    def __init__(
+        self,
+        work: Callable[[list[T]], Sequence[R | Exception]],
+        *,
+        name: str,
+        threads: int,
+        stall_s: float,
+        begin: Callable[[], None] | None = None,
+    ) -> None:
+        self._work, self._name, self._stall_s = work, name, stall_s
+        self._made = partial(Threads, threads, f"batcher-{name}", begin)
         self._pool = self._made()
         self.lost = False
 
     async def answers(self, payloads: list[T]) -> Sequence[R | Exception]:
         """One outcome per payload; only cancelling it raises."""
         try:
-            doing = asyncio.get_running_loop().run_in_executor(self._pool, self._work, payloads)
+            doing = self._pool.run(self._work, payloads)
         except RuntimeError as error:  # the pool is closed
             return [error] * len(payloads)
         done, _ = await asyncio.wait({doing}, timeout=self._stall_s)
@@ -52,10 +63,7 @@ class Workers(Generic[T, R]):
 
     def close(self) -> None:
         """Begin nothing more; what runs is not waited for."""
-        self._pool.shutdown(wait=False)
-
-    def _made(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._threads, thread_name_prefix=f"batcher-{self._name}")
+        self._pool.close()
 
 
 def isolated(run: Callable[[list[T]], Sequence[R]], payloads: list[T]) -> list[R | Exception]:

@@ -1,5 +1,6 @@
 """Work that can wait runs below what answers requests."""
 
+import asyncio
 import os
 import sys
 import threading
@@ -22,7 +23,13 @@ def test_its_threads_and_theirs_give_way_and_no_other_does() -> None:
         return found[0]
 
     before = nice()
-    with aside(1, "test") as pool:
-        assert pool.submit(nice).result() == max(before, NICE)
-        assert pool.submit(of_a_child).result() == max(before, NICE)
+
+    async def asked() -> list[int]:
+        threads = aside(1, "test")
+        try:
+            return [await threads.run(nice), await threads.run(of_a_child)]
+        finally:
+            threads.close()
+
+    assert asyncio.run(asked()) == [max(before, NICE)] * 2
     assert nice() == before
