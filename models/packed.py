@@ -26,7 +26,7 @@ class PackedLinear(nn.Linear):
     def __init__(self, weight: Tensor, bias: Tensor | None, gelu: nn.GELU | None = None) -> None:
         nn.Module.__init__(self)  # Linear's own would allocate the weights
         self.out_features, self.in_features = weight.shape
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)  # type: ignore[assignment]
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         self.bias = bias  # type: ignore[assignment]
         self._then = ("none", "") if gelu is None else ("gelu", gelu.approximate)
 
@@ -50,13 +50,14 @@ class PackedAttention(nn.Module):
         x = query if self._batch_first else query.transpose(0, 1)
         batch, length, width = x.shape
         parts = self._into(x).view(batch, length, 3, self._heads, width // self._heads).permute(2, 0, 3, 1, 4)  # (3, B, H, L, W/H)
-        mixed = F.scaled_dot_product_attention(*parts.unbind(), attn_mask=attn_mask)
+        q, k, v = parts.unbind()
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         made = self._out(mixed.transpose(1, 2).reshape(batch, length, width))
         return made if self._batch_first else made.transpose(0, 1), None
 
 
 def pack(model: nn.Module) -> None:
-    """Put packed layers in the place of the model's linear ones and of its blocks' attention, where this processor has them in its precision.
+    """Put packed layers in the place of the model's linear ones and of its blocks' attention, if this processor knows its precision.
 
     From then on the model can be neither trained nor saved.
     """
@@ -78,7 +79,7 @@ def pack(model: nn.Module) -> None:
 
 def _known(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies numbers of this type here."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     operators = torch.ops.mkldnn
     half = {torch.bfloat16: operators._is_mkldnn_bf16_supported, torch.float16: operators._is_mkldnn_fp16_supported}

@@ -1,12 +1,13 @@
-"""Dynamic batching for any blocking function of a list; nothing in here knows what an item is.
+"""Dynamic batching for any blocking function of a list: standard library alone, nothing in here knows what an item is.
 
     submit -> [waiting tickets] -> a worker slot frees -> batch formed -> run -> [then] -> each ticket settled
                                                                           its own threads
 
 A slot is taken first and the batch is formed after, so a batch keeps filling while every worker is busy: under load batches
-grow by themselves, and an idle service answers at once. A batch that is not full waits a moment for items that are on their way, because
-several callers who ask again and again would otherwise be answered in turn, a few at a time, and each few cost a whole pass. Where there is a second stage, `then`, the next batch runs meanwhile; where no
-next batch waits, both run in one thread, and nobody waits for another to wake up.
+grow by themselves, and an idle service answers at once. A batch that is not full waits a moment for items that are on their way,
+because several callers who ask again and again would otherwise be answered in turn, a few at a time, and each few cost a whole pass.
+Where there is a second stage, `then`, the next batch runs meanwhile; where no next batch waits, both run in one thread, and nobody
+waits for another to wake up.
 No future is ever left pending, whatever `run` does.
 """
 
@@ -98,8 +99,8 @@ class Batcher(Generic[T, R]):
     max_queue: items that may wait, not counting those being worked on.  max_wait_s: how long the oldest item of an unfilled batch waits
     for company although a worker is free; it and max_batch may change while serving.  on_batch: told each batch's size, on the event loop.
 
-    State, touched on the event loop only: the waiting tickets in order, the free slots of both stages, whether it is closing; how many items
-    are announced; of the last batch, when it left its worker, how long it took and how many of its callers have not come back.
+    State, touched on the event loop only: the waiting tickets in order, the free slots of both stages, whether it is closing; how many
+    items are announced; of the last batch, when it left its worker, how long it took and how many of its callers have not come back.
     """
 
     def __init__(
@@ -235,10 +236,9 @@ class Batcher(Generic[T, R]):
 
     def _patience(self, first: float) -> float:
         """The instant until which an unfilled batch is kept, whose oldest item came at `first`."""
-        latest = first + self.max_wait_s
-        if self._announced or self._away:
-            latest = max(latest, max(first, self._left) + COMPANY * self._took_s)
-        return latest
+        moment = COMPANY * self._took_s
+        company = max(first, self._left) + moment if self._announced else self._left + moment if self._away else first
+        return max(first + self.max_wait_s, company)
 
     def _take(self) -> list[Ticket[T, R]]:
         """Remove the next tickets from the queue, without those whose caller left or whose deadline has come."""

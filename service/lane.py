@@ -15,10 +15,10 @@ from models.reco import Reco
 from service.batcher import Answer, Batcher
 from service.metrics import Metrics
 from service.settings import Settings
-from service.threads import computing
+from service.threads import apart
 from service.work import Row, Seen, Work, encode, enhance
 
-__all__ = ["Lane"]
+__all__ = ["Lane", "computing"]
 
 log = logging.getLogger("reco")
 PAUSE_S = 0.5  # before a batcher that ended is put back: one that ends at once would keep the loop from everything else
@@ -109,3 +109,11 @@ class Lane:
             self._observed["fuse"].observe(row.timings.fuse)
         self._passed(self._side)
         return rows
+
+
+def computing(cores: int, others: int) -> None:
+    """Let the calling thread compute with so many cores, and those that begin after it with `others`."""
+    torch.get_num_threads()  # or the first computation would take the process's number again
+    torch.set_num_threads(cores)  # for this thread, and for all that have not computed yet
+    if cores != others:
+        apart(partial(torch.set_num_threads, others))

@@ -1,8 +1,9 @@
-"""Threads that end when idle, and how many cores each of them computes with.
+"""Threads that end when idle: standard library alone.
 
 torch computes with a pool of OpenMP threads for every thread that calls it, which lives as long as its caller. Where the pools
-together have more threads than there are cores, libgomp puts them to sleep between two operators instead of letting them spin, and waking
-them costs a lone photo a quarter of its time. So whatever computes does it in a thread that ends soon after its work, and loading is done `apart`.
+together have more threads than there are cores, libgomp puts them to sleep between two operators instead of letting them spin, and
+waking them costs a lone photo a quarter of its time. So whatever computes does it in a thread that ends soon after its work, and
+loading is done `apart`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import TypeVar
 
-__all__ = ["Threads", "apart", "computing"]
+__all__ = ["Threads", "apart"]
 
 T = TypeVar("T")
 IDLE_S = 0.25  # longer than the pauses of a client that calls again and again; to begin anew takes a fraction of a millisecond
@@ -23,7 +23,8 @@ IDLE_S = 0.25  # longer than the pauses of a client that calls again and again; 
 class Threads:
     """Up to `count` threads that run blocking functions for the event loop.
 
-    begin: called once in each of them.  State, on the event loop: the pool in use, how much it runs, when it is let go, and whether it is closed.
+    begin: called once in each of them.
+    State, on the event loop: the pool in use, how much it runs, when it is let go, and whether it is closed.
     """
 
     def __init__(self, count: int, name: str, begin: Callable[[], None] | None = None) -> None:
@@ -75,12 +76,3 @@ def apart(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, name=getattr(work, "__name__", "apart"), daemon=True).start()
     return made.result()
-
-
-def computing(cores: int, others: int) -> None:
-    """Let the calling thread compute with so many cores, and those that begin after it with `others`."""
-    import torch
-
-    torch.set_num_threads(cores)  # for this thread, and for all that have not computed yet
-    if cores != others:
-        apart(partial(torch.set_num_threads, others))

@@ -1,6 +1,6 @@
 """Threads that run one blocking function of a list: the guilty item of a failure is found, a call that never returns is given up.
 
-Nothing in here knows what an item is; these are the hands of `batcher`.
+Standard library alone, like `batcher`, whose hands these are.
 """
 
 from __future__ import annotations

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import Answer, Batcher, BatcherClosed, DeadlinePassed, QueueFull
+from service.batcher import COMPANY, Answer, Batcher, BatcherClosed, DeadlinePassed, QueueFull
 from service.workers import WorkerLost
 
+SLOW_S = 1.0
 PATIENCE_S = 20.0  # far beyond any run here: a test that reaches it hangs
 
 
@@ -144,6 +145,79 @@ def test_max_wait_gathers_items_that_arrive_apart() -> None:
             batcher.max_wait_s = 0.02  # tuned while serving: an unfilled batch goes once the oldest item has waited so long
             assert values(await batcher.submit([5])) == [10]
         assert run.batches == [[0, 1, 2], [5]]
+
+    run_async(scenario())
+
+
+class Slow(Doubler):
+    """Takes a second and more for its first batch, and no time for the others: a tenth of that is a moment worth waiting."""
+
+    def __call__(self, payloads: list[int]) -> list[int]:
+        if not self.batches:
+            time.sleep(SLOW_S)
+        return super().__call__(payloads)
+
+
+async def after_a_slow_batch(batcher: Batcher[int, int], items: int) -> None:
+    """Callers announced and answered, whom the batcher may expect again."""
+    with batcher.expecting(items):
+        pass
+    await batcher.submit(range(items))
+
+
+def test_callers_who_come_back_one_by_one_are_answered_together() -> None:
+    """Three in a closed loop: without a moment's wait the first to come back would go alone, and ever again."""
+
+    async def scenario() -> None:
+        run = Slow()
+        async with serving(run, max_batch=8) as batcher:
+            await after_a_slow_batch(batcher, 3)
+
+            async def back(item: int) -> None:
+                await asyncio.sleep(0.005 * item)
+                with batcher.expecting(1):
+                    await asyncio.sleep(0.01)  # it is decoded
+                await batcher.submit([item])
+
+            begun = time.monotonic()
+            await asyncio.gather(*(back(item) for item in range(3)))
+            assert time.monotonic() - begun < SLOW_S * COMPANY  # all are back: nothing more is waited for
+        assert run.batches == [[0, 1, 2], [0, 1, 2]]
+
+    run_async(scenario())
+
+
+def test_company_that_does_not_come_is_not_waited_for_long() -> None:
+    async def scenario() -> None:
+        run = Slow()
+        async with serving(run, max_batch=8) as batcher:
+            await after_a_slow_batch(batcher, 2)
+            begun = time.monotonic()
+            with batcher.expecting(1):  # one of two is back, and this one is decoded for ever
+                assert values(await batcher.submit([5])) == [10]
+            assert SLOW_S * COMPANY * 0.5 < time.monotonic() - begun < SLOW_S / 2
+            with batcher.expecting(1):
+                pass
+            begun = time.monotonic()  # that batch was quick: so is the patience with the next one
+            assert values(await batcher.submit([6])) == [12]
+            assert time.monotonic() - begun < SLOW_S * COMPANY
+        assert run.batches[1:] == [[5], [6]]
+
+    run_async(scenario())
+
+
+def test_a_caller_who_is_alone_waits_for_nobody() -> None:
+    """Not for those of a batch long gone, who have had their moment, nor for itself."""
+
+    async def scenario() -> None:
+        async with serving(Slow(), max_batch=8) as batcher:
+            await after_a_slow_batch(batcher, 8)
+            await asyncio.sleep(SLOW_S * COMPANY)
+            with batcher.expecting(1):
+                pass
+            (answer,) = await batcher.submit([1])
+            assert isinstance(answer, Answer)
+            assert answer.queued_s < SLOW_S * COMPANY / 2
 
     run_async(scenario())
 
