@@ -8,13 +8,14 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from models.errors import EncoderUnavailable
 
-__all__ = ["STARTER", "Found", "digest", "found"]
+__all__ = ["STARTER", "Found", "digest", "found", "import_libraries"]
 
 STARTER = Path(__file__).parent / "starter" / "clip.json"
 _REGISTRY = threading.Lock()  # open_clip's list of configurations is one global
@@ -28,11 +29,16 @@ class Found(NamedTuple):
     fingerprint: str
 
 
+def import_libraries() -> None:
+    """Import what every model needs, which takes seconds, in the calling thread: two that import at once may meet half a module."""
+    import open_clip  # noqa: F401
+
+
 def found(name: str, pretrained: str | None) -> Found:
     """Load a model, both as in `EncoderSpec`, or raise EncoderUnavailable."""
     known, weights = _resolve(name, pretrained)
-    model, tokenizer = _create(known, weights)
-    return Found(model, tokenizer, f"{_label(name, weights)}@{digest(model)}")
+    model, tokenizer, digested = _create(known, weights)
+    return Found(model, tokenizer, f"{_label(name, weights)}@{digested}")
 
 
 def _resolve(model: str, pretrained: str | None) -> tuple[str, str | None]:
@@ -70,8 +76,8 @@ def _weights(name: str, pretrained: str | None) -> str:
     raise EncoderUnavailable(f"{what} {name}: {remedy}")
 
 
-def _create(name: str, weights: str | None) -> tuple[Any, Any]:
-    """The float32 model on the CPU, and its tokenizer. Nothing pickled is ever executed: open_clip loads with weights_only."""
+def _create(name: str, weights: str | None) -> tuple[Any, Any, str]:
+    """The float32 model on the CPU, its tokenizer and its digest. Nothing pickled is ever executed: open_clip loads with weights_only."""
     import open_clip
     import torch
 
@@ -89,7 +95,9 @@ def _create(name: str, weights: str | None) -> tuple[Any, Any]:
                 pretrained_text=False,
                 weights_only=True,
             )
-        return model, open_clip.get_tokenizer(name)
+        with ThreadPoolExecutor(1) as hashing:  # which needs no interpreter, unlike reading a vocabulary
+            digested = hashing.submit(digest, model)
+            return model, open_clip.get_tokenizer(name), digested.result()
     except Exception as error:
         raise EncoderUnavailable(_why(name, weights, error)) from error
 

@@ -116,4 +116,4 @@ def computing(cores: int, others: int) -> None:
     torch.get_num_threads()  # or the first computation would take the process's number again
     torch.set_num_threads(cores)  # for this thread, and for all that have not computed yet
     if cores != others:
-        apart(partial(torch.set_num_threads, others))
+        apart(partial(torch.set_num_threads, others)).result()

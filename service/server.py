@@ -88,11 +88,15 @@ def serve(settings: Settings) -> None:
     """
     with bind(settings.host, settings.port) as taken:
         print(f"loading {settings.model}: this takes some seconds…", flush=True)
-        from service.app import create_app  # torch takes seconds: only now that the port is ours
+        from models.hub import import_libraries  # torch takes seconds: only now that the port is ours
         from service.engine import Engine
+
+        import_libraries()
+        opening = apart(partial(Engine.open, settings))
+        from service.app import create_app  # most of a second too, while the weights are read and hashed
         from service.protocol import bounded
 
-        engine = apart(partial(Engine.open, settings))
+        engine = opening.result()
         config = uvicorn.Config(
             create_app(engine), log_config=None, access_log=False, proxy_headers=False, server_header=False, lifespan="on", loop="uvloop",
             http=bounded(settings.receive_s), backlog=2048,

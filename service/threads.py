@@ -64,8 +64,8 @@ class Threads:
         return ThreadPoolExecutor(self._count, self._name, initializer=self._begin)
 
 
-def apart(work: Callable[[], T]) -> T:
-    """What `work` gives or raises, run in a thread that ends with it."""
+def apart(work: Callable[[], T]) -> Future[T]:
+    """What `work` will give or raise, begun in a thread that ends with it."""
     made: Future[T] = Future()
 
     def run() -> None:
@@ -75,4 +75,4 @@ def apart(work: Callable[[], T]) -> T:
             made.set_exception(error)
 
     threading.Thread(target=run, name=getattr(work, "__name__", "apart"), daemon=True).start()
-    return made.result()
+    return made

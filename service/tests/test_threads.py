@@ -100,9 +100,9 @@ def test_closed_they_begin_nothing_and_drop_what_waits() -> None:
 @linux
 def test_what_is_done_apart_leaves_no_thread_and_gives_what_it_raised() -> None:
     before = threads_of_the_process()
-    assert apart(multiply) != threading.current_thread().name
+    assert apart(multiply).result() != threading.current_thread().name
     with pytest.raises(KeyError, match="gone"):
-        apart(lambda: {}["gone"])  # type: ignore[index]
+        apart(lambda: {}["gone"]).result()  # type: ignore[index]
     give_up = time.monotonic() + PATIENCE_S
     while threads_of_the_process() != before and time.monotonic() < give_up:
         time.sleep(0.01)
@@ -117,7 +117,7 @@ def test_a_thread_computes_with_the_cores_it_was_given_and_the_others_with_their
         for _ in range(2):
             assert await alone.run(torch.get_num_threads) == 1
             assert await all_of_them.run(torch.get_num_threads) == given + 1
-            assert apart(torch.get_num_threads) == given
+            assert apart(torch.get_num_threads).result() == given
         for threads in (alone, all_of_them):
             threads.close()
 
