@@ -173,13 +173,14 @@ async def hammer(client: httpx.AsyncClient, known: Sequence[Known], apart: float
     return answers
 
 
-async def swap_to_and_fro(admin: Admin, versions: Sequence[str], swaps: int, pause: float) -> list[Swap]:
-    """Activate the versions in turn, with steady time before, between and after."""
+async def swap_to_and_fro(admin: Admin, versions: Sequence[str], swaps: int, pause: float, calm: float) -> list[Swap]:
+    """Activate the versions in turn, with steady time before and after."""
+    await asyncio.sleep(calm)
     done = []
     for number in range(swaps):
-        await asyncio.sleep(pause)
+        await asyncio.sleep(pause if number else 0)
         done.append(await admin.activate(versions[number % 2]))
-    await asyncio.sleep(pause)
+    await asyncio.sleep(calm)
     return done
 
 
@@ -197,19 +198,22 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
         stop = asyncio.Event()
         load = asyncio.create_task(hammer(client, known, arguments.apart, arguments.workers, stop))
         try:
-            swaps = await swap_to_and_fro(admin, arguments.versions, arguments.swaps, arguments.pause)
+            swaps = await swap_to_and_fro(admin, arguments.versions, arguments.swaps, arguments.pause, arguments.calm)
         finally:
             stop.set()
             answers = await load
         alive = await admin.settled()
-    settings = {name: getattr(arguments, name) for name in ("url", "memory", "versions", "workers", "pause", "apart")}
+    settings = {name: getattr(arguments, name) for name in ("url", "memory", "versions", "workers", "pause", "calm", "apart")}
     return {"settings": settings, "calls": len(calls), "telling": len(known), **judge(answers, swaps), "snapshots_alive": alive}
 
 
 def judge(answers: Sequence[Answer], swaps: Sequence[Swap]) -> dict[str, Any]:
-    """Faults, latency of the replies that a swap touched against all the others, and what the swaps left behind."""
-    during = [any(a.start < s.end and s.start < a.end for s in swaps) for a in answers]
-    spans = {"in swap windows": True, "steady": False}
+    """Faults, latency of the replies that a swap touched against those of steady time, and what the swaps left behind.
+
+    Steady is what came before the first swap and after the last: of the replies between two, the slow ones reach into a swap.
+    """
+    when = [_when(answer, swaps) for answer in answers]
+    spans = ("in swap windows", "steady")
     faults = [a.fault for a in answers if a.fault]
     phases = dict.fromkeys(phase for swap in swaps for phase in swap.phases)
     return {
@@ -223,11 +227,15 @@ def judge(answers: Sequence[Answer], swaps: Sequence[Swap]) -> dict[str, Any]:
         "phases_ms": {phase: quantiles([s.phases[phase] for s in swaps if phase in s.phases]) for phase in phases},
         "resident": growth([s.held.resident for s in swaps]),
         "resident_mb": [round(s.held.resident / 1e6, 1) for s in swaps],
-        "replies_in": {name: during.count(flag) for name, flag in spans.items()},
-        "latency_ms": {
-            name: quantiles([a.end - a.start for a, d in zip(answers, during, strict=True) if d is flag]) for name, flag in spans.items()
-        },
+        "replies_in": {name: when.count(name) for name in spans},
+        "latency_ms": {name: quantiles([a.end - a.start for a, span in zip(answers, when, strict=True) if span == name]) for name in spans},
     }
+
+
+def _when(answer: Answer, swaps: Sequence[Swap]) -> str:
+    if any(answer.start < swap.end and swap.start < answer.end for swap in swaps):
+        return "in swap windows"
+    return "steady" if answer.end <= swaps[0].start or answer.start >= swaps[-1].end else "between"
 
 
 def verdicts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -263,6 +271,7 @@ def main() -> int:
     parser.add_argument("--versions", nargs=2, required=True, metavar=("A", "B"))
     parser.add_argument("--swaps", type=int, default=20)
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between two swaps")
+    parser.add_argument("--calm", type=float, default=15.0, help="seconds of load before the first swap and after the last, for comparison")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--apart", type=float, default=1e-3, help="least difference between the versions' answers")
     parser.add_argument("--admin-key", help="default: RECO_ADMIN_KEY; none is needed from loopback")

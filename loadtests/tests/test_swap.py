@@ -84,7 +84,7 @@ class TwoVersions:
 
 
 def run(server: Scripted) -> dict[str, Any]:
-    chosen = {"url": server.url, "memory": "m", "versions": ["a", "b"], "workers": 4, "swaps": 4, "pause": 0.05, "apart": 1e-3}
+    chosen = {"url": server.url, "memory": "m", "versions": ["a", "b"], "workers": 4, "swaps": 4, "pause": 0.05, "calm": 0.1, "apart": 1e-3}
     return asyncio.run(swap.run(argparse.Namespace(**chosen, image=None, admin_key=None)))
 
 
@@ -134,7 +134,23 @@ def test_a_refused_activation_ends_the_run_in_one_line(scripted: Scripted) -> No
 def test_the_exit_code_is_the_verdict(scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixing: bool, code: int) -> None:
     scripted.handle = TwoVersions(mixing=mixing)
     out = tmp_path / "swap.json"
-    options = ["--memory", "m", "--versions", "a", "b", "--swaps", "20", "--pause", "0.02", "--url", scripted.url, "--out", str(out)]
+    options = [
+        "--memory",
+        "m",
+        "--versions",
+        "a",
+        "b",
+        "--swaps",
+        "20",
+        "--pause",
+        "0.02",
+        "--calm",
+        "0.05",
+        "--url",
+        scripted.url,
+        "--out",
+        str(out),
+    ]
     monkeypatch.setattr("sys.argv", ["swap.py", *options])
     assert swap.main() == code
     report = json.loads(out.read_text())
