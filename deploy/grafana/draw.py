@@ -1,6 +1,6 @@
 """Draws the dashboards without Grafana: `python deploy/grafana/draw.py http://127.0.0.1:9090 [--minutes 30] [--out docs/dashboards]`.
 
-Every panel is asked of Prometheus with the query that Grafana would send, and drawn by its kind. Needs matplotlib.
+Every panel is asked of Prometheus with the query that Grafana would send, and drawn by its kind; time runs in minutes. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def lines(axes: Any, panel: dict[str, Any], window: Window) -> bool:
     axes.set_ylabel(unit, fontsize=7)
     if some:
         handles, labels = axes.get_legend_handles_labels()
+        axes.ticklabel_format(useOffset=False)
         axes.legend(handles[:SHOWN], labels[:SHOWN], fontsize=5, loc="upper left", ncol=2)
     return some
 
@@ -158,6 +160,9 @@ def main() -> int:
     parser.add_argument("--until", type=float, default=None, metavar="UNIX", help="the last second drawn; default: now")
     parser.add_argument("--out", type=Path, default=Path("var/dashboards"))
     given = parser.parse_args()
+    if find_spec("matplotlib") is None:
+        print("draw.py needs matplotlib: .venv/bin/uv pip install matplotlib, and .venv/bin/python to run it", file=sys.stderr)
+        return 2
     end = given.until or time.time()
     window = Window(given.prometheus.rstrip("/"), end - 60 * given.minutes, end, max(5.0, given.minutes * 60 / 200))
     for path in sorted(FOLDER.glob("*.json")):
