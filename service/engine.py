@@ -154,14 +154,11 @@ class Engine:
         return await items
 
     async def _embed_images(self, images: Sequence[bytes | ItemRefused], query: Query, deadline: float) -> Answered:
-        """Decode, then embed: a large request batch by batch, so that the first is in the model while the next is decoded.
-
-        A bad image is refused alone, before any batch.
-        """
+        """Decode, then embed; a large request batch by batch, one in the model while the next is decoded. A bad image is refused alone."""
         with self._admit("image", len(images)):
             size = self.settings.max_batch
             parts = [self._part_of_images(at, images[at : at + size], query, deadline) for at in range(0, len(images), size)]
-            return self._answered("image", query, [await parts[0]] if len(parts) == 1 else await together(parts))
+            return self._answered("image", query, await together(parts))
 
     async def _part_of_images(self, at: int, images: Sequence[bytes | ItemRefused], query: Query, deadline: float) -> Answered:
         """at: the place of the first in its request."""

@@ -13,6 +13,8 @@ T = TypeVar("T")
 
 async def together(parts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """What each gives, in order; where one raises, or the caller leaves, the others are withdrawn."""
+    if len(parts) == 1:
+        return [await parts[0]]
     tasks = [asyncio.ensure_future(part) for part in parts]
     try:
         return await asyncio.gather(*tasks)
