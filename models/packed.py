@@ -1,6 +1,6 @@
 """Linear layers on the processor with their weights laid out once, as oneDNN reads them fastest.
 
-torch's own `Linear` has the weights packed anew by every call, which for a batch of one is a fifth of the time. The operators here are
+torch's own `Linear` has the weights packed anew by every call, which for a batch of one is a sixth of the time. The operators here are
 those that torch.compile puts in `Linear`'s place on the processor; using them directly needs no compiler and costs no seconds at the start.
 Alphabet: B batch, L tokens, W width, H heads.
 """

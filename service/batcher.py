@@ -28,6 +28,7 @@ from service.workers import Workers, isolated
 __all__ = ["Answer", "Batcher", "BatcherClosed", "BatcherError", "DeadlinePassed", "QueueFull", "Ticket"]
 
 COMPANY = 0.1  # of the last batch's time, at the most, for items on their way
+MOMENT_S = 0.2  # and no longer than this: the last batch may have hung, or been run again in halves
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -188,7 +189,7 @@ class Batcher(Generic[T, R]):
 
     def _patience(self, first: float) -> float:
         """The instant until which an unfilled batch is kept, whose oldest item came at `first`."""
-        moment = COMPANY * self._took_s
+        moment = min(COMPANY * self._took_s, MOMENT_S)
         company = max(first, self._left) + moment if self._announced else self._left + moment if self._away else first
         return max(first + self.max_wait_s, company)
 

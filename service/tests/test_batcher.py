@@ -206,6 +206,28 @@ def test_company_that_does_not_come_is_not_waited_for_long() -> None:
     run_async(scenario())
 
 
+def test_a_batch_that_hung_leaves_no_patience_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.batcher.MOMENT_S", 0.01)
+
+    async def scenario() -> None:
+        go_on = threading.Event()
+
+        def run(payloads: list[int]) -> list[int]:
+            if payloads == [0, 1]:
+                go_on.wait(PATIENCE_S)
+            return payloads
+
+        async with serving(run, max_batch=8, stall_s=3.0) as batcher:
+            assert values(await batcher.submit([0, 1])) == [WorkerLost] * 2
+            go_on.set()
+            begun = time.monotonic()
+            with batcher.expecting(1):  # decoded for ever
+                assert values(await batcher.submit([5])) == [5]
+            assert time.monotonic() - begun < 3.0 * COMPANY * 0.8  # a tenth of what was lost would be more
+
+    run_async(scenario())
+
+
 def test_a_caller_who_is_alone_waits_for_nobody() -> None:
     """Not for those of a batch long gone, who have had their moment, nor for itself."""
 
