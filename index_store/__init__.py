@@ -1,11 +1,11 @@
 """A memory is arrays on disk and two searches: named, versioned, verified, and replaced while it serves."""
 
-from index_store.build import build_version
+from index_store.build.build import build_version
 from index_store.errors import StoreError
 from index_store.memory import Memory
 from index_store.neighbors import Neighbors
-from index_store.pairs import Pairs, Side
 from index_store.snapshot import Snapshot
 from index_store.store import Store
+from index_store.types import Pairs, Side
 
 __all__ = ["Memory", "Neighbors", "Pairs", "Side", "Snapshot", "Store", "StoreError", "build_version"]

@@ -11,19 +11,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from index_store.clones import Owner
 from index_store.errors import IncompatibleSnapshot, QueryRefused, RecallTooLow
-from index_store.half import widened
-from index_store.hits import Hits, Searched
-from index_store.limits import limits_of
-from index_store.manifest import Manifest, read_manifest, same_encoder
+from index_store.float16 import widened
 from index_store.neighbors import Neighbors
-from index_store.pairs import SIDES, Id, KeyKind, Pairs, Side, other, readable
-from index_store.probes import DEPTH, Probes
-from index_store.search import Fan, nearest
-from index_store.shard import Shard
-from index_store.tail import Edited, Tail
-from index_store.verified import verify
+from index_store.search.delta import Delta, Edited
+from index_store.search.filters import limits_of
+from index_store.search.gpu import Owner
+from index_store.search.hits import Hits, Searched
+from index_store.search.probes import DEPTH, Probes
+from index_store.search.shard import Shard
+from index_store.search.sharded import ShardedIndex, nearest
+from index_store.storage.checksums import verify
+from index_store.storage.manifest import Manifest, read_manifest, same_encoder
+from index_store.types import SIDES, Id, KeyKind, Pairs, Side, other, readable
 
 BLOCK = 8_192  # pairs handed out at a time: 40 MB at D = 512
 
@@ -42,9 +42,9 @@ class Snapshot:
     ) -> None:
         self.manifest = manifest
         self.unread = unread  # files taken on the word of an earlier reading: read them again at leisure
-        self._fans = {side: Fan(shards, side) for side in SIDES}
+        self._fans = {side: ShardedIndex(shards, side) for side in SIDES}
         self._searched: Mapping[Side, Searched] = self._fans
-        self._tail: Tail | None = None
+        self._tail: Delta | None = None
         self._probes = probes
         self._resident = sum(shard.resident_bytes() for shard in shards)
         self.id_kind = shards[0].ids.dtype.kind  # "i" or "S"
@@ -69,7 +69,7 @@ class Snapshot:
         shards = [Shard(path, shard["folder"], shard["pairs"], manifest, owner=next(owners)) for shard in manifest.shards]
         return cls(manifest, shards, {side: Probes.read(path, side, manifest) for side in SIDES}, unread)
 
-    def with_tail(self, tail: Tail) -> "Snapshot":
+    def with_tail(self, tail: Delta) -> "Snapshot":
         """The same version with these edits on top: a snapshot of its own that shares every file and index with this one."""
         edited = copy.copy(self)
         edited._tail = tail

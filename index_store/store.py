@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from itertools import count, repeat
 from pathlib import Path
 
-from index_store.durable import READ_THREADS, alone, replace_text, writing
+from index_store.edits.journal import SUFFIX, read_records
+from index_store.edits.overlay import replayed, seal_of
 from index_store.errors import (
     DamagedVersion,
     IncompatibleSnapshot,
@@ -18,12 +19,11 @@ from index_store.errors import (
     UnknownMemory,
     UnknownVersion,
 )
-from index_store.journal import SUFFIX, read_records
-from index_store.manifest import FILE_NAME, Manifest, read_manifest
-from index_store.overlay import replayed, seal_of
 from index_store.snapshot import Snapshot
-from index_store.verified import record_path, verify
-from index_store.workplace import rejects_file
+from index_store.storage.atomic import READ_THREADS, alone, replace_text, writing
+from index_store.storage.checksums import record_path, verify
+from index_store.storage.layout import rejects_file
+from index_store.storage.manifest import FILE_NAME, Manifest, read_manifest
 
 CURRENT = "CURRENT"  # first line the version that serves, second line the one before it
 DELETED = ".deleted"  # behind a leading dot: what is being removed

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from index_store.manifest import same_encoder
-from index_store.pairs import SIDES, Side
+from index_store.storage.manifest import same_encoder
+from index_store.types import SIDES, Side
 from models.errors import ConfigError, IncompatibleFusion
 from models.fusion import RULES, Fusion, FusionConfig, build_fusions, share_metrics
 

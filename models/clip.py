@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from index_store.pairs import KeyKind, Side
+from index_store.types import KeyKind, Side
 from models.errors import ConfigError, EncoderUnavailable
 from models.hub import STARTER, digest, found
 from models.images import MAX_PIXELS, read_image

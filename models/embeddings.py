@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from index_store.pairs import SIDES, Id, Pairs, Side
-from index_store.steps import Reject, Step
+from index_store.build.source import Reject, Step
+from index_store.types import SIDES, Id, Pairs, Side
 from models.errors import DataError
 from models.prepare import unstorable
 from models.tables import columns_of, count_rows, integer_column, parquet_rows

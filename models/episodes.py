@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from index_store.half import widened
-from index_store.hits import Hits
-from index_store.pairs import SIDES, Id, Pairs, Side, other
+from index_store.float16 import widened
+from index_store.search.hits import Hits
 from index_store.snapshot import Snapshot
+from index_store.types import SIDES, Id, Pairs, Side, other
 from models.clip import Encoded
 from models.errors import DataError
 from models.reco import Reco

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from index_store.pairs import SIDES, Side
 from index_store.snapshot import Snapshot
+from index_store.types import SIDES, Side
 from models.clip import Encoder
 from models.errors import DataError
 from models.metrics import (

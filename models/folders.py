@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from index_store.steps import Reject
+from index_store.build.source import Reject
 from models.samples import MAX_BYTES, Sample, Unusable, filled, said
 from models.tables import FILE_COLUMNS, rows_of
 

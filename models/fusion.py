@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from index_store.pairs import Side
+from index_store.types import Side
 from models.errors import ConfigError
 
 Start = Literal["identity", "mean"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from index_store.pairs import SIDES, Side
+from index_store.types import SIDES, Side
 from models.checkpoint import read_tensors, write_tensors
 from models.episodes import Episode, covariance
 from models.errors import ConfigError, TrainingFailed

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from index_store.build import build_version
-from index_store.pairs import KeyKind, Pairs, Side
+from index_store.build.build import build_version
 from index_store.snapshot import Snapshot
 from index_store.store import Store
+from index_store.types import KeyKind, Pairs, Side
 from models.checkpoint import FusionFile, save_fusions, training_free
 from models.clip import Encoder, EncoderSpec
 from models.prepare import encode_texts

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from index_store.build import build_version
-from index_store.pairs import SIDES, KeyKind, Pairs, Side
+from index_store.build.build import build_version
 from index_store.snapshot import Snapshot
 from index_store.store import Store
+from index_store.types import SIDES, KeyKind, Pairs, Side
 from models.episodes import joined
 
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)  # of a memory, where its size is what is studied

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from index_store.pairs import MAX_ID_BYTES, Id, KeyKind, Pairs, Side
-from index_store.steps import Reject, Step
+from index_store.build.source import Reject, Step
+from index_store.types import MAX_ID_BYTES, Id, KeyKind, Pairs, Side
 from models.clip import Encoded, Encoder
 from models.errors import ImageError
 from models.images import MAX_PIXELS

@@ -21,18 +21,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from index_store.columns import Column
-from index_store.durable import alone, sync, writing
+from index_store.build.index import FLAT
+from index_store.build.shards import VersionWriter, fill_from
+from index_store.build.source import BuildSource, Done, Step
+from index_store.build.staging import forget_notes, workplace
+from index_store.build.staging import partial as unfinished
 from index_store.errors import PairsRefused
-from index_store.filling import Filling, fill_from
-from index_store.hits import Hits
-from index_store.indexing import FLAT
-from index_store.pairs import SIDES, Id, KeyKind, Side, other, readable
-from index_store.shard import keys_file
+from index_store.search.hits import Hits
+from index_store.search.shard import keys_file
 from index_store.snapshot import Snapshot
-from index_store.steps import Done, Job, Step
-from index_store.workplace import forget_notes, rejects_file, workplace
-from index_store.workplace import partial as unfinished
+from index_store.storage.atomic import alone, sync, writing
+from index_store.storage.columns import Column
+from index_store.storage.layout import rejects_file
+from index_store.types import SIDES, Id, KeyKind, Side, other, readable
 from models.checkpoint import read_tensors, write_tensors
 from models.clip import Encoded
 from models.episodes import BLOCK, Asking, Episode, Lookup, compacted, numbered, photos, siblings, stacked
@@ -71,13 +72,13 @@ def prepare_pairs(folder: Path, sources: Sequence[Path], encoding: Encoding) -> 
     sources = flattened(sources)
     names = ", ".join(source.name for source in sources)
     identity = {"streams": [stream.identity for stream in streams_of(sources, encoding, lambda _: EVERY)]}
-    digest = Job(identity, lambda _: ()).digest(encoder=encoding.encoder.fingerprint, kinds=dict(encoding.kinds))
+    digest = BuildSource(identity, lambda _: ()).digest(encoder=encoding.encoder.fingerprint, kinds=dict(encoding.kinds))
     path, before = folder / "pairs" / digest[:16], None
     if not path.exists():
         streams = streams_of(sources, encoding, partial(count_items, caption=encoding.caption))
         done = list[Done]()
         try:
-            _encode(path, Job(identity, partial(_steps, streams, done)), digest, encoding.kinds)
+            _encode(path, BuildSource(identity, partial(_steps, streams, done)), digest, encoding.kinds)
         except PairsRefused as error:
             raise DataError(f"{names}: {error}") from error
         before = done[0].pairs
@@ -97,10 +98,10 @@ def _steps(streams: Sequence[Stream], runs: list[Done], done: Done) -> Iterator[
             bar.update(step.items)
 
 
-def _encode(path: Path, job: Job, digest: str, kinds: Mapping[Side, KeyKind]) -> None:
+def _encode(path: Path, job: BuildSource, digest: str, kinds: Mapping[Side, KeyKind]) -> None:
     """Fill the one shard, going on where an earlier run stopped; whole once renamed."""
     with workplace(path.parent, path.name) as work:
-        fill_from(Filling(work, kinds, FLAT, shard_pairs=sys.maxsize), job, digest, path.name)
+        fill_from(VersionWriter(work, kinds, FLAT, shard_pairs=sys.maxsize), job, digest, path.name)
         with writing(path.name):
             work.rename(path)
             sync(path.parent)

@@ -6,9 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from index_store.pairs import Id, Side
+from index_store.build.source import Reject
 from index_store.snapshot import Snapshot
-from index_store.steps import Reject
+from index_store.types import Id, Side
 from models.clip import Encoded, Encoder, together
 from models.errors import ConfigError, DataError
 from models.prepare import OnProgress, encode_images

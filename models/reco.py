@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from index_store.errors import IncompatibleSnapshot
-from index_store.hits import Hits
-from index_store.manifest import same_encoder
 from index_store.neighbors import Neighbors
-from index_store.pairs import Id, Side, other
+from index_store.search.hits import Hits
 from index_store.snapshot import Snapshot
+from index_store.storage.manifest import same_encoder
+from index_store.types import Id, Side, other
 from models.clip import Encoded, Encoder
 from models.errors import ConfigError
 from models.fusion import Fused, Fusion

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from index_store.steps import Reject
+from index_store.build.source import Reject
 from models.errors import DataError
 from models.folders import read_folder
 from models.samples import Sample, check_template

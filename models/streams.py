@@ -6,10 +6,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from index_store.dedup import Deduplicator
-from index_store.pairs import Id, KeyKind, Side
-from index_store.steps import Done, Step
-from index_store.stored import is_version, stored_manifest, stored_steps
+from index_store.build.dedup import Deduplicator
+from index_store.build.from_version import is_version, stored_manifest, stored_steps
+from index_store.build.source import Done, Step
+from index_store.types import Id, KeyKind, Side
 from models.clip import Encoder
 from models.embeddings import Embeddings, embedding_steps
 from models.images import MAX_PIXELS

@@ -4,7 +4,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from index_store.steps import Reject
+from index_store.build.source import Reject
 from models.errors import DataError
 from models.samples import MAX_BYTES, Sample, Unusable, filled, metadata, parsed, said, utf8
 

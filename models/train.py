@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from index_store.pairs import SIDES, KeyKind, Side
 from index_store.store import Store
+from index_store.types import SIDES, KeyKind, Side
 from models.checkpoint import save_fusions
 from models.clip import Encoder
 from models.episodes import Asking, Episode

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from index_store.pairs import SIDES, Pairs, Side
 from index_store.snapshot import Snapshot
+from index_store.types import SIDES, Pairs, Side
 from models.checkpoint import FusionFile, training_free
 from models.clip import Encoder
 from models.episodes import Episode, joined, look_up

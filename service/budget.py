@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from index_store.errors import StoreError
-from index_store.manifest import Manifest
+from index_store.storage.manifest import Manifest
 
 SHARE = 0.8  # of what the process may use; the rest is for the model and the requests
 CGROUP = Path("/sys/fs/cgroup/memory.max")

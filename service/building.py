@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from index_store import Store, build_version
+from index_store.build.from_version import is_version
 from index_store.store import plain, plain_version
-from index_store.stored import is_version
 from service.commands import Args, progress
 from service.errors import UsageError
 from service.settings import Settings, read
 
 if TYPE_CHECKING:
-    from index_store.dedup import Deduplicator
-    from index_store.manifest import Manifest
-    from index_store.pairs import KeyKind, Side
-    from index_store.steps import Done, Reject, Step
+    from index_store.build.dedup import Deduplicator
+    from index_store.build.source import Done, Reject, Step
+    from index_store.storage.manifest import Manifest
+    from index_store.types import KeyKind, Side
     from models.clip import Encoder
     from models.streams import Encoding, Stream
 
@@ -76,7 +76,7 @@ class Plan:
 
     def near(self) -> Deduplicator | None:
         """What drops near-duplicates, where asked."""
-        from index_store.dedup import Deduplicator
+        from index_store.build.dedup import Deduplicator
 
         return None if self.args.dedup is None else Deduplicator(self.args.dedup)
 
@@ -111,7 +111,7 @@ def import_embeddings(args: Args) -> None:
     encoder = load_encoder(settings)
     kinds: dict[Side, KeyKind] = {"image": "vector", "text": "vector"}
     if is_version(folder):
-        from index_store.manifest import read_manifest
+        from index_store.storage.manifest import read_manifest
 
         kinds = {"image": read_manifest(folder).key_kind("image"), "text": read_manifest(folder).key_kind("text")}
         streams = [version_stream(folder, encoder.fingerprint, kinds)]
@@ -153,7 +153,7 @@ def _carry_out(plan: Plan, encoding: Encoding) -> None:
 
 
 def _built(plan: Plan, tally: Tally) -> Manifest:
-    from index_store.steps import Job
+    from index_store.build.source import BuildSource
     from models.streams import chained
 
     args, near = plan.args, plan.near()
@@ -167,7 +167,7 @@ def _built(plan: Plan, tally: Tally) -> Manifest:
                 yield step
                 bar.update(step.items)
 
-        job = Job({"streams": [stream.identity for stream in plan.streams], "dedup": args.dedup}, steps, fresh=args.fresh)
+        job = BuildSource({"streams": [stream.identity for stream in plan.streams], "dedup": args.dedup}, steps, fresh=args.fresh)
         return build_version(
             plan.store, args.name, args.version, job, encoder=plan.encoder.fingerprint, kinds=plan.kinds, index=args.index,
             shard_pairs=args.shard_pairs, recall_floor=args.recall_floor, parent=plan.parent, source=lambda: _source(plan, tally),
@@ -183,7 +183,7 @@ def _source(plan: Plan, tally: Tally) -> dict[str, Any]:
 
 
 def _tell(plan: Plan, manifest: Manifest, tally: Tally) -> None:
-    from index_store.workplace import rejects_file
+    from index_store.storage.layout import rejects_file
 
     dropped = f", {tally.near_duplicates} near-duplicates dropped" if plan.args.dedup is not None else ""
     before = f"; {tally.before:,} of {tally.items:,} items were done by a run before" if tally.before else ""

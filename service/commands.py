@@ -75,7 +75,7 @@ def compact(args: Args) -> None:
         job = _job(args.url, f"/memories/{plain(args.name)}/compact", {})
         print(f"{args.name}@{job['version']} is being served, with every edit of {job['retired']}")
         return
-    from index_store.edits import Editor
+    from index_store.editor import Editor
 
     store = Store(read(vars(args), args.config).store)
     editor = Editor.open(store, args.name, encoder=store.manifest(args.name).encoder)

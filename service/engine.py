@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from index_store import Side, Snapshot, Store
-from index_store.pairs import SIDES
+from index_store.types import SIDES
 from models.gpu import gpu_memory
 from models.reco import Reco
 from models.starter import MEMORY, install_starter, starter_labels

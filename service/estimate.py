@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from index_store.indexing import FLAT, candidates
-from index_store.pairs import SIDES, Id, Pairs
-from index_store.steps import Reject
+from index_store.build.index import FLAT, candidates
+from index_store.build.source import Reject
+from index_store.types import SIDES, Id, Pairs
 from models.errors import ImageError
 from models.images import check_header
 from models.prepare import encode_texts, unique
@@ -22,7 +22,7 @@ from models.sources import read_all
 from models.streams import Encoding, Stream
 
 if TYPE_CHECKING:
-    from index_store.dedup import Deduplicator
+    from index_store.build.dedup import Deduplicator
 
 OFFSET_BYTES = 8  # records.npy
 LIST_ID_BYTES = 8  # what an inverted file holds beside each row

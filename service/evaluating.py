@@ -22,7 +22,7 @@ from service.examples import Pictured, examples
 from service.settings import Settings, read
 
 if TYPE_CHECKING:
-    from index_store.steps import Reject
+    from index_store.build.source import Reject
     from models.evaluate import Captioned, Labels, Report
     from models.queries import Photos, Setting
     from models.reco import Reco

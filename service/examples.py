@@ -10,7 +10,7 @@ import numpy as np
 from index_store import Snapshot
 
 if TYPE_CHECKING:
-    from index_store.steps import Reject
+    from index_store.build.source import Reject
     from models.evaluate import Labels, Report
     from models.queries import Photos, Setting
     from models.reco import Reco

@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from index_store import Store, StoreError
-from index_store.pairs import SIDES
+from index_store.types import SIDES
 from service.settings import read
 
 if TYPE_CHECKING:
-    from index_store.manifest import Manifest
+    from index_store.storage.manifest import Manifest
 
 Args = argparse.Namespace
 

@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from index_store import Snapshot
-from index_store.durable import replace_text, writing
 from index_store.errors import NameRefused
+from index_store.storage.atomic import replace_text, writing
 from index_store.store import plain
 from service.errors import InvalidValue, NotFound, RetiredVersion, TooLarge
 from service.label_vectors import Embed, LabelVectors

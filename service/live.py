@@ -10,9 +10,9 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from index_store import Memory, Snapshot, Store
-from index_store.edits import Editor
+from index_store.compaction import repeated
+from index_store.editor import Editor
 from index_store.errors import DamagedVersion, StoreBusy, StoreError, UnknownVersion
-from index_store.repeats import repeated
 from service.budget import afford
 from service.errors import NotServing, RetiredVersion
 from service.metrics import Metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from index_store.manifest import Manifest
+from index_store.storage.manifest import Manifest
 from service.errors import ServiceError
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from index_store import Side
-from index_store.pairs import SIDES
+from index_store.types import SIDES
 from service.batcher import QueueFull
 
 log = logging.getLogger("reco")

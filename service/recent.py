@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from index_store import Side, Snapshot
-from index_store.pairs import SIDES
+from index_store.types import SIDES
 from models.clip import Encoded, together
 from models.reco import Reco
 from service.errors import ItemRefused

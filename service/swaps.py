@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from index_store import Snapshot
-from index_store.edits import Prepared
+from index_store.editor import Prepared
 from index_store.errors import DamagedVersion, StoreError
 from service.aside import aside
 from service.errors import SwapInProgress

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from index_store import Side, Snapshot
-from index_store.pairs import Id
+from index_store.types import Id
 from models.clip import Encoded
 from models.reco import Embeddings, Reco, Timings
 from service.errors import ItemRefused

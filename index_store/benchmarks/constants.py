@@ -20,8 +20,8 @@ import faiss
 import numpy as np
 
 from index_store.benchmarks.synthetic import Collection
-from index_store.durable import digest
-from index_store.indexing import empty_index
+from index_store.build.index import empty_index
+from index_store.storage.atomic import digest
 from loadtests.report import environment, write
 
 DIMS = (512, 768)

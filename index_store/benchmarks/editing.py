@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from index_store.benchmarks.turns import BATCHES, compared, median, rates
-from index_store.edits import Editor
-from index_store.manifest import Manifest
-from index_store.pairs import Pairs
+from index_store.editor import Editor
+from index_store.storage.manifest import Manifest
 from index_store.store import Store
+from index_store.types import Pairs
 
 ADDED = 10_000
 AT_ONCE = 100  # pairs of one edit: one record in the journal, one fsync

@@ -24,12 +24,12 @@ from index_store.benchmarks.editing import ADDED, measure_edits
 from index_store.benchmarks.picture import draw
 from index_store.benchmarks.synthetic import Collection
 from index_store.benchmarks.turns import BATCHES, Search, compared, median, rates, seconds
-from index_store.build import build_version
-from index_store.indexing import FLAT, empty_index, training_rows
-from index_store.manifest import Manifest, index_file
-from index_store.pairs import SIDES
-from index_store.shard import BLOCK_ROWS, flat_index
+from index_store.build.build import build_version
+from index_store.build.index import FLAT, empty_index, training_rows
+from index_store.search.shard import BLOCK_ROWS, flat_index
+from index_store.storage.manifest import Manifest, index_file
 from index_store.store import Store
+from index_store.types import SIDES
 from loadtests.report import environment, judged, told, write
 
 ENCODER = "synthetic@0123456789ab"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from index_store.pairs import SIDES
 from index_store.store import Store
+from index_store.types import SIDES
 
 KINDS = ("VmRSS", "RssAnon", "RssFile")
 

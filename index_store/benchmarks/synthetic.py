@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from index_store.build import build_version
-from index_store.indexing import AUTO
-from index_store.pairs import SIDES, Pairs, Side
+from index_store.build.build import build_version
+from index_store.build.index import AUTO
 from index_store.store import Store
+from index_store.types import SIDES, Pairs, Side
 
 PAIRS_PER_CLUSTER = 100  # on average
 LATENT = 64  # embeddings of 512 numbers vary in far fewer directions; in all 512, clusters would never touch and any index would shine

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from index_store.pairs import Id, Pairs, Side, other
 from index_store.snapshot import Snapshot
+from index_store.types import Id, Pairs, Side, other
 
 SLACK = 4e-6  # scores nearer than this may be ranked either way: float32 sums differ by order
 

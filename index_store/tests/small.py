@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from index_store.build import build_version
-from index_store.manifest import Manifest
-from index_store.pairs import KeyKind, Pairs, Side
+from index_store.build.build import build_version
 from index_store.snapshot import Snapshot
+from index_store.storage.manifest import Manifest
 from index_store.store import Store
+from index_store.types import KeyKind, Pairs, Side
 
 ENCODER = "tiny/test@0123456789ab"
 VECTORS: dict[Side, KeyKind] = {"image": "vector", "text": "vector"}

@@ -8,7 +8,7 @@ from index_store.benchmarks.constants import table
 from index_store.benchmarks.editing import measure_edits
 from index_store.benchmarks.memory import verdicts
 from index_store.benchmarks.synthetic import Collection
-from index_store.build import build_version
+from index_store.build.build import build_version
 from index_store.store import Store
 from index_store.tests.small import ENCODER
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from index_store.memory import Memory
-from index_store.pairs import Pairs
 from index_store.snapshot import Snapshot
 from index_store.tests.small import opened, some_pairs, unit_rows
+from index_store.types import Pairs
 
 
 def marked(root: Path, version: str, sign: int) -> Snapshot:

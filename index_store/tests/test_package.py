@@ -9,7 +9,7 @@ def test_a_memory_needs_neither_torch_nor_a_server() -> None:
     code = """
 import sys
 import index_store
-for module in ("build", "edits", "errors", "manifest", "memory", "pairs", "shard", "snapshot", "store"):
+for module in ("build.build", "editor", "errors", "memory", "search.shard", "snapshot", "storage.manifest", "store", "types"):
     __import__(f"index_store.{module}")
 print(sorted({"torch", "fastapi", "open_clip", "PIL", "pydantic", "uvicorn", "asyncio"} & set(sys.modules)))
 """

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from index_store.errors import QueryRefused, RecallTooLow
-from index_store.pairs import Pairs, Side, other
 from index_store.snapshot import Snapshot
 from index_store.store import Store
 from index_store.tests.small import built, opened, part, some_pairs, unit_rows
+from index_store.types import Pairs, Side, other
 
 RECIPES: dict[str, dict[str, Any]] = {
     "flat": {"index": "Flat"},
@@ -139,7 +139,7 @@ def test_an_index_that_lost_its_rows_fails_the_proof(tmp_path: Path) -> None:
     """The index of another version under this one's manifest: every count agrees, the answers do not."""
     import faiss
 
-    from index_store.tests.test_damage import reseal
+    from index_store.tests.storage.test_damage import reseal
 
     built(tmp_path, some_pairs(300), index="SQfp16")
     path = tmp_path / "things" / "v1" / "shard-0000" / "image.faiss"

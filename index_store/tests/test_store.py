@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from index_store.edits.journal import Journal
+from index_store.edits.overlay import seal_of
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, NameRefused, StoreError, UnknownMemory, UnknownVersion
-from index_store.journal import Journal
-from index_store.overlay import seal_of
 from index_store.store import Store
 from index_store.tests.small import ENCODER, built, some_pairs
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from index_store.pairs import SIDES, Side
+from index_store.types import SIDES, Side
 from models.episodes import Episode
 from models.fusion import build_fusions
 from models.loop import WARM_UP, Learning

@@ -5,8 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-from index_store.pairs import SIDES, Side
 from index_store.store import Store
+from index_store.types import SIDES, Side
 from models.checkpoint import training_free
 from models.clip import Encoder, EncoderSpec
 from models.episodes import Asking, Episode

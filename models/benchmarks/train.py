@@ -22,11 +22,11 @@ import torch
 
 from index_store.benchmarks.synthetic import Collection
 from index_store.benchmarks.turns import median, seconds
-from index_store.build import build_version
-from index_store.manifest import Manifest, index_file
-from index_store.pairs import SIDES
-from index_store.shard import flat_index
+from index_store.build.build import build_version
+from index_store.search.shard import flat_index
+from index_store.storage.manifest import Manifest, index_file
 from index_store.store import Store
+from index_store.types import SIDES
 from loadtests.report import environment, judged, told, write
 from models.benchmarks.plain import PlainLoop
 from models.benchmarks.prepare import NAME, VERSION, K, looked_up

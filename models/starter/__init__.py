@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from index_store.build import build_version
+from index_store.build.build import build_version
 from index_store.errors import UnknownVersion
-from index_store.pairs import Pairs
 from index_store.store import Store
+from index_store.types import Pairs
 
 __all__ = ["CONFIG", "FOLDER", "FUSION", "MEMORY", "VERSIONS", "StarterMemory", "install_starter", "starter_labels"]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from index_store.build import build_version
-from index_store.pairs import KeyKind, Pairs
+from index_store.build.build import build_version
 from index_store.snapshot import Snapshot
 from index_store.store import Store
+from index_store.types import KeyKind, Pairs
 from models.episodes import Episode, look_up
 from models.prepare import encode_texts
 from models.reco import Reco

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from index_store.pairs import Side
+from index_store.types import Side
 from models.episodes import Episode
 from models.fusion import Fusion, build_fusions
 from models.loop import Learning, learn

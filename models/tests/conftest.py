@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from index_store.build import build_version
+from index_store.build.build import build_version
 from index_store.store import Store
 from models.checkpoint import training_free
 from models.clip import Encoder, EncoderSpec

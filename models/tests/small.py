@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from index_store.build import build_version
-from index_store.pairs import KeyKind, Pairs, Side
+from index_store.build.build import build_version
 from index_store.snapshot import Snapshot
 from index_store.store import Store
+from index_store.types import KeyKind, Pairs, Side
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

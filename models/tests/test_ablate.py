@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from index_store.pairs import Pairs
+from index_store.types import Pairs
 from models.ablate import ablate, markdown
 from models.checkpoint import training_free
 from models.clip import Encoded, Encoder

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from index_store.build import build_version
-from index_store.pairs import Id
-from index_store.steps import Job, Step
+from index_store.build.build import build_version
+from index_store.build.source import BuildSource, Step
 from index_store.store import Store
+from index_store.types import Id
 from models.embeddings import embedding_steps, is_layout, read_layout
 from models.errors import DataError
 from models.tests.small import unit
@@ -163,7 +163,7 @@ def test_a_memory_of_embeddings_answers_as_they_do(tmp_path: Path) -> None:
     for number in (0, 1):
         part(tmp_path / "in", number, 50)
     layout = read_layout(tmp_path / "in", dim=D, encoder=ENCODER)
-    job = Job({}, lambda done: embedding_steps(layout, seen=set(), skip=done.items))
+    job = BuildSource({}, lambda done: embedding_steps(layout, seen=set(), skip=done.items))
     store = Store(tmp_path / "store")
     build_version(store, "m", "v1", job, encoder=ENCODER, kinds={"image": "vector", "text": "vector"})
     image = np.concatenate([rows_of(50, 0), rows_of(50, 1)]).astype(np.float32)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from index_store.pairs import Pairs
+from index_store.build.source import Reject
 from index_store.snapshot import Snapshot
-from index_store.steps import Reject
+from index_store.types import Pairs
 from models.checkpoint import training_free
 from models.clip import Encoder
 from models.errors import ConfigError, DataError

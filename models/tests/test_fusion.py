@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from index_store.pairs import SIDES
+from index_store.types import SIDES
 from models.errors import ConfigError
 from models.fusion import PRESETS, Fusion, FusionConfig, Metric, build_fusions, preset, turn_metrics
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from index_store.pairs import KeyKind, Side
-from index_store.steps import Reject
+from index_store.build.source import Reject
+from index_store.types import KeyKind, Side
 from models.clip import Encoder
 from models.errors import ConfigError
 from models.prepare import AHEAD, encode_images, encode_samples, encode_texts, unique

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from index_store.pairs import SIDES, Pairs
-from index_store.steps import Job
+from index_store.build.source import BuildSource
 from index_store.store import Store
+from index_store.types import SIDES, Pairs
 from models import prepared, train
 from models.clip import Encoder
 from models.episodes import Asking, look_up
@@ -55,7 +55,7 @@ for _ in range(2):
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """24 pairs are three batches to encode and three blocks to search."""
     monkeypatch.setattr(train, "Encoding", partial(Encoding, batch=8))
-    monkeypatch.setattr(prepared, "Job", partial(Job, every_pairs=1, least_s=0.0))
+    monkeypatch.setattr(prepared, "Job", partial(BuildSource, every_pairs=1, least_s=0.0))
     monkeypatch.setattr(prepared, "BLOCK", 8)
 
 

@@ -6,8 +6,8 @@ import torch
 from torch.nn.functional import normalize
 
 from index_store.errors import IncompatibleSnapshot
-from index_store.pairs import Pairs, Side
 from index_store.snapshot import Snapshot
+from index_store.types import Pairs, Side
 from models.checkpoint import training_free
 from models.clip import Encoded, Encoder
 from models.errors import ConfigError

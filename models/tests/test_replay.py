@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from index_store.pairs import Side
+from index_store.types import Side
 from models.clip import Encoder, EncoderSpec
 from models.replay import Replay, Stage, sizes_to
 from models.tests.small import picture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from index_store.steps import Reject
+from index_store.build.source import Reject
 from models.errors import DataError
 from models.images import read_image
 from models.samples import Sample

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from index_store.steps import Reject
+from index_store.build.source import Reject
 from models.errors import DataError
 from models.samples import Sample
 from models.sources import EVERY, flattened, read_all, read_samples

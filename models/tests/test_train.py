@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from index_store.errors import IncompatibleSnapshot
-from index_store.pairs import Pairs
+from index_store.types import Pairs
 from models.checkpoint import load_fusions
 from models.clip import Encoder
 from models.episodes import Episode, look_up

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from index_store import Store
-from index_store.edits import Editor
+from index_store.editor import Editor
 from index_store.tests.small import ENCODER, built, some_pairs
 from service.cli import main
 from service.tests.conftest import one_line, reco

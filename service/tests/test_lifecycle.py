@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from index_store import Pairs, Store
-from index_store.build import build_version
+from index_store.build.build import build_version
 from index_store.tests.small import unit_rows
 from models.starter import install_starter
 from service.tests.conftest import Server, one_line, reco, serving

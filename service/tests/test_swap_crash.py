@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 
 from index_store import Pairs, Store
-from index_store.build import build_version
+from index_store.build.build import build_version
+from index_store.tests.edits.test_crash import contents
 from index_store.tests.nursery import Nursery, kills
 from index_store.tests.small import some_pairs, unit_rows
-from index_store.tests.test_edit_crash import contents
 from models.starter import install_starter
 
 VERSIONS = ("all", "fruit-and-vegetables")

@@ -15,8 +15,8 @@ import pytest
 from index_store import Snapshot, Store
 from index_store.errors import DamagedVersion
 from index_store.tests.small import ENCODER, built, some_pairs
-from index_store.tests.test_damage import flip
-from index_store.tests.test_verified import forget_nothing
+from index_store.tests.storage.test_checksums import forget_nothing
+from index_store.tests.storage.test_damage import flip
 from service.jobs import Job, Jobs
 from service.live import LiveMemories
 from service.metrics import Metrics
@@ -208,7 +208,7 @@ def test_what_cannot_be_served_is_refused_in_one_line_and_what_serves_goes_on(tm
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, list[str]]]:
     """Every file counts as large; versions are read again in the background once the event is set, here are their names."""
-    monkeypatch.setattr("index_store.verified.SMALL_BYTES", 0)
+    monkeypatch.setattr("index_store.storage.checksums.SMALL_BYTES", 0)
     go, names = threading.Event(), list[str]()
 
     def slow(_: LiveMemories, name: str, version: str) -> None:
@@ -242,7 +242,7 @@ def test_what_is_read_again_holds_up_no_swap_and_keeps_no_snapshot(tmp_path: Pat
 def test_rot_that_no_stat_shows_is_told_while_what_serves_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("index_store.verified.SMALL_BYTES", 0)
+    monkeypatch.setattr("index_store.storage.checksums.SMALL_BYTES", 0)
     world, version = World(tmp_path), tmp_path / "things" / "v2"
     flip(version / "shard-0000" / "text.npy", 300)
     forget_nothing(version, world.store.manifest("things", "v2"))

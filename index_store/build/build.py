@@ -1,0 +1,91 @@
+"""Pairs in, a finished version out: everything beside the store's eyes, the manifest last, then one rename."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from index_store.storage.atomic import digests, replace_text, sync, writing
+from index_store.build.shards import VersionWriter, fill, fill_from
+from index_store.build.index import index_version
+from index_store.build.checkpoint import unfinished_version
+from index_store.storage.manifest import FILE_NAME, Manifest
+from index_store.types import KeyKind, Pairs, Side
+from index_store.search.probes import DEPTH
+from index_store.build.source import BuildSource
+from index_store.store import Store, plain, plain_version
+from index_store.storage.checksums import Sight, record
+from index_store.build.staging import forget_notes, workplace
+
+
+def build_version(
+    store: Store,
+    name: str,
+    version: str | None,
+    blocks: Iterable[Pairs] | BuildSource,
+    *,
+    encoder: str,
+    kinds: Mapping[Side, KeyKind],
+    index: str = "auto",
+    shard_pairs: int = 1_000_000,
+    recall_floor: float = 0.99,
+    parent: str | None = None,
+    source: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+) -> Manifest:
+    """Write the pairs of all blocks as one new version of a memory, and return its manifest; it is not activated.
+
+    blocks: the pairs, or a Job: then a second run of the same job goes on where this one was stopped, and what was left out is listed
+    in rejects-VERSION.jsonl beside the version.  version: None takes the next free name of today, or the one that the job was building.
+    kinds: what each side's search compares.  index: "auto" or a faiss factory string.
+    source: free JSON for the manifest; a callable is asked once all blocks are read, when the counts are known.
+    Whatever stops it, a kill included, leaves no version: neither listed nor openable, and a second run succeeds.
+    """
+    job = blocks.digest(encoder=encoder, kinds=dict(kinds), shard_pairs=shard_pairs) if isinstance(blocks, BuildSource) else ""
+    version = _chosen(store, name, version, job)
+    with workplace(store.root / plain(name), version) as work:
+        filling = VersionWriter(work, kinds, index, shard_pairs)
+        content = fill_from(filling, blocks, job, version) if isinstance(blocks, BuildSource) else fill(filling, blocks)
+        draft = Manifest(
+            name=name,
+            version=version,
+            encoder=encoder,
+            **content.described(),
+            index={"asked": index},
+            recall={"k": DEPTH, "floor": recall_floor},
+            files={file: {} for file in content.files},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            parent=parent,
+            source=dict(source() if callable(source) else source or {}),
+        )
+        return _published(work, *index_version(work, draft))
+
+
+def _chosen(store: Store, name: str, version: str | None, job: str) -> str:
+    """The version asked for, else the one that an interrupted run of this job was building, else the next name; free of deleted ones."""
+    store.finish_deletions(name)
+    if version is not None:
+        return plain_version(version)
+    return unfinished_version(store.root / name, job) or store.next_version(name)
+
+
+def _published(work: Path, indexed: Manifest, written: Iterable[str]) -> Manifest:
+    """Everything onto the disk, the manifest last, then the one rename that makes the version exist.
+
+    written: the files that came after those of the shards.
+    """
+    names = [*indexed.files, *written]
+    sight = Sight.of(work, names)  # before their digests are taken, so that the first opening need not read them again
+    manifest = dataclasses.replace(indexed, files=digests(work, names))
+    with writing(manifest.ref):
+        for name in manifest.files:
+            sync(work / name)
+        for folder in {(work / name).parent for name in manifest.files}:
+            sync(folder)
+        replace_text(work / FILE_NAME, manifest.to_json())
+        finished = work.with_name(manifest.version)
+        work.rename(finished)
+        sync(finished.parent)
+    forget_notes(finished)
+    record(finished, manifest, sight)
+    return manifest

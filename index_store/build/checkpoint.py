@@ -1,0 +1,254 @@
+"""A builder's notes: how much of what lies on the disk counts, so that a killed or stopped build goes on instead of beginning anew."""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from index_store.storage.columns import open_lines, written_rows
+from index_store.storage.atomic import replace_text, sync, writing
+from index_store.types import SIDES, Id, Side
+from index_store.build.source import Done, BuildSource, Kept, Reject, Step
+from index_store.build.staging import IDS, LOCK, PROGRESS, REJECTS
+
+log = logging.getLogger("reco")
+KEPT_ROWS = 8192  # rows of one block given back to a source that goes on
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What counts. Everything on the disk beyond it is cut off by the next run.
+
+    job: digest.  items, rejected: of the source.  dim, keys, id_kind: as in the manifest.  shards: the finished ones.
+    files: theirs.  filled: rows of the shard after them, 0 where none was begun.
+    """
+
+    job: str
+    items: int
+    rejected: int
+    dim: int
+    keys: dict[Side, dict[str, Any]]
+    id_kind: str
+    shards: list[dict[str, Any]]
+    files: list[str]
+    filled: int
+
+    @property
+    def open_folder(self) -> str:
+        """The shard that is being filled."""
+        return f"shard-{len(self.shards):04d}"
+
+    @property
+    def pairs(self) -> int:
+        """Stored in all."""
+        return self.filled + sum(int(shard["pairs"]) for shard in self.shards)
+
+    def rows(self) -> Iterator[tuple[str, int]]:
+        """(folder, rows that count) of every shard."""
+        yield from ((shard["folder"], shard["pairs"]) for shard in self.shards)
+        if self.filled:
+            yield self.open_folder, self.filled
+
+
+def earlier_progress(work: Path, job: BuildSource, digest: str) -> Progress | None:
+    """How far an earlier run of this job came in this folder; None where the build begins anew, which is logged where work is lost."""
+    if not (work / PROGRESS).exists():
+        return None
+    found = _read(work)
+    if found is None:
+        log.warning("%s: what an interrupted build left cannot be read, it begins anew", work.parent.name)
+    elif job.fresh or found.job != digest:
+        why = "as asked" if job.fresh else "its sources or options were others"
+        log.warning("%s: an interrupted build of %d items is forgotten, %s", work.parent.name, found.items, why)
+    elif not _whole(work, found):
+        log.warning("%s: what an interrupted build left is damaged, it begins anew", work.parent.name)
+    else:
+        return found
+    return None
+
+
+def unfinished_version(memory: Path, digest: str) -> str | None:
+    """The version that an interrupted run of this very job was building."""
+    for path in sorted(memory.glob(f".*.partial/{PROGRESS}")):
+        found = _read(path.parent)
+        if found is not None and found.job == digest:
+            return path.parent.name[1:].removesuffix(".partial")
+    return None
+
+
+def keep_only(work: Path, progress: Progress) -> None:
+    """Remove what does not count: half-made indexes, shards begun after the last checkpoint."""
+    known = {folder for folder, _ in progress.rows()}
+    files = {*progress.files, *(f"{progress.open_folder}/{name}" for name in _row_files(progress.keys))}
+    with writing(work.parent.name):
+        for entry in work.iterdir():
+            if entry.is_dir() and entry.name not in known:
+                shutil.rmtree(entry)
+            elif entry.is_file() and entry.name not in (LOCK, PROGRESS, IDS, REJECTS):
+                entry.unlink()
+        for folder in known:
+            for file in (work / folder).iterdir():
+                if f"{folder}/{file.name}" not in files:
+                    file.unlink()
+
+
+class BuildCheckpoint:
+    """The notes of one run. `note` after every step is cheap; `save` waits for the disk, and is what a kill leaves."""
+
+    def __init__(self, work: Path, job: BuildSource, digest: str, earlier: Progress | None) -> None:
+        self._work, self._job, self._digest = work, job, digest
+        self._items, self._rejected = (earlier.items, earlier.rejected) if earlier else (0, 0)
+        self._settled = earlier
+        self._saved, self._saved_at = earlier, time.monotonic()
+        with writing(work.parent.name):
+            self._ids, _ = open_lines(work / IDS, earlier.pairs if earlier else 0)
+            self._rejects, _ = open_lines(work / REJECTS, self._rejected)
+
+    def note(self, step: Step) -> None:
+        """Remember what a step brought; it counts once `settle` says that its rows are written."""
+        with writing(self._work.parent.name):
+            if step.pairs is not None:
+                self._ids.writelines(json.dumps(name).encode() + b"\n" for name in step.pairs.ids.tolist())
+            self._rejects.writelines(_line(reject) for reject in step.rejects)
+        self._items += step.items
+        self._rejected += len(step.rejects)
+
+    def settle(self, **stored: Any) -> None:
+        """From here on a run may go on after this step.  stored: the fields of Progress that the shards answer for."""
+        self._settled = Progress(job=self._digest, items=self._items, rejected=self._rejected, **stored)
+
+    def due(self) -> bool:
+        """True where a kill would by now cost more work than a checkpoint does."""
+        if self._settled is None or self._settled == self._saved:
+            return False
+        waited = time.monotonic() - self._saved_at
+        shards, pairs = (len(self._saved.shards), self._saved.pairs) if self._saved else (0, 0)
+        enough = self._settled.pairs - pairs >= self._job.every_pairs and waited >= self._job.least_s
+        return enough or waited >= self._job.every_s or len(self._settled.shards) > shards
+
+    def save(self) -> None:
+        """Sync everything that is settled, then say so in one step. The shard's own rows must have been flushed."""
+        if self._settled is None or self._settled == self._saved:
+            return
+        with writing(self._work.parent.name):
+            for file in (self._ids, self._rejects):
+                file.flush()
+                os.fsync(file.fileno())
+            for folder, _ in list(self._settled.rows())[len(self._saved.shards) if self._saved else 0 :]:
+                for path in (*(self._work / folder).iterdir(), self._work / folder):
+                    sync(path)
+            replace_text(self._work / PROGRESS, json.dumps(asdict(self._settled)))
+        self._saved, self._saved_at = self._settled, time.monotonic()
+
+    def publish_rejects(self, target: Path) -> None:
+        """Put the list of rejects, whole, where people look for it; none where nothing was rejected."""
+        with writing(target.name):
+            self._rejects.flush()
+            if not self._rejected:
+                target.unlink(missing_ok=True)
+                return
+            fresh = target.with_name(f".{target.name}.fresh")
+            shutil.copyfile(self._work / REJECTS, fresh)
+            sync(fresh)
+            fresh.replace(target)
+            sync(target.parent)
+
+    def first_reject(self) -> Reject | None:
+        """For an error that explains why nothing is left."""
+        self._rejects.flush()
+        return next(iter(read_rejects(self._work, 1)), None)
+
+    @property
+    def rejected(self) -> int:
+        """Items left out, by this run and those before it."""
+        return self._rejected
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in (self._ids, self._rejects):
+            try:
+                file.close()
+            except OSError:  # a full disk: the last checkpoint stands
+                log.debug("notes were not flushed", exc_info=True)
+
+
+def done_of(work: Path, progress: Progress | None) -> Done:
+    """What a source is told so that it goes on."""
+    if progress is None:
+        return Done()
+    rejects, kept = progress.rejected, progress
+    return Done(progress.items, progress.pairs, lambda: read_rejects(work, rejects), lambda: _kept(work, kept))
+
+
+def read_ids(work: Path, count: int) -> list[Id]:
+    """The first ids stored, in the order of their rows."""
+    with (work / IDS).open("rb") as file:
+        return [json.loads(line) for line in islice(file, count)]
+
+
+def read_rejects(work: Path, count: int) -> Iterable[Reject]:
+    """The first rejects noted."""
+    with (work / REJECTS).open("rb") as file:
+        return [Reject(**json.loads(line)) for line in islice(file, count)]
+
+
+def id_array(ids: list[Id], kind: str) -> np.ndarray:
+    """(R,) int64 or str, whichever the version holds."""
+    return np.array(ids, np.int64 if kind == "i" else np.str_)
+
+
+def _kept(work: Path, progress: Progress) -> Iterator[Kept]:
+    with (work / IDS).open("rb") as file:
+        for folder, rows in progress.rows():
+            image, text = (written_rows(work / folder / f"{side}.npy", progress.dim, rows) for side in SIDES)
+            for start in range(0, rows, KEPT_ROWS):
+                part = slice(start, min(rows, start + KEPT_ROWS))
+                ids: list[Id] = [json.loads(line) for line in islice(file, part.stop - part.start)]
+                yield Kept(id_array(ids, progress.id_kind), np.asarray(image[part]), np.asarray(text[part]))
+
+
+def _line(reject: Reject) -> bytes:
+    """For people to read; half a surrogate pair, as in a name that was not UTF-8, becomes its JSON escape."""
+    return json.dumps(asdict(reject), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _read(work: Path) -> Progress | None:
+    try:
+        return Progress(**json.loads((work / PROGRESS).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _row_files(keys: dict[Side, dict[str, Any]]) -> list[str]:
+    own = [f"{side}_key.npy" for side in SIDES if keys[side]["kind"] != "vector"]
+    return ["image.npy", "text.npy", *own, "records.jsonl"]
+
+
+def _whole(work: Path, progress: Progress) -> bool:
+    """True where every row that counts is really there: a disk that lost power may have lost more than the notes know."""
+    try:
+        for folder, rows in progress.rows():
+            for side in SIDES:
+                written_rows(work / folder / f"{side}.npy", progress.dim, rows)
+                if progress.keys[side]["kind"] != "vector":
+                    written_rows(work / folder / f"{side}_key.npy", progress.keys[side]["dim"], rows)
+        records = f"{progress.open_folder}/records.jsonl"
+        for name, lines in ((IDS, progress.pairs), (REJECTS, progress.rejected), (records, progress.filled)):
+            if lines and _lines(work / name, lines) < lines:
+                return False
+        return all((work / name).is_file() for name in progress.files)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _lines(path: Path, most: int) -> int:
+    with path.open("rb") as file:
+        return sum(line.endswith(b"\n") for line in islice(file, most))

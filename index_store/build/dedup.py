@@ -1,0 +1,143 @@
+"""Near-duplicates dropped on the way into a memory: a pair whose image and text both come close to an earlier one adds nothing."""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from operator import itemgetter
+
+import faiss
+import numpy as np
+
+from index_store.errors import PairsRefused
+from index_store.types import Id, Pairs
+from index_store.build.source import Kept, Reject, Step
+
+EXACT_PAIRS = 32_768  # up to here every kept pair is compared; beyond, those in the PROBES nearest of LISTS lists
+LISTS = 512
+PROBES = 16
+ROUNDING = 1e-6  # float32 products of equal rows come out this much below 1
+
+
+class Deduplicator:
+    """What was kept so far, searched by image, judged by both sides.
+
+    Holds 6·D bytes per kept pair (3 KB at D = 512). Exact while at most EXACT_PAIRS are kept. Beyond that, an inverted file over the
+    images' vectors finds the candidates, trained once on the first EXACT_PAIRS. Measured
+    on 80,000 clustered pairs × 512: of 1,000 planted twins each at cosines 0.95, 0.98 and 0.999 none was missed (with half the PROBES,
+    0.1 % of those at 0.95). Whatever is dropped has been compared exactly.
+    """
+
+    def __init__(self, cosine: float) -> None:
+        if not 0 < cosine <= 1:
+            raise PairsRefused(f"the cosine of near-duplicates must lie above 0 and be at most 1, not {cosine}")
+        self._least = cosine - ROUNDING
+        self._index: faiss.Index | None = None
+        self._text: list[np.ndarray] = []  # blocks of (R, D) float16
+        self._starts = [0]  # the first row of each block, and of the next
+        self._ids: list[Id] = []
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def restore(self, blocks: Iterable[Kept]) -> None:
+        """Take over what an earlier run kept."""
+        for block in blocks:
+            self._keep(block.ids.tolist(), _unit(block.image), block.text)
+
+    def filter(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """The same steps, with every near-duplicate of an earlier pair turned into a reject that names it."""
+        for step in steps:
+            yield step if step.pairs is None or not len(step.pairs) else self._filtered(step, step.pairs)
+
+    def _filtered(self, step: Step, pairs: Pairs) -> Step:
+        image, text = _unit(pairs.image.astype(np.float16)), _unit(pairs.text.astype(np.float16))
+        ids = pairs.ids.tolist()
+        nearest = self._among_kept(image, text)
+        twins = _twins(image, text, self._least)
+        good = dict[int, None]()  # in order, and quick to ask
+        rejects = []
+        for row, name in enumerate(ids):
+            cosine, twin = max(
+                [nearest[row], *((both, ids[other]) for other, both in twins.get(row, ()) if other in good)], key=itemgetter(0)
+            )
+            if cosine >= self._least:
+                rejects.append(Reject(str(name), f"near-duplicate of {twin} (cosine {min(cosine, 1):.3f})"))
+            else:
+                good[row] = None
+        return self._split(step, pairs, list(good), rejects, image)
+
+    def _split(self, step: Step, pairs: Pairs, good: list[int], rejects: list[Reject], image: np.ndarray) -> Step:
+        """Keep the good rows, reject the others."""
+        ids = pairs.ids.tolist()
+        self._keep([ids[row] for row in good], image[good], pairs.text[good])
+        kept = pairs if len(good) == len(ids) else pairs.take(good)
+        return replace(step, pairs=kept if good else None, rejects=(*step.rejects, *rejects))
+
+    def _among_kept(self, image: np.ndarray, text: np.ndarray) -> list[tuple[float, Id]]:
+        """For each row the lesser cosine to its best twin among the kept, and that one's id; -1 where there is none."""
+        found: list[tuple[float, Id]] = [(-1.0, "")] * len(image)
+        if self._index is None:
+            return found
+        limits, cosines, rows = self._index.range_search(image, self._least - ROUNDING)
+        counts = limits[1:].astype(np.int64) - limits[:-1].astype(np.int64)
+        owners = np.repeat(np.arange(len(image)), counts)  # (M,) the asking row of each match
+        texts = np.einsum("md,md->m", text[owners], _unit(self._texts(rows)))  # (M,)
+        both = np.minimum(cosines, texts)
+        for match in np.lexsort((rows, -both))[: len(both)]:
+            owner = int(owners[match])
+            if both[match] > found[owner][0]:
+                found[owner] = (float(both[match]), self._ids[rows[match]])
+        return found
+
+    def _texts(self, rows: np.ndarray) -> np.ndarray:
+        """(M, D) float16 of some of the kept."""
+        blocks = np.array([bisect_right(self._starts, row) - 1 for row in rows.tolist()], np.int64)  # numpy would copy all starts each time
+        taken = np.empty((len(rows), self._text[0].shape[1]), np.float16)
+        for block in np.unique(blocks):
+            mine = blocks == block
+            taken[mine] = self._text[block][rows[mine] - self._starts[block]]
+        return taken
+
+    def _keep(self, ids: list[Id], image: np.ndarray, text: np.ndarray) -> None:
+        """Add rows to what is kept.  image: (R, D) float32 unit.  text: (R, D) any float."""
+        if not ids:
+            return
+        self._text.append(text.astype(np.float16))
+        self._starts.append(self._starts[-1] + len(ids))
+        self._ids += ids
+        if self._index is None:
+            self._index = faiss.IndexFlatIP(image.shape[1])
+        room = EXACT_PAIRS - self._index.ntotal if isinstance(self._index, faiss.IndexFlatIP) else len(image)
+        self._index.add(image[:room])
+        if room <= len(image) and isinstance(self._index, faiss.IndexFlatIP):
+            self._index = _lists_over(self._index)
+            self._index.add(image[room:])
+
+
+def _twins(image: np.ndarray, text: np.ndarray, least: float) -> dict[int, list[tuple[int, float]]]:
+    """For each row of a block that has any, the earlier rows of it that both sides come close to, with the lesser cosine."""
+    near = np.argwhere(np.tril(image @ image.T, -1) >= least)  # (M, 2) row, earlier row
+    rows, others = near.T
+    both = np.minimum(*(np.einsum("md,md->m", side[rows], side[others]) for side in (image, text)))  # (M,)
+    found: dict[int, list[tuple[int, float]]] = {}
+    for row, other, cosine in zip(rows.tolist(), others.tolist(), both.tolist(), strict=True):
+        if cosine >= least:
+            found.setdefault(row, []).append((other, cosine))
+    return found
+
+
+def _lists_over(flat: faiss.IndexFlatIP) -> faiss.Index:
+    """An inverted file that holds the rows of a flat index, trained on all of them."""
+    rows = flat.reconstruct_n(0, flat.ntotal)
+    lists = faiss.IndexIVFFlat(faiss.IndexFlatIP(flat.d), flat.d, LISTS, faiss.METRIC_INNER_PRODUCT)
+    lists.nprobe = PROBES  # nobody else ever searches this index
+    lists.train(rows)
+    lists.add(rows)
+    return lists
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """(R, D) float32 of unit length, from rows that float16 has rounded."""
+    rows = rows.astype(np.float32)
+    unit: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit

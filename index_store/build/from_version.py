@@ -1,0 +1,80 @@
+"""The pairs of a finished version read back, block by block, so that another version is made of them without encoding anything."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from index_store.errors import IncompatibleSnapshot, PairsRefused
+from index_store.edits.journal import SUFFIX, log, read_records
+from index_store.storage.manifest import FILE_NAME, Manifest, read_manifest, same_encoder
+from index_store.edits.overlay import seal_of
+from index_store.types import SIDES, Id, KeyKind, Pairs, Side, readable
+from index_store.build.source import Reject, Step, first_of_each
+from index_store.storage.checksums import verify
+
+BLOCK_ROWS = 4096
+REPEATED = "its id came before: ids must be unique"
+
+
+def is_version(path: Path) -> bool:
+    """True for a directory of our own format."""
+    return (path / FILE_NAME).is_file()
+
+
+def stored_manifest(path: Path, *, encoder: str, kinds: Mapping[Side, KeyKind]) -> Manifest:
+    """The manifest of a version whose pairs may go into one of this encoder and these keys; refused before anything is built.
+
+    Edits made on it online are no part of it; that they are left out is logged.
+    """
+    manifest = read_manifest(path)
+    if not same_encoder(manifest.encoder, encoder):
+        raise IncompatibleSnapshot(f"{manifest.ref} was built by {manifest.encoder}, not by {encoder}: build it from its images instead")
+    for side in SIDES:
+        if kinds[side] not in ("vector", manifest.key_kind(side)):
+            held = manifest.key_kind(side)
+            raise PairsRefused(f"{manifest.ref} holds {held} {side} keys, {kinds[side]} keys are asked for: build it from its images")
+    edits = sum(1 for _ in read_records(path.with_name(path.name + SUFFIX), seal_of(manifest)))
+    if edits:
+        log.warning("%s: %d edits made on it online are left out: compact it, then take what that makes", manifest.ref, edits)
+    return manifest
+
+
+def stored_steps(path: Path, manifest: Manifest, *, kinds: Mapping[Side, KeyKind], seen: set[Id], skip: int = 0) -> Iterator[Step]:
+    """Every pair of a verified version in the order of its rows, edits made online apart: fold those in by compacting first.
+
+    seen: ids taken so far, added to; a pair whose id is among them is rejected.  skip: rows passed over, of which only the ids are read.
+    """
+    verify(path, manifest)
+    for shard in manifest.shards:
+        yield from _shard_steps(path / shard["folder"], kinds, seen, min(skip, shard["pairs"]))
+        skip -= min(skip, shard["pairs"])
+
+
+def _shard_steps(folder: Path, kinds: Mapping[Side, KeyKind], seen: set[Id], skip: int) -> Iterator[Step]:
+    names = ["ids", "records", *SIDES, *(f"{side}_key" for side in SIDES if kinds[side] != "vector")]
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
+    lines = np.memmap(folder / "records.jsonl", np.uint8, mode="r")
+    seen.update(readable(np.asarray(arrays["ids"][:skip])).tolist())
+    for start in range(skip, len(arrays["ids"]), BLOCK_ROWS):
+        yield _step(arrays, lines, start, seen)
+
+
+def _step(arrays: Mapping[str, np.ndarray], lines: np.ndarray, start: int, seen: set[Id]) -> Step:
+    """The rows of one block whose ids are new."""
+    ids = readable(np.asarray(arrays["ids"][start : start + BLOCK_ROWS]))
+    first = np.array(first_of_each(ids.tolist(), seen))
+    rows = start + np.flatnonzero(first)
+    rejects = [Reject(str(name), REPEATED) for name in ids[~first].tolist()]
+    if not len(rows):
+        return Step(None, len(ids), rejects)
+    values = {name: array[rows] for name, array in arrays.items() if name not in ("ids", "records")}
+    records = [_record(lines, arrays["records"], row) for row in rows.tolist()]
+    return Step(Pairs(ids=ids[first], records=records, **values), len(ids), rejects)
+
+
+def _record(lines: np.ndarray, offsets: np.ndarray, row: int) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(bytes(lines[offsets[row] : offsets[row + 1]]))
+    return record

@@ -1,0 +1,83 @@
+"""What a build reads: blocks of pairs with what was left out between them, and how a stopped build goes on."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from index_store.types import Id, Pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """One item that was left out. item: its id or name.  reason: one line."""
+
+    item: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """What a source gives at once.
+
+    pairs: the next block, None where all was rejected.  items: how many of the source's items this step deals with, rejects included.
+    """
+
+    pairs: Pairs | None
+    items: int
+    rejects: Sequence[Reject] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Some rows that a builder has stored.  ids: (R,).  image, text: (R, D) float16."""
+
+    ids: np.ndarray
+    image: np.ndarray
+    text: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How far an earlier run of the same job came.
+
+    items: of the source, dealt with.  pairs: stored.  rejects: read from the disk when called.  kept: the rows stored, block by block.
+    """
+
+    items: int = 0
+    pairs: int = 0
+    rejects: Callable[[], Iterable[Reject]] = field(default=tuple)
+    kept: Callable[[], Iterator[Kept]] = field(default=lambda: iter(()))
+
+
+@dataclass(frozen=True, slots=True)
+class BuildSource:
+    """A source that can be read on from where an earlier run stopped.
+
+    identity: JSON; two runs with the same are one job.  steps: told how far the earlier run came, the steps that remain.
+    fresh: forget the earlier run.  every_pairs, every_s: how much work a kill may cost; the first is not kept more often than
+    every second, since a checkpoint waits for the disk.
+    """
+
+    identity: Mapping[str, Any]
+    steps: Callable[[Done], Iterable[Step]]
+    fresh: bool = False
+    every_pairs: int = 4096
+    every_s: float = 30.0
+    least_s: float = 1.0
+
+    def digest(self, **built: Any) -> str:
+        """sha256 of the identity, and of what the builder itself was asked for."""
+        return hashlib.sha256(json.dumps([self.identity, built], sort_keys=True).encode()).hexdigest()
+
+
+def first_of_each(ids: Sequence[Id], seen: set[Id]) -> list[bool]:
+    """For each id, whether it comes here for the first time; all of them are added to `seen`."""
+    first = []
+    for name in ids:
+        first.append(name not in seen)
+        seen.add(name)
+    return first

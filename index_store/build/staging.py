@@ -1,0 +1,85 @@
+"""The hidden folder in which one builder works: owned by a lock, cleared, discarded, or left for the next run to go on from."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from index_store.storage.atomic import make_folder, writing
+from index_store.storage.layout import partial
+from index_store.errors import PairsRefused, StoreBusy, StoreUnwritable, VersionExists
+
+LOCK = ".lock"  # held by the living builder; the kernel lets go when it dies, so a dead one's leftover is told apart
+PROGRESS = ".progress.json"  # how much of the rest counts
+IDS = ".ids.jsonl"  # one line per pair stored
+REJECTS = ".rejects.jsonl"  # one line per item left out
+NOTES = (LOCK, PROGRESS, IDS, REJECTS)  # the builder's own, no part of a version
+
+
+@contextmanager
+def workplace(memory: Path, version: str) -> Iterator[Path]:
+    """The hidden folder that this builder alone owns, with whatever an earlier one left in it.
+
+    Gone afterwards unless it was renamed into a version, or holds progress that a next run can go on from.
+    """
+    work = partial(memory, version)
+    with writing(f"{memory.name}/{version}"):
+        make_folder(memory)
+        work.mkdir(parents=True, exist_ok=True)  # a builder that gives up may take the folder away in between
+        lock = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _own(lock, work, f"{memory.name}@{version}")
+        try:
+            if (memory / version).exists():
+                raise VersionExists(f"{memory.name}@{version} exists already, and a version is never overwritten: choose another name")
+            yield work
+        except (PairsRefused, VersionExists):  # a next run would be refused as well
+            _discard(work)
+            raise
+        except BaseException:
+            if not (work / PROGRESS).exists():
+                _discard(work)
+            raise
+    finally:
+        os.close(lock)
+
+
+def clear(work: Path) -> None:
+    """Remove what a builder that died left behind."""
+    with writing(work.parent.name):
+        for entry in work.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
+
+
+def forget_notes(folder: Path) -> None:
+    """Remove the builder's own files from a finished version; where that fails they may as well stay."""
+    for name in NOTES:
+        with suppress(OSError):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _own(lock: int, work: Path, ref: str) -> None:
+    """Take the lock, or StoreBusy; a lock file that is no longer in its place belonged to a builder that has just finished."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_ino == (work / LOCK).stat().st_ino:
+            return
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise StoreBusy(f"{ref} is being built by another process: wait for it, or choose another version") from error
+    raise StoreBusy(f"{ref} was being built by another process until now: look at it, then try again")
+
+
+def _discard(work: Path) -> None:
+    """Remove what this builder made, its lock last: until then nobody else may begin here."""
+    with suppress(OSError, StoreUnwritable):
+        clear(work)
+        (work / LOCK).unlink()
+        work.rmdir()
+        work.parent.rmdir()  # where the memory holds nothing else

@@ -1,0 +1,114 @@
+"""One block of pairs on disk: rows that are mapped, not read, and one faiss index per side."""
+
+import json
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from index_store.errors import DamagedVersion
+from index_store.float16 import widened
+from index_store.search.gpu import Clone, Owner
+from index_store.storage.manifest import Manifest, index_file
+from index_store.types import SIDES, KeyKind, Side
+
+BLOCK_ROWS = 65_536  # rows converted to float32 at a time: 128 MiB at D = 512
+
+
+def keys_file(side: Side, kind: KeyKind) -> str:
+    """The rows that a search on one side compares: the vectors themselves, or keys of their own."""
+    return f"{side}.npy" if kind == "vector" else f"{side}_key.npy"
+
+
+class Shard:
+    """Rows start..start+N of a memory. Opened whole and consistent with its manifest, or not at all.
+
+    ids: (N,) int64 or UTF-8 bytes.  values, keys: per side (N, D) and (N, Dk) float16, mapped.  indexes: per side,
+    cloned to the device of `owner` where one is given.
+    """
+
+    def __init__(self, root: Path, folder: str, pairs: int, manifest: Manifest, *, owner: Owner | None = None) -> None:
+        self._root, self._folder, self._manifest = root, folder, manifest
+        self.pairs = pairs
+        self.ids = self._rows("ids.npy", (pairs,))
+        self._order = self._rows("order.npy", (pairs,))
+        self.values = {side: self._rows(f"{side}.npy", (pairs, manifest.dim), here_and_there=True) for side in SIDES}
+        self.keys = {side: self._rows(keys_file(side, manifest.key_kind(side)), (pairs, manifest.key_dim(side))) for side in SIDES}
+        self._offsets = self._rows("records.npy", (pairs + 1,))
+        self._records = self._read("records.jsonl", lambda path: np.asarray(np.memmap(path, np.uint8, mode="r")))
+        self.indexes: dict[Side, Any] = {side: self._index(side) for side in SIDES}
+        if owner is not None:
+            self.indexes = {side: Clone(index, owner) for side, index in self.indexes.items()}
+        self._check()
+
+    def resident_bytes(self) -> int:
+        """Bytes held in memory of the process: the flat indexes. Everything else is mapped, or on a device."""
+        return sum(4 * index.ntotal * index.d for index in self.indexes.values() if isinstance(index, faiss.IndexFlat))
+
+    def record(self, row: int) -> dict[str, Any]:
+        """The caption and metadata of one row, read from disk now."""
+        record: dict[str, Any] = json.loads(bytes(self._records[self._offsets[row] : self._offsets[row + 1]]))
+        return record
+
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """(n,) int64 rows of these ids, -1 = none, by bisection in the mapped file.  ids: (n,) as stored."""
+        places = np.searchsorted(self.ids, ids.astype(self.ids.dtype), sorter=self._order)  # a longer id is cut here, and differs below
+        rows = self._order[np.minimum(places, self.pairs - 1)]
+        found: np.ndarray = np.where(self.ids[rows] == ids, rows, -1)
+        return found
+
+    def _rows(self, name: str, shape: tuple[int, ...], *, here_and_there: bool = False) -> np.ndarray:
+        """Map one array; its shape must be the one that the manifest implies.
+
+        here_and_there: a search takes single rows, and the system is not to read the 128 KiB about each from the disk; scans, which
+        do want that, go through the keys, another map of the same file.
+        """
+        rows: np.ndarray = self._read(name, lambda path: _mapped(path, here_and_there))
+        if rows.shape != shape:
+            raise self._damaged(name, f"holds {rows.shape}, the manifest says {shape}")
+        kinds = {"ids.npy": ("i8", "S"), "order.npy": ("i8",), "records.npy": ("i8",)}.get(name, ("f2",))
+        if rows.dtype.str[1:] not in kinds and rows.dtype.kind not in kinds:
+            raise self._damaged(name, f"holds {rows.dtype}, not {' or '.join(kinds)}")
+        return rows
+
+    def _index(self, side: Side) -> faiss.Index:
+        """The faiss index over this side's keys: mapped from its file, or built flat in memory from the mapped rows."""
+        name, width = index_file(side), self._manifest.key_dim(side)
+        if f"{self._folder}/{name}" not in self._manifest.files:
+            return flat_index(self.keys[side])
+        index: faiss.Index = self._read(name, lambda path: faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC))
+        if (index.ntotal, index.d) != (self.pairs, width):
+            raise self._damaged(name, f"holds {index.ntotal} rows of width {index.d}, the manifest says {self.pairs} of {width}")
+        return index
+
+    def _check(self) -> None:
+        """The two files of the records must agree with each other."""
+        if self._offsets[0] != 0 or self._offsets[-1] != len(self._records) or np.any(np.diff(self._offsets) <= 0):
+            raise self._damaged("records.npy", f"does not cut the {len(self._records)} bytes of records.jsonl into {self.pairs} lines")
+
+    def _read(self, name: str, read: Callable[[Path], Any]) -> Any:
+        try:
+            return read(self._root / self._folder / name)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._damaged(name, f"cannot be read ({type(error).__name__})") from error
+
+    def _damaged(self, name: str, what: str) -> DamagedVersion:
+        return DamagedVersion(f"{self._manifest.ref}: {self._folder}/{name} {what}: restore or rebuild the version")
+
+
+def _mapped(path: Path, here_and_there: bool) -> np.ndarray:
+    rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    if here_and_there and hasattr(mmap, "MADV_RANDOM"):
+        rows._mmap.madvise(mmap.MADV_RANDOM)
+    return np.asarray(rows)
+
+
+def flat_index(keys: np.ndarray) -> faiss.Index:
+    """An exact inner-product index over (N, Dk) float16 rows, converted block by block."""
+    index = faiss.IndexFlatIP(keys.shape[1])
+    for start in range(0, len(keys), BLOCK_ROWS):
+        index.add(widened(keys[start : start + BLOCK_ROWS]))  # (BLOCK_ROWS, Dk)
+    return index

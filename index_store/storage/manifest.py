@@ -1,0 +1,146 @@
+"""The page that makes a directory a version: written last, read first, believed only if every byte agrees."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from index_store.errors import DamagedVersion, IncompatibleSnapshot, UnknownVersion
+from index_store.storage.atomic import BLOCK_BYTES, CRC_DIGITS
+from index_store.types import SIDES, KeyKind, Side
+
+FORMAT = 2
+FILE_NAME = "manifest.json"
+SEAL = "sha256"  # the manifest's own digest, over its canonical text without this field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a version is and what every one of its files must be.
+
+    encoder: fingerprint "label@digest".  dim: D.  keys: {side: {"kind", "dim": Dk}}.  pairs: N.
+    shards: [{"folder", "pairs"}] in row order.  index: {"asked", "recipe", "probes", "curve"}; probes is 0 where the recipe has no lists.
+    recall: {"k", "floor", "image", "text"} as measured at build.  files: {relative path: {"sha256", "bytes", "crc32"}}.
+    created: UTC, ISO 8601.  source: the builder's own JSON, such as counts and rejects.
+    """
+
+    name: str
+    version: str
+    encoder: str
+    dim: int
+    keys: Mapping[Side, Mapping[str, Any]]
+    pairs: int
+    shards: list[dict[str, Any]]
+    index: dict[str, Any]
+    recall: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    created: str
+    parent: str | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def ref(self) -> str:
+        """The one way a version is named in replies, logs and commands: name@version."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """What serving it takes, by tier: "mapped" files that the system pages in and out, "resident" rows of flat searches, float32."""
+        flat = [(shard, side) for shard in self.shards for side in SIDES if f"{shard['folder']}/{index_file(side)}" not in self.files]
+        resident = sum(4 * shard["pairs"] * self.key_dim(side) for shard, side in flat)
+        return {"mapped": sum(file["bytes"] for file in self.files.values()), "resident": resident}
+
+    def key_kind(self, side: Side) -> KeyKind:
+        """What a query on `side` must be: a CLIP vector, or the tower's features before projection."""
+        kind: KeyKind = self.keys[side]["kind"]
+        return kind
+
+    def key_dim(self, side: Side) -> int:
+        """Dk of one side."""
+        return int(self.keys[side]["dim"])
+
+    def to_json(self) -> str:
+        """The canonical text, sealed with its own digest: another text of the same content is refused."""
+        fields = json.loads(_canonical({entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}))
+        return _canonical({**fields, SEAL: _digest(fields)})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Read strictly: another format is IncompatibleSnapshot, any byte that to_json would not have written DamagedVersion."""
+        try:
+            fields = json.loads(text)
+            found = fields["format"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DamagedVersion(f"{FILE_NAME} is not a manifest ({error}): restore or rebuild the version".replace("\n", " ")) from error
+        if type(found) is int and found != FORMAT and found > 0:
+            remedy = "upgrade it, or rebuild the version" if found > FORMAT else "build the version again from its source"
+            raise IncompatibleSnapshot(f"{FILE_NAME} has format {found}, this program reads format {FORMAT}: {remedy}")
+        try:
+            seal = fields.pop(SEAL)
+            if seal != _digest(fields) or text != _canonical({**fields, SEAL: seal}):
+                raise DamagedVersion(
+                    f"{FILE_NAME} does not match its own sha256: it was altered after the build, restore or rebuild the version"
+                )
+            manifest = cls(**fields)
+            manifest.check()
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise DamagedVersion(f"{FILE_NAME} has missing or unknown fields ({error}): rebuild the version") from error
+        return manifest
+
+    def check(self) -> None:
+        """Raise ValueError where the fields contradict each other."""
+        if self.format != FORMAT:
+            raise ValueError(f"format {self.format!r}")
+        if sum(shard["pairs"] for shard in self.shards) != self.pairs or self.pairs < 1:
+            raise ValueError(f"{self.pairs} pairs, but the shards count {[shard['pairs'] for shard in self.shards]}")
+        for side in SIDES:
+            if self.key_kind(side) not in get_args(KeyKind) or self.key_dim(side) < 1:
+                raise ValueError(f"{side} keys {dict(self.keys[side])}")
+        for path, file in self.files.items():
+            if len(file["crc32"]) != CRC_DIGITS * -(-file["bytes"] // BLOCK_BYTES):
+                raise ValueError(f"{file['bytes']} bytes of {path}, but {len(file['crc32'])} digits of crc32")
+        for path in [*self.files, *(shard["folder"] for shard in self.shards)]:
+            if path.startswith("/") or "\\" in path or any(part in ("", ".", "..") for part in path.split("/")):
+                raise ValueError(f"path {path!r}")
+
+
+def index_file(side: Side) -> str:
+    """The index of one side in a shard's folder; a shard without this file is searched flat, straight from its rows."""
+    return f"{side}.faiss"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a version directory that must be called name/version; without one the version does not exist."""
+    ref = f"{folder.parent.name}@{folder.name}"
+    try:
+        text = (folder / FILE_NAME).read_bytes().decode("utf-8")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UnknownVersion(f"{ref} has no {FILE_NAME}: it was never finished, or is not there; list the versions, or build it") from error
+    except UnicodeDecodeError as error:
+        raise DamagedVersion(f"{ref}: {FILE_NAME} is not UTF-8 at byte {error.start}: restore or rebuild the version") from error
+    except OSError as error:
+        raise DamagedVersion(f"{ref}: {FILE_NAME} cannot be read ({error.strerror}): restore it or its permissions") from error
+    try:
+        manifest = Manifest.from_json(text)
+    except (DamagedVersion, IncompatibleSnapshot) as error:
+        raise type(error)(f"{ref}: {error}") from error
+    if manifest.ref != ref:
+        raise DamagedVersion(f"{ref}: {FILE_NAME} says it is {manifest.ref}: a version keeps the folder names it was built under")
+    return manifest
+
+
+def same_encoder(one: str, another: str) -> bool:
+    """True where two fingerprints "label@digest" denote the same weights: the labels may differ, the digests not."""
+    return one.rpartition("@")[2] == another.rpartition("@")[2]
+
+
+def _canonical(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical(fields).encode("ascii")).hexdigest()

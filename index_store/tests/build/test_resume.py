@@ -1,0 +1,325 @@
+"""A build that is stopped, killed or runs out of room goes on where it was: real processes, and the whole build as the oracle."""
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from index_store.build.build import build_version
+from index_store.errors import PairsRefused, RecallTooLow, StoreBusy, StoreUnwritable
+from index_store.storage.manifest import Manifest
+from index_store.types import Pairs
+from index_store.build.source import Done, BuildSource, Reject, Step
+from index_store.store import Store
+from index_store.tests.nursery import Nursery, kills
+from index_store.tests.small import ENCODER, TRUNKS, VECTORS, some_pairs
+from index_store.tests.build.test_crash import limited
+from index_store.build.staging import NOTES
+
+BLOCK = 50  # items of one step, one of them a reject
+
+
+class Source:
+    """Numbered items, every BLOCK-th a reject; remembers where each run began and how many items it was made to encode."""
+
+    def __init__(self, items: int = 1500, *, key_width: int = 0, ints: bool = False, pause_s: float = 0.0) -> None:
+        self.items, self.began, self.encoded = items, list[Done](), 0
+        self._key_width, self._ints, self._pause_s = key_width, ints, pause_s
+        self.stop_at: int | None = None
+        self.error: BaseException = KeyboardInterrupt()
+        self.log: Path | None = None
+
+    def job(self, **options: Any) -> BuildSource:
+        options = {"every_pairs": 100, "least_s": 0.0, **options}
+        return BuildSource(options.pop("identity", {"items": self.items}), self._steps, **options)
+
+    def _steps(self, done: Done) -> Iterator[Step]:
+        self.began.append(done)
+        if self.log is not None:
+            with self.log.open("a") as file:
+                file.write(f"{done.items}\n")
+        for start in range(done.items, self.items, BLOCK):
+            if self.stop_at is not None and start >= self.stop_at:
+                raise self.error
+            time.sleep(self._pause_s)
+            self.encoded += BLOCK
+            yield Step(self._pairs(start), BLOCK, [Reject(f"bad-{start}", "no caption")])
+
+    def _pairs(self, start: int) -> Pairs | None:
+        if start == 2 * BLOCK:
+            return None  # a step of rejects alone
+        return some_pairs(BLOCK - 1, 16, seed=start, first=start, key_width=self._key_width, ints=self._ints)
+
+
+def build(root: Path, job: BuildSource, version: str | None = "v1", **options: Any) -> Manifest:
+    options = {"encoder": ENCODER, "kinds": VECTORS, "shard_pairs": 400, **options}
+    return build_version(Store(root), "things", version, job, **options)
+
+
+def rejects(root: Path, version: str = "v1") -> list[str]:
+    return [json.loads(line)["item"] for line in (root / "things" / f"rejects-{version}.jsonl").read_text().splitlines()]
+
+
+def same(one: Path, two: Path, version: str = "v1") -> None:
+    """Byte for byte the same rows, records, ids, indexes and probes, and the same rejects."""
+    first, second = Store(one).manifest("things", version), Store(two).manifest("things", version)
+    assert first.files == second.files
+    assert first.index["recipe"] == second.index["recipe"]
+    assert replace(first, created=second.created, index=second.index) == second  # the index tells milliseconds too
+    assert rejects(one, version) == rejects(two, version)
+    left = {path.name for path in (two / "things" / version).iterdir()}
+    assert left - set(NOTES) == {path.name for path in (one / "things" / version).iterdir()}  # a kill may spare the notes
+    Store(one).open("things", version, encoder=ENCODER).prove()
+
+
+@pytest.mark.parametrize("stop_at", [50, 100, 150, 400, 450, 800, 1450])
+@pytest.mark.parametrize("options", [{}, {"key_width": 8}, {"ints": True}])
+def test_a_stopped_build_goes_on_and_equals_a_whole_one(tmp_path: Path, stop_at: int, options: dict[str, Any]) -> None:
+    kinds: dict[str, Any] = {"kinds": TRUNKS if options.get("key_width") else VECTORS}
+    build(tmp_path / "whole", Source(**options).job(), **kinds)
+    source = Source(**options)
+    source.stop_at = stop_at
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "halves", source.job(every_pairs=10**9), **kinds)
+    assert Store(tmp_path / "halves").names() == []
+    source.stop_at = None
+    build(tmp_path / "halves", source.job(), **kinds)
+    assert [done.items for done in source.began] == [0, stop_at]
+    assert source.encoded == source.items
+    same(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_what_was_kept_is_given_back(tmp_path: Path) -> None:
+    source = Source()
+    source.stop_at = 900
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, source.job())
+    seen: list[tuple[list[str], np.ndarray, np.ndarray]] = []
+
+    def steps(done: Done) -> Iterator[Step]:
+        assert [reject.item for reject in done.rejects()] == [f"bad-{start}" for start in range(0, 900, BLOCK)]
+        blocks = list(done.kept())
+        seen.append(
+            (
+                [name for block in blocks for name in block.ids.tolist()],
+                np.concatenate([block.image for block in blocks]),
+                np.concatenate([block.text for block in blocks]),
+            )
+        )
+        assert len(seen[0][0]) == done.pairs
+        yield from source._steps(done)
+
+    source.stop_at = None
+    build(tmp_path, replace(source.job(), steps=steps))
+    ids, image, text = seen[0]
+    expected = [some_pairs(BLOCK - 1, 16, seed=start, first=start) for start in range(0, 900, BLOCK) if start != 2 * BLOCK]
+    assert ids == [name for block in expected for name in block.ids.tolist()]
+    np.testing.assert_array_equal(image, np.concatenate([block.image for block in expected]).astype(np.float16))
+    np.testing.assert_array_equal(text, np.concatenate([block.text for block in expected]).astype(np.float16))
+
+
+def stopped(root: Path, version: str | None = "v1", **options: Any) -> Source:
+    source = Source()
+    source.stop_at = 800
+    with pytest.raises(KeyboardInterrupt):
+        build(root, source.job(), version, **options)
+    source.stop_at = None
+    return source
+
+
+def test_without_a_name_the_same_version_is_found_again(tmp_path: Path) -> None:
+    source = stopped(tmp_path, None)
+    build(tmp_path, Source(500).job(), "0-another")
+    manifest = build(tmp_path, source.job(), None)
+    assert source.began[-1].items == 800
+    assert Store(tmp_path).versions("things") == ["0-another", manifest.version]
+    assert not list((tmp_path / "things").glob(".*"))
+
+
+CHANGES: dict[str, Callable[[Source], tuple[BuildSource, dict[str, Any]]]] = {
+    "fresh": lambda source: (source.job(fresh=True), {}),
+    "sources": lambda source: (source.job(identity={"items": "others"}), {}),
+    "encoder": lambda source: (source.job(), {"encoder": "tiny/test@ffff00001111"}),
+    "shard size": lambda source: (source.job(), {"shard_pairs": 300}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_job_begins_anew_and_says_so(tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture) -> None:
+    source = stopped(tmp_path)
+    job, options = CHANGES[change](source)
+    manifest = build(tmp_path, job, **options)
+    assert source.began[-1].items == 0
+    assert manifest.pairs == 29 * (BLOCK - 1)
+    assert "things: an interrupted build of 800 items is forgotten" in caplog.text
+
+
+@pytest.mark.parametrize("file", [".progress.json", ".ids.jsonl", ".rejects.jsonl", "shard-0001/text.npy", "shard-0001/records.jsonl"])
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_a_damaged_leftover_is_not_gone_on_from(tmp_path: Path, file: str, harm: str) -> None:
+    build(tmp_path / "whole", Source().job())
+    source = stopped(tmp_path / "halves")
+    path = tmp_path / "halves" / "things" / ".v1.partial" / file
+    if harm == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        path.unlink()
+    build(tmp_path / "halves", source.job())
+    assert source.began[-1].items == 0
+    same(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_what_lies_beyond_the_checkpoint_is_cut_off(tmp_path: Path) -> None:
+    build(tmp_path / "whole", Source().job())
+    source = stopped(tmp_path / "halves")
+    work = tmp_path / "halves" / "things" / ".v1.partial"
+    for name in (".ids.jsonl", ".rejects.jsonl", "shard-0001/image.npy", "shard-0001/records.jsonl"):
+        with (work / name).open("ab") as file:
+            file.write(b"half a row, or many \n rows")
+    (work / "shard-0001" / "ids.npy").write_bytes(b"of a shard that was closed too early")
+    (work / "shard-0000" / "image.faiss").write_bytes(b"half an index")
+    (work / "shard-0009").mkdir()
+    (work / "shard-0009" / "image.npy").write_bytes(b"begun")
+    (work / "manifest.json").write_text("{}")
+    build(tmp_path / "halves", source.job())
+    assert source.began[-1].items == 800
+    same(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_a_failure_after_the_last_row_costs_no_row(tmp_path: Path) -> None:
+    source = Source()
+    with pytest.raises(RecallTooLow, match="SQ4"):
+        build(tmp_path, source.job(), index="SQ4")
+    build(tmp_path, source.job(), index="Flat")
+    assert [done.items for done in source.began] == [0, 1500]
+    assert source.encoded == 1500
+    build(tmp_path / "whole", Source().job())
+    same(tmp_path / "whole", tmp_path)
+
+
+def test_an_error_of_the_source_keeps_what_was_done(tmp_path: Path) -> None:
+    source = Source()
+    source.stop_at, source.error = 600, FileNotFoundError("photos.tar")
+    with pytest.raises(FileNotFoundError):
+        build(tmp_path, source.job())
+    source.stop_at = None
+    build(tmp_path, source.job())
+    assert source.began[-1].items == 600
+
+
+def test_refused_pairs_leave_nothing_to_go_on_from(tmp_path: Path) -> None:
+    def steps(done: Done) -> Iterator[Step]:
+        yield Step(some_pairs(300), 300)
+        yield Step(some_pairs(5), 5)
+
+    with pytest.raises(PairsRefused, match="comes twice"):
+        build(tmp_path, BuildSource({}, steps, every_pairs=10, least_s=0))
+    assert not list(tmp_path.glob("things/**/*"))
+
+
+def test_no_valid_pair_says_how_many_were_rejected_and_leaves_only_their_list(tmp_path: Path) -> None:
+    def steps(done: Done) -> Iterator[Step]:
+        yield Step(None, 2, [Reject("a.jpg", "no caption"), Reject("b\udcff.jpg", "not a plain file")])
+
+    with pytest.raises(PairsRefused, match=r"no valid pair.*; 2 rejected, the first 'a\.jpg': no caption$"):
+        build(tmp_path, BuildSource({}, steps))
+    assert rejects(tmp_path) == ["a.jpg", "b\udcff.jpg"]
+    assert [path.name for path in (tmp_path / "things").iterdir()] == ["rejects-v1.jsonl"]
+    build(tmp_path, BuildSource({}, lambda done: [Step(some_pairs(9), 9)]))
+    assert [path.name for path in (tmp_path / "things").iterdir()] == ["v1"]  # a list of another run's rejects would mislead
+
+
+def test_a_leftover_held_by_the_living_is_not_gone_on_from(tmp_path: Path) -> None:
+    source = stopped(tmp_path, None)
+    (work,) = (tmp_path / "things").glob(".*.partial")
+    with (work / ".lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StoreBusy):
+            build(tmp_path, source.job(), None)
+    build(tmp_path, source.job(), None)
+    assert source.began[-1].items == 800
+
+
+def test_without_a_job_nothing_is_remembered(tmp_path: Path) -> None:
+    stopped(tmp_path)
+    manifest = build_version(Store(tmp_path), "things", "v1", [some_pairs(7)], encoder=ENCODER, kinds=VECTORS)
+    assert manifest.pairs == 7
+    assert [path.name for path in (tmp_path / "things").iterdir()] == ["v1"]
+
+
+BUILD = """
+from index_store.tests.build.test_resume import Source, build as built
+def build(root):
+    source = Source(pause_s=0.002)
+    source.log = root.with_suffix(".log")
+    built(root, source.job(), index="IVF4,Flat")
+"""
+
+
+def test_kill_9_at_random_moments_and_the_same_build_comes_out(tmp_path: Path) -> None:
+    nursery, moments = Nursery(BUILD), random.Random(3)
+    try:
+        nursery.begin(tmp_path / "whole")
+        start = time.monotonic()
+        assert nursery.end() == 0
+        took = time.monotonic() - start
+        root, log, killed, finished = tmp_path / "store", tmp_path / "store.log", 0, 0
+        log.touch()
+        while killed < kills(24) or not finished:
+            process = nursery.begin(root)
+            time.sleep(moments.uniform(0, took))
+            os.kill(process, signal.SIGKILL)
+            killed += nursery.end() != 0
+            if Store(root).names():
+                finished += 1
+                same(tmp_path / "whole", root)
+                shutil.rmtree(root)
+        nursery.begin(root)
+        assert nursery.end() == 0
+        same(tmp_path / "whole", root)
+    finally:
+        nursery.close()
+    began = [int(line) for line in log.read_text().split()]
+    assert sum(items > 0 for items in began) >= 3, f"hardly a run went on from another: {began}"
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from index_store.errors import StoreUnwritable
+from index_store.tests.build.test_resume import Source, build
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+try:
+    build(Path(sys.argv[1]), Source().job(), shard_pairs=10_000)
+except StoreUnwritable as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_costs_only_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    build(tmp_path / "whole", Source().job(), shard_pairs=10_000)
+    done = limited(FULL, tmp_path / "store", "30000")
+    assert done.stdout.startswith("cannot write shard-0000: "), done.stderr
+    assert done.stdout.count("\n") == 1
+    source = Source()
+    build(tmp_path / "store", source.job(), shard_pairs=10_000)
+    assert 400 <= source.began[0].items < 1500
+    same(tmp_path / "whole", tmp_path / "store")
+
+
+def test_a_disk_without_any_room_says_so(tmp_path: Path) -> None:
+    root = tmp_path / "file"
+    root.write_text("not a folder")
+    with pytest.raises(StoreUnwritable, match="cannot write things"):
+        build(root, Source().job())

@@ -1,0 +1,289 @@
+"""The write-ahead log cut, flipped and starved at every byte."""
+
+import logging
+import os
+import re
+import resource
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from index_store.edits.journal import HEAD, RECORD, Journal, read_records
+from index_store.errors import DamagedVersion, IncompatibleSnapshot, StoreBusy, StoreUnwritable
+from index_store.tests.nursery import tiny_disk
+
+SEAL, OTHER = "5e" * 32, "0d" * 32
+PAYLOADS = [b"first" * 7, b"", b"third, a longer one" * 5, b"last" * 4]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "v1.journal"
+
+
+def written(path: Path, payloads: list[bytes] = PAYLOADS) -> bytes:
+    journal = Journal.open(path, SEAL)
+    for payload in payloads:
+        journal.append(payload)
+    journal.close()
+    return path.read_bytes()
+
+
+def read(path: Path, start: int = HEAD.size) -> list[bytes]:
+    return [payload for _, payload in read_records(path, SEAL, start)]
+
+
+def test_what_was_appended_is_read_in_order(path: Path) -> None:
+    assert read(path) == []
+    written(path)
+    assert read(path) == PAYLOADS
+    again = Journal.open(path, SEAL)
+    assert (again.edits, again.size) == (4, path.stat().st_size)
+    again.append(b"more")
+    assert read(path) == [*PAYLOADS, b"more"]
+    ends = [end for end, _ in read_records(path, SEAL)]
+    assert ends[-1] == again.size == path.stat().st_size
+    assert read(path, ends[2]) == [PAYLOADS[3], b"more"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["v1.journal"]
+
+
+def test_created_with_what_is_carried_over(path: Path) -> None:
+    journal = Journal.create(path, SEAL, PAYLOADS)
+    journal.append(b"more")
+    assert (journal.edits, journal.size) == (5, path.stat().st_size)
+    assert read(path) == [*PAYLOADS, b"more"]
+    with pytest.raises(StoreBusy, match=r"v1.journal exists already"):
+        Journal.create(path, SEAL, [])
+    journal.remove()
+    assert not path.exists()
+
+
+def test_cut_at_every_byte_of_the_last_record(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = written(path)
+    start = len(whole) - RECORD.size - len(PAYLOADS[-1])
+    for size in range(start, len(whole)):
+        path.write_bytes(whole[:size])
+        assert read(path) == PAYLOADS[:-1]
+        assert path.stat().st_size == size, "readers repair nothing"
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "reco"):
+            journal = Journal.open(path, SEAL)
+        torn = size - start
+        assert [record.getMessage() for record in caplog.records] == (
+            [f"{path.parent.name}/v1.journal: the last {torn} bytes were no whole record, dropped: 3 edits stand"] if torn else []
+        )
+        journal.append(b"after")
+        journal.close()
+        assert read(path) == [*PAYLOADS[:-1], b"after"]
+
+
+def test_a_flipped_byte_is_refused_or_was_the_last_record(path: Path) -> None:
+    whole = written(path)
+    last = len(whole) - RECORD.size - len(PAYLOADS[-1])
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        if place >= last:
+            assert read(path) == PAYLOADS[:-1]
+            continue
+        for look in (read, lambda path: Journal.open(path, SEAL)):
+            with pytest.raises(DamagedVersion, match=r"v1\.journal") as refused:
+                look(path)
+            assert "\n" not in str(refused.value)
+            assert str(path.parent.parent) not in str(refused.value)
+        found = re.search(r"bytes (\d+) to (\d+) are damaged", str(refused.value))
+        assert (found is None) == (place < HEAD.size)
+        assert found is None or int(found[1]) <= place < int(found[2])
+
+
+def test_zeros_that_a_power_cut_left(path: Path) -> None:
+    whole = written(path)
+    path.write_bytes(whole + bytes(4096))
+    assert read(path) == PAYLOADS
+    Journal.open(path, SEAL).close()
+    assert path.read_bytes() == whole
+
+
+def test_a_payload_that_looks_like_a_record_is_none(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    strange = written(tmp_path / "other" / "v1.journal")
+    whole = written(path, [b"one", strange])
+    path.write_bytes(whole[:-1])
+    assert read(path) == [b"one"]
+
+
+def test_a_head_that_is_not_ours(path: Path) -> None:
+    written(path)
+    for look in (Journal.open, lambda path, seal: list(read_records(path, seal))):
+        with pytest.raises(DamagedVersion, match="another build of this version"):
+            look(path, OTHER)
+    whole = path.read_bytes()
+    for size in (0, 7, HEAD.size - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(DamagedVersion, match="does not begin as a journal"):
+            read(path)
+    newer = whole[:8] + struct.pack("<I", 2) + whole[12 : HEAD.size - 4]
+    path.write_bytes(newer + struct.pack("<I", zlib.crc32(newer)) + whole[HEAD.size :])
+    with pytest.raises(IncompatibleSnapshot, match="format 2, this program reads up to 1"):
+        read(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DamagedVersion, match="cannot be read"):
+        read(path)
+
+
+def test_one_writer_at_a_time(path: Path) -> None:
+    journal = Journal.open(path, SEAL)
+    with pytest.raises(StoreBusy, match=r"v1\.journal is being written by another process"):
+        Journal.open(path, SEAL)
+    journal.append(b"one")
+    journal.close()
+    Journal.open(path, SEAL).close()
+
+
+@pytest.mark.parametrize("trouble", ["a hole", "no room"])
+def test_a_writer_that_was_refused_keeps_no_lock(path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
+    refused = []
+    if trouble == "a hole":
+        whole = written(path)
+        path.write_bytes(whole[: HEAD.size] + b"?" + whole[HEAD.size + 1 :])
+    else:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    for _ in range(2):
+        with pytest.raises((DamagedVersion, StoreUnwritable)) as found:
+            Journal.open(path, SEAL)
+        refused.append(found.value)  # as a service keeps the reason why a memory is not served
+    assert len({type(error) for error in refused}) == 1
+
+
+def test_on_the_disk_before_it_is_acknowledged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int | str] = []
+    real = os.fsync
+
+    def watched(descriptor: int) -> None:
+        real(descriptor)
+        found = os.fstat(descriptor)
+        synced.append("folder" if stat.S_ISDIR(found.st_mode) else found.st_size)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    journal = Journal.open(path, SEAL)
+    assert synced == [HEAD.size, "folder"]
+    journal.append(b"four")
+    assert synced[2:] == [path.stat().st_size]
+
+
+def test_a_disk_that_loses_writes_is_not_trusted_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal.open(path, SEAL)
+    journal.append(b"one")
+
+    def failing(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", failing)
+        with pytest.raises(StoreUnwritable, match=r"cannot write v1.journal: Input/output error"):
+            journal.append(b"two")
+    with pytest.raises(StoreUnwritable, match="restart"):
+        journal.append(b"three")
+    journal.close()
+    assert read(path) == [b"one"]
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from typing import Any
+from index_store.errors import StoreUnwritable
+from index_store.edits.journal import Journal
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+journal = Journal.open(Path(sys.argv[1]), "5e" * 32)
+journal.append(b"x" * 500)
+before = Path(sys.argv[1]).stat().st_size
+try:
+    journal.append(b"y" * 500)
+except StoreUnwritable as error:
+    print(error)
+assert Path(sys.argv[1]).stat().st_size == before == journal.size
+journal.append(b"z" * 100)
+"""
+
+
+def test_a_file_that_may_not_grow(path: Path) -> None:
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, cwd=root, check=True)
+    assert done.stdout.startswith("cannot write v1.journal: ")
+    assert done.stdout.count("\n") == 1
+    assert read(path) == [b"x" * 500, b"z" * 100]
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system with room for 64 KB."""
+    with tiny_disk(tmp_path / "disk", "64k") as root:
+        yield root
+
+
+def test_a_full_disk(full_disk: Path) -> None:
+    path = full_disk / "v1.journal"
+    journal = Journal.open(path, SEAL)
+    journal.append(b"x" * 20_000)
+    (full_disk / "ballast").write_bytes(bytes(20_000))
+    with pytest.raises(StoreUnwritable, match="No space left on device; free some room"):
+        journal.append(b"y" * 40_000)
+    assert path.stat().st_size == journal.size
+    (full_disk / "ballast").unlink()
+    journal.append(b"z" * 20_000)
+    assert read(path) == [b"x" * 20_000, b"z" * 20_000]
+
+
+def test_records_that_arrive_while_the_end_is_looked_at(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two more records behind what looked like the end are no hole in the journal."""
+    from index_store.edits import journal as module
+
+    writer, real, late = Journal.open(path, SEAL), module._payload, [b"two", b"three"]
+    writer.append(b"one")
+
+    def slow(file: Any, mark: bytes) -> bytes | None:
+        found = real(file, mark)
+        while found is None and late:
+            writer.append(late.pop(0))
+        return found
+
+    monkeypatch.setattr(module, "_payload", slow)
+    assert read(path) == [b"one", b"two", b"three"]
+
+
+def test_reading_while_it_is_written(path: Path) -> None:
+    """No lock, no false alarm: a reader sees whole records only, and never fewer than before."""
+    journal, done, seen = Journal.open(path, SEAL), threading.Event(), [0]
+    trouble: list[object] = []
+
+    def watch() -> None:
+        while not done.is_set():
+            found = read(path)
+            if len(found) < seen[-1] or found != [b"%d" % n * (n % 50) for n in range(len(found))]:
+                trouble.append(found)
+            seen.append(len(found))
+
+    def watched() -> None:
+        try:
+            watch()
+        except DamagedVersion as error:
+            trouble.append(error)
+
+    reader = threading.Thread(target=watched)
+    reader.start()
+    for n in range(400):
+        journal.append(b"%d" % n * (n % 50))
+    done.set()
+    reader.join()
+    assert trouble == []
+    assert len(read(path)) == 400

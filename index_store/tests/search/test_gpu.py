@@ -1,0 +1,96 @@
+"""The path of GPU clones, run with clones in host memory; brute force over the originals is the oracle."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+
+from index_store.errors import DeviceRefused
+from index_store.search.gpu import HOST, Clone, Owner
+from index_store.snapshot import Snapshot
+from index_store.store import Store
+from index_store.tests.small import ENCODER, built, some_pairs, unit_rows
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "flat": {"index": "Flat"},
+    "flat shards": {"index": "Flat", "shard_pairs": 70},
+    "lists": {"index": "IVF4,SQfp16", "shard_pairs": 90},
+    "lists and a short flat shard": {"index": "IVF4,SQfp16", "shard_pairs": 199},
+    "codes compared once more": {"index": "PQ4x4,RFlat", "shard_pairs": 100, "recall_floor": 0.5},
+    "lists of codes compared once more": {"index": "IVF4,PQ4x4,RFlat", "shard_pairs": 100, "recall_floor": 0.5},
+    "lists behind a transform": {"index": "PCAR16,IVF4,Flat", "shard_pairs": 100, "recall_floor": 0.5},
+}
+
+
+def pair_of(root: Path, **options: Any) -> tuple[Snapshot, Snapshot]:
+    """The same version, mapped and cloned."""
+    built(root, some_pairs(200), **options)
+    return Store(root).open("things", "v1", encoder=ENCODER), Store(root).open("things", "v1", encoder=ENCODER, devices=[HOST, HOST])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_clones_answer_as_the_originals(tmp_path: Path, recipe: str) -> None:
+    plain, cloned = pair_of(tmp_path, **RECIPES[recipe])
+    asked = unit_rows(9, 16, 5)
+    limits: list[dict[str, Any]] = [{}, {"probes": 1}, {"probes": 4}, {"max_similarity": 0.3}, {"exclude": [["pair-3"]] * 9}]
+    for options in limits:
+        for k in (1, 10, 200, 205):
+            one, two = plain.retrieve(asked, "image", k, **options), cloned.retrieve(asked, "image", k, **options)
+            np.testing.assert_array_equal(one.ids, two.ids)
+            np.testing.assert_allclose(one.scores, two.scores, atol=1e-6)
+    assert cloned.prove() == plain.prove()
+    assert cloned.bytes["resident"] == 0
+
+
+class Watched:
+    """An index that remembers which threads touched it."""
+
+    def __init__(self, index: faiss.Index, threads: list[str]) -> None:
+        self._index, self._threads = index, threads
+
+    def search(self, *arguments: Any, **options: Any) -> Any:
+        self._threads.append(threading.current_thread().name)
+        return self._index.search(*arguments, **options)
+
+    def __del__(self) -> None:
+        self._threads.append(f"freed on {threading.current_thread().name}")
+
+
+def test_searches_and_frees_happen_on_the_owners_thread_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, threads = faiss.IndexFlatIP(16), list[str]()
+    index.add(unit_rows(50, 16, 0))
+    monkeypatch.setattr(Owner, "clone", lambda _, original: Watched(original, threads))
+    clone = Clone(index, Owner.of(HOST))
+    with ThreadPoolExecutor(8) as callers:
+        begun = [callers.submit(clone.search, unit_rows(3, 16, seed), 5) for seed in range(40)]
+        found = [search.result() for search in begun]
+    np.testing.assert_array_equal(found[7][1], index.search(unit_rows(3, 16, 7), 5)[1])
+    del clone, begun
+    Owner.of(HOST).submit(lambda: None).result()  # behind the freeing
+    assert threads == ["device--1_0"] * 40 + ["freed on device--1_0"]
+
+
+def test_more_rows_than_a_gpu_returns_are_scanned(tmp_path: Path) -> None:
+    pairs = some_pairs(2500)
+    built(tmp_path, pairs, index="IVF4,SQfp16", shard_pairs=1300)
+    cloned = Store(tmp_path).open("things", "v1", encoder=ENCODER, devices=[HOST])
+    asked = unit_rows(2, 16, 5)
+    found = cloned.retrieve(asked, "image", 2100, probes=1)
+    np.testing.assert_array_equal(found.ids, pairs.ids[np.argsort(-(asked @ pairs.image.T), axis=1, kind="stable")[:, :2100]])
+
+
+def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    built(tmp_path, some_pairs(20))
+    with pytest.raises(DeviceRefused, match=r"device 99 is not there, faiss sees \d+ GPUs"):
+        Store(tmp_path).open("things", "v1", encoder=ENCODER, devices=[99])
+
+
+def test_an_index_that_cannot_be_cloned(tmp_path: Path) -> None:
+    built(tmp_path, some_pairs(200), index="L2norm,Flat")
+    with pytest.raises(DeviceRefused, match=r"an index of 200 rows cannot be put on device -1 \(clone not supported") as refused:
+        Store(tmp_path).open("things", "v1", encoder=ENCODER, devices=[HOST])
+    assert "\n" not in str(refused.value)

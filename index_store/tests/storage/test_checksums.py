@@ -1,0 +1,191 @@
+"""Opening without reading everything: what is trusted, what takes the trust away, and how the rest is found."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from index_store.errors import DamagedVersion
+from index_store.snapshot import Snapshot
+from index_store.storage import atomic as durable
+from index_store.storage import checksums as verified
+from index_store.storage.checksums import Sight, record, record_path, verify
+from index_store.storage.manifest import Manifest
+from index_store.store import Store
+from index_store.tests.small import ENCODER, built, some_pairs
+from index_store.tests.storage.test_damage import DAMAGE, flip
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every file that is hashed, in order; each file of a test's memory is called large, in blocks of 4 KiB."""
+    names: list[str] = []
+
+    def digest(path: Path) -> dict[str, str | int]:
+        names.append(path.name)
+        return durable.digest(path)
+
+    monkeypatch.setattr(verified, "SMALL_BYTES", 0)
+    monkeypatch.setattr(verified, "digest", digest)
+    return names
+
+
+@pytest.fixture
+def version(read: list[str], tmp_path: Path) -> Path:
+    built(tmp_path, some_pairs(400), index="IVF4,SQfp16")
+    return tmp_path / "things" / "v1"
+
+
+def opened(version: Path) -> Snapshot:
+    return Snapshot.open(version, encoder=ENCODER)
+
+
+def forget_nothing(version: Path, manifest: Manifest) -> None:
+    """Record the files as they stand: what is left of a change that stat does not show, as when a disk forgets bits."""
+    verified.record_path(version).unlink(missing_ok=True)
+    record(version, manifest, Sight.of(version, manifest.files))
+    assert record_path(version).exists()
+
+
+def test_a_built_version_opens_without_being_read_again(version: Path, read: list[str]) -> None:
+    assert len(opened(version)) == 400
+    assert read == []
+
+
+def test_small_files_are_always_read(version: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verified, "SMALL_BYTES", 8000)
+    opened(version)
+    assert "ids.npy" in read
+    assert "image.npy" not in read
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("file", ["shard-0000/image.npy", "shard-0000/text.faiss", "shard-0000/records.jsonl", "probes/image.npy"])
+def test_every_write_is_noticed(version: Path, file: str, damage: str) -> None:
+    DAMAGE[damage](version / file)
+    with pytest.raises(DamagedVersion, match=file):
+        opened(version)
+    assert not record_path(version).exists()
+
+
+def test_a_write_that_restores_size_and_mtime_is_noticed(version: Path) -> None:
+    file = version / "shard-0000" / "text.npy"
+    before = file.stat()
+    flip(file, 2000)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(DamagedVersion, match=r"shard-0000/text.npy differs in bytes 0-12927"):
+        opened(version)
+
+
+def copied(version: Path) -> None:
+    shutil.copytree(version, version.with_name("copy"))
+    shutil.rmtree(version)
+    version.with_name("copy").rename(version)
+
+
+def replaced(version: Path) -> None:
+    shutil.copy2(version / "shard-0000" / "image.npy", version / "fresh")
+    (version / "fresh").replace(version / "shard-0000" / "image.npy")
+
+
+UNTRUSTED: dict[str, Callable[[Path], object]] = {
+    "copied": copied,
+    "a file restored": replaced,
+    "touched": lambda version: (version / "shard-0000" / "image.npy").touch(),
+    "no record": lambda version: record_path(version).unlink(),
+    "half a record": lambda version: record_path(version).write_bytes(record_path(version).read_bytes()[:90]),
+    "a wrong record": lambda version: flip(record_path(version), -20),
+    "an empty record": lambda version: record_path(version).write_bytes(b""),
+    "a binary record": lambda version: record_path(version).write_bytes(b"\xff\n\xff"),
+}
+
+
+@pytest.mark.parametrize("case", UNTRUSTED)
+def test_what_is_not_known_is_read_and_then_known(version: Path, read: list[str], case: str) -> None:
+    UNTRUSTED[case](version)
+    opened(version)
+    assert "image.npy" in read
+    read.clear()
+    opened(version)
+    assert read == []
+
+
+def test_a_record_of_another_build_is_not_believed(version: Path, read: list[str], tmp_path: Path) -> None:
+    old = record_path(version).read_bytes()
+    shutil.rmtree(version)
+    built(tmp_path, some_pairs(400, seed=5), index="IVF4,SQfp16")
+    record_path(version).write_bytes(old)
+    opened(version)
+    assert read.count("image.npy") == 2  # the vectors and the probes
+
+
+def test_rot_that_stat_does_not_show_is_found_by_verifying_in_the_background(version: Path, read: list[str]) -> None:
+    store, manifest = Store(version.parents[1]), opened(version).manifest
+    flip(version / "shard-0000" / "image.faiss", -300)
+    flip(version / "shard-0000" / "records.jsonl", 5)
+    forget_nothing(version, manifest)
+    serving = opened(version)  # trusted, as its stat has not changed
+    assert read == []
+    with pytest.raises(DamagedVersion, match=r"/image.faiss differs in .*; shard-0000/records.jsonl differs in bytes 0-") as found:
+        verify(store.path("things", "v1"), serving.manifest, threads=1)
+    assert "\n" not in str(found.value)
+    with pytest.raises(DamagedVersion):  # and nobody trusts it again
+        opened(version)
+
+
+def test_the_first_wrong_range_is_named(version: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(durable, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(durable, "CHUNK_BYTES", 1024)
+    monkeypatch.setattr("index_store.storage.manifest.BLOCK_BYTES", 4096)
+    built(tmp_path, some_pairs(400), "v2")
+    folder = tmp_path / "things" / "v2"
+    for position in (9000, 4097, 12_900):
+        flip(folder / "shard-0000" / "image.npy", position)
+    flip(folder / "shard-0000" / "text.npy", -1)
+    (folder / "shard-0000" / "ids.npy").unlink()
+    with pytest.raises(DamagedVersion) as found:
+        Store(tmp_path).verify("things", "v2")
+    assert str(found.value) == (
+        "things@v2: shard-0000/ids.npy cannot be read (No such file or directory); shard-0000/image.npy differs in bytes 4096-12927; "
+        "shard-0000/text.npy differs in bytes 12288-12927: restore or rebuild the version"
+    )
+
+
+def test_nothing_is_recorded_of_files_that_may_still_change_unseen(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = opened(version).manifest
+    record_path(version).unlink()
+    ahead = 10**18  # the clock of a file server runs ahead of ours: a write after the look could leave the same ctime
+    monkeypatch.setattr("index_store.storage.checksums.time.time_ns", lambda: ahead)
+    verify(version, manifest)
+    assert not record_path(version).exists()
+
+
+def test_a_change_while_reading_is_not_recorded(version: Path) -> None:
+    manifest = opened(version).manifest
+    sight = Sight.of(version, manifest.files)
+    record_path(version).unlink()
+    (version / "shard-0000" / "image.npy").touch()
+    record(version, manifest, sight)
+    assert not record_path(version).exists()
+
+
+def test_a_store_that_may_not_be_written_opens_all_the_same(version: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    record_path(version).unlink()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert len(opened(version)) == 400
+    assert "image.npy" in read
+    assert not record_path(version).exists()
+
+
+def test_a_small_version_needs_no_record(tmp_path: Path) -> None:
+    built(tmp_path, some_pairs(5))
+    assert [path.name for path in (tmp_path / "things").iterdir()] == ["v1"]
+    assert np.isfinite(len(Store(tmp_path).open("things", "v1", encoder=ENCODER)))
