@@ -15,9 +15,9 @@ from index_store.search.hits import Hits
 from index_store.snapshot import Snapshot
 from index_store.storage.manifest import same_encoder
 from index_store.types import Id, Side, other
-from models.clip import Encoded, Encoder
+from models.encoder.encoder import Encoded, Encoder
 from models.errors import ConfigError
-from models.fusion import Fused, Fusion
+from models.fusion.fusion import Fused, Fusion
 
 
 @dataclass(frozen=True, slots=True)

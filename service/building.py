@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from index_store.build.source import Done, Reject, Step
     from index_store.storage.manifest import Manifest
     from index_store.types import KeyKind, Side
-    from models.clip import Encoder
-    from models.streams import Encoding, Stream
+    from models.data.streams import Encoding, Stream
+    from models.encoder.encoder import Encoder
 
 UNVERIFIABLE = (
     "nothing can check that these vectors came from {encoder}: if another encoder made them every neighbour will be wrong; "
@@ -83,8 +83,8 @@ class Plan:
 
 def build(args: Args) -> None:
     """reco memory build: encode the sources into one new version."""
-    from models.sources import flattened
-    from models.streams import Encoding, count_items, streams_of
+    from models.data.sources import flattened
+    from models.data.streams import Encoding, count_items, streams_of
     from service.loading import load_encoder
 
     settings = _checked(args)
@@ -99,9 +99,9 @@ def build(args: Args) -> None:
 
 def import_embeddings(args: Args) -> None:
     """reco memory import: one new version of embeddings made elsewhere, or of another version."""
-    from models.embeddings import is_layout, read_layout
+    from models.data.clip_retrieval import is_layout, read_layout
+    from models.data.streams import Encoding, embedding_stream, version_stream
     from models.errors import DataError
-    from models.streams import Encoding, embedding_stream, version_stream
     from service.loading import load_encoder
 
     settings = _checked(args)
@@ -154,7 +154,7 @@ def _carry_out(plan: Plan, encoding: Encoding) -> None:
 
 def _built(plan: Plan, tally: Tally) -> Manifest:
     from index_store.build.source import BuildSource
-    from models.streams import chained
+    from models.data.streams import chained
 
     args, near = plan.args, plan.near()
     with progress(plan.items, args.name) as bar:

@@ -95,8 +95,8 @@ def delete(args: Args) -> None:
 
 def train(args: Args) -> None:
     """reco train: learn a fusion."""
-    from models.train import train as learn
-    from models.training_config import TrainConfig
+    from models.training.config import TrainConfig
+    from models.training.train import train as learn
 
     print(learn(TrainConfig.read(args.recipe), resume=args.resume))
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from index_store import Side, Snapshot, Store
 from index_store.types import SIDES
-from models.gpu import gpu_memory
+from models.encoder.device import gpu_memory
 from models.reco import Reco
 from models.starter import MEMORY, install_starter, starter_labels
 from service.batcher import Answer, DeadlinePassed, QueueFull

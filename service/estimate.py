@@ -14,12 +14,12 @@ import numpy as np
 from index_store.build.index import FLAT, candidates
 from index_store.build.source import Reject
 from index_store.types import SIDES, Id, Pairs
+from models.data.encode import encode_texts, unique
+from models.data.samples import Sample
+from models.data.sources import read_all
+from models.data.streams import Encoding, Stream
+from models.encoder.image_io import check_header
 from models.errors import ImageError
-from models.images import check_header
-from models.prepare import encode_texts, unique
-from models.samples import Sample
-from models.sources import read_all
-from models.streams import Encoding, Stream
 
 if TYPE_CHECKING:
     from index_store.build.dedup import Deduplicator
@@ -126,7 +126,7 @@ def _rows(pairs: Pairs | None) -> Iterator[tuple[Id, dict[str, object]]]:
 
 def _measured(batch: list[Sample], encoding: Encoding) -> float:
     """Seconds per pair of one batch, decoding included, the second time: the first also warms the model."""
-    from models.prepare import encode_images
+    from models.data.encode import encode_images
 
     seconds = 0.0
     for _ in range(2):

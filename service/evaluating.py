@@ -23,11 +23,11 @@ from service.settings import Settings, read
 
 if TYPE_CHECKING:
     from index_store.build.source import Reject
-    from models.evaluate import Captioned, Labels, Report
-    from models.queries import Photos, Setting
+    from models.data.samples import Sample
+    from models.evaluation.evaluate import Captioned, Labels, Report
+    from models.evaluation.queries import Photos, Setting
+    from models.evaluation.workbench import Rival
     from models.reco import Reco
-    from models.samples import Sample
-    from models.workbench import Rival
 
 Args = argparse.Namespace
 CURVE_PAIRS = 200_000  # more are not taken apart for a plot: their vectors would have to be read whole
@@ -35,8 +35,8 @@ CURVE_PAIRS = 200_000  # more are not taken apart for a plot: their vectors woul
 
 def classify(args: Args) -> None:
     """reco eval classify: how many are right, plain and enhanced."""
-    from models.evaluate import Labels
-    from models.evaluate import classify as evaluate
+    from models.evaluation.evaluate import Labels
+    from models.evaluation.evaluate import classify as evaluate
 
     reco, snapshot = opened(args)
     names = _labels(args)
@@ -53,7 +53,7 @@ def classify(args: Args) -> None:
 
     _tell(report, args, settings, pictured)
     if args.per_class:
-        from models.report_tables import details
+        from models.evaluation.report_text import details
 
         print(details(report))
 
@@ -62,9 +62,9 @@ def _with_memory_curve(
     report: Report, settings: Sequence[Setting], reco: Reco, photos: Photos, labels: Labels, snapshot: Snapshot
 ) -> Report:
     """The report with the best setting asked of growing parts of the memory; a memory too large for that is left whole."""
-    from models.evaluate import memory_curve
-    from models.parts import Parts
-    from models.report_page import best_line
+    from models.evaluation.evaluate import memory_curve
+    from models.evaluation.report_html import best_line
+    from models.evaluation.submemories import Parts
 
     setting = next((each for each in settings if str(each) == best_line(report).method), None)
     if setting is None or len(snapshot) > CURVE_PAIRS:
@@ -75,7 +75,7 @@ def _with_memory_curve(
 
 def retrieve(args: Args) -> None:
     """reco eval retrieve: recall in both directions over all captions."""
-    from models.evaluate import retrieve as evaluate
+    from models.evaluation.evaluate import retrieve as evaluate
 
     reco, snapshot = opened(args)
     settings = settings_of(args)
@@ -84,8 +84,8 @@ def retrieve(args: Args) -> None:
 
 def entities(args: Args) -> None:
     """reco eval entities: labels seen in training and labels never seen, apart."""
-    from models.evaluate import Labels
-    from models.evaluate import entities as evaluate
+    from models.evaluation.evaluate import Labels
+    from models.evaluation.evaluate import entities as evaluate
 
     reco, snapshot = opened(args)
     names = _labels(args)
@@ -118,7 +118,7 @@ def _memory(settings: Settings, store: Store, starter: str, reco: Reco) -> Snaps
 
 def settings_of(args: Args) -> list[Setting]:
     """Every combination of what the command line lists, plain once."""
-    from models.queries import Setting
+    from models.evaluation.queries import Setting
     from models.reco import Route
 
     return [
@@ -138,7 +138,7 @@ def _labels(args: Args) -> list[str]:
         if not names:
             raise ServiceError(f"{args.labels.name} holds no label: write one a line")
         return list(dict.fromkeys(names))
-    from models.samples import Sample
+    from models.data.samples import Sample
 
     found = {sample.caption for sample in _samples(args, f"{{{args.label}}}") if isinstance(sample, Sample)}
     if not found:
@@ -156,15 +156,15 @@ def _tell_unseen(names: Sequence[str], photos: Photos) -> None:
 
 
 def _photos(args: Args, reco: Reco, names: Sequence[str]) -> Photos:
-    from models.queries import encode_photos
+    from models.evaluation.queries import encode_photos
 
     with _bar() as done:
         return encode_photos(_samples(args, f"{{{args.label}}}"), reco.encoder, labels=set(names), on_progress=done)
 
 
 def _captioned(args: Args, reco: Reco) -> Captioned:
-    from models.evaluate import Captioned
-    from models.queries import Queries, encode_photos, encode_prompts
+    from models.evaluation.evaluate import Captioned
+    from models.evaluation.queries import Queries, encode_photos, encode_prompts
 
     with _bar() as done:
         asked = encode_photos(_samples(args, args.caption), reco.encoder, on_progress=done)
@@ -179,7 +179,7 @@ def _captioned(args: Args, reco: Reco) -> Captioned:
 
 
 def _samples(args: Args, caption: str | None) -> Iterator[Sample | Reject]:
-    from models.sources import read_all
+    from models.data.sources import read_all
 
     return islice(read_all(args.sources, caption=caption), args.limit)
 
@@ -192,8 +192,8 @@ def _share(names: Sequence[str], share: float, seed: int) -> list[str]:
 
 def _tell(report: Report, args: Args, settings: Sequence[Setting], pictured: Callable[[], Pictured] = lambda: ([], [])) -> None:
     """Print the table; write JSON and the report where asked."""
-    from models.report_page import page
-    from models.report_tables import details, markdown, terminal
+    from models.evaluation.report_html import page
+    from models.evaluation.report_text import details, markdown, terminal
 
     print(terminal(report))
     found = json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n"
@@ -218,11 +218,11 @@ def _bar() -> Iterator[Any]:
 
 def ablate(args: Args) -> None:
     """reco eval ablate: every claim of the method as one row; goes on where an earlier run stopped."""
-    from models.ablate import ablate as measure
-    from models.ablate import markdown
-    from models.checkpoint import FusionFile
-    from models.evaluate import Labels
-    from models.workbench import Bench, Recipe
+    from models.evaluation.ablation import ablate as measure
+    from models.evaluation.ablation import markdown
+    from models.evaluation.evaluate import Labels
+    from models.evaluation.workbench import Bench, Recipe
+    from models.fusion.checkpoint import FusionFile
 
     reco, snapshot = opened(args)
     settings = read(vars(args), args.config)
@@ -243,11 +243,11 @@ def ablate(args: Args) -> None:
 
 def _rival(args: Args, names: Sequence[str]) -> Rival | None:
     """The pairs that full fine-tuning and the fusion alone both learn from, where sources are given."""
-    from models.finetune import Tuning
-    from models.queries import encode_photos
-    from models.samples import Sample
-    from models.sources import read_all
-    from models.workbench import Rival
+    from models.data.samples import Sample
+    from models.data.sources import read_all
+    from models.evaluation.finetune import Tuning
+    from models.evaluation.queries import encode_photos
+    from models.evaluation.workbench import Rival
 
     if not args.tune_on:
         return None

@@ -11,11 +11,11 @@ from index_store import Snapshot
 
 if TYPE_CHECKING:
     from index_store.build.source import Reject
-    from models.evaluate import Labels, Report
-    from models.queries import Photos, Setting
+    from models.data.samples import Sample
+    from models.evaluation.evaluate import Labels, Report
+    from models.evaluation.queries import Photos, Setting
+    from models.evaluation.report_html import Example
     from models.reco import Reco
-    from models.report_page import Example
-    from models.samples import Sample
 
 __all__ = ["Pictured", "examples"]
 
@@ -28,7 +28,7 @@ def examples(
     report: Report, settings: Sequence[Setting], reco: Reco, photos: Photos, labels: Labels, snapshot: Snapshot, items: Items
 ) -> Pictured:
     """Some photos that the best setting helped, and as many that it hurt, drawn with a fixed seed."""
-    from models.report_page import best_line
+    from models.evaluation.report_html import best_line
 
     setting = next((each for each in settings if str(each) == best_line(report).method), None)
     if setting is None:
@@ -51,7 +51,7 @@ def _example(
     snapshot: Snapshot,
     pictures: Mapping[str, bytes],
 ) -> Example:
-    from models.report_page import Example
+    from models.evaluation.report_html import Example
 
     one, k = photos.queries.encoded.take([row]), setting.k or reco.k
     own = [photos.queries.own[row]]
@@ -63,9 +63,9 @@ def _example(
 
 def _pictures(wanted: set[str], items: Items) -> dict[str, bytes]:
     """Small JPEGs of the photos with these ids, read once more from the sources."""
-    from models.images import read_image
-    from models.report_page import thumbnail
-    from models.samples import Sample
+    from models.data.samples import Sample
+    from models.encoder.image_io import read_image
+    from models.evaluation.report_html import thumbnail
 
     samples = (item for item in items() if isinstance(item, Sample) and item.id in wanted)
     return {sample.id: thumbnail(read_image(sample.image)) for sample in samples}

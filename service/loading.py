@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from models.checkpoint import fusion_named, training_free
-from models.clip import Encoder, EncoderSpec
+from models.encoder.encoder import Encoder, EncoderSpec
+from models.fusion.checkpoint import fusion_named, training_free
 from models.reco import Reco
 from models.starter import FUSION
 from service.settings import Settings

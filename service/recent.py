@@ -10,7 +10,7 @@ import numpy as np
 
 from index_store import Side, Snapshot
 from index_store.types import SIDES
-from models.clip import Encoded, together
+from models.encoder.encoder import Encoded, together
 from models.reco import Reco
 from service.errors import ItemRefused
 from service.work import Row

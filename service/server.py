@@ -98,7 +98,7 @@ def serve(settings: Settings) -> None:
     few_arenas()
     with bind(settings.host, settings.port) as taken:
         print(f"loading {settings.model}: this takes some seconds…", flush=True)
-        from models.hub import import_libraries  # torch takes seconds: only now that the port is ours
+        from models.encoder.loading import import_libraries  # torch takes seconds: only now that the port is ours
         from service.engine import Engine
 
         import_libraries()

@@ -11,7 +11,7 @@ import numpy as np
 
 from index_store import Side, Snapshot
 from index_store.types import Id
-from models.clip import Encoded
+from models.encoder.encoder import Encoded
 from models.reco import Embeddings, Reco, Timings
 from service.errors import ItemRefused
 from service.metrics import Stage

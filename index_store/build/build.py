@@ -6,17 +6,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from index_store.storage.atomic import digests, replace_text, sync, writing
-from index_store.build.shards import VersionWriter, fill, fill_from
-from index_store.build.index import index_version
 from index_store.build.checkpoint import unfinished_version
-from index_store.storage.manifest import FILE_NAME, Manifest
-from index_store.types import KeyKind, Pairs, Side
-from index_store.search.probes import DEPTH
+from index_store.build.index import index_version
+from index_store.build.shards import VersionWriter, fill, fill_from
 from index_store.build.source import BuildSource
-from index_store.store import Store, plain, plain_version
-from index_store.storage.checksums import Sight, record
 from index_store.build.staging import forget_notes, workplace
+from index_store.search.probes import DEPTH
+from index_store.storage.atomic import digests, replace_text, sync, writing
+from index_store.storage.checksums import Sight, record
+from index_store.storage.manifest import FILE_NAME, Manifest
+from index_store.store import Store, plain, plain_version
+from index_store.types import KeyKind, Pairs, Side
 
 
 def build_version(

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from index_store.storage.columns import open_lines, written_rows
-from index_store.storage.atomic import replace_text, sync, writing
-from index_store.types import SIDES, Id, Side
-from index_store.build.source import Done, BuildSource, Kept, Reject, Step
+from index_store.build.source import BuildSource, Done, Kept, Reject, Step
 from index_store.build.staging import IDS, LOCK, PROGRESS, REJECTS
+from index_store.storage.atomic import replace_text, sync, writing
+from index_store.storage.columns import open_lines, written_rows
+from index_store.types import SIDES, Id, Side
 
 log = logging.getLogger("reco")
 KEPT_ROWS = 8192  # rows of one block given back to a source that goes on

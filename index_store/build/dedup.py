@@ -8,9 +8,9 @@ from operator import itemgetter
 import faiss
 import numpy as np
 
+from index_store.build.source import Kept, Reject, Step
 from index_store.errors import PairsRefused
 from index_store.types import Id, Pairs
-from index_store.build.source import Kept, Reject, Step
 
 EXACT_PAIRS = 32_768  # up to here every kept pair is compared; beyond, those in the PROBES nearest of LISTS lists
 LISTS = 512

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from index_store.errors import IncompatibleSnapshot, PairsRefused
-from index_store.edits.journal import SUFFIX, log, read_records
-from index_store.storage.manifest import FILE_NAME, Manifest, read_manifest, same_encoder
-from index_store.edits.overlay import seal_of
-from index_store.types import SIDES, Id, KeyKind, Pairs, Side, readable
 from index_store.build.source import Reject, Step, first_of_each
+from index_store.edits.journal import SUFFIX, log, read_records
+from index_store.edits.overlay import seal_of
+from index_store.errors import IncompatibleSnapshot, PairsRefused
 from index_store.storage.checksums import verify
+from index_store.storage.manifest import FILE_NAME, Manifest, read_manifest, same_encoder
+from index_store.types import SIDES, Id, KeyKind, Pairs, Side, readable
 
 BLOCK_ROWS = 4096
 REPEATED = "its id came before: ids must be unique"

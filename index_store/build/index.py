@@ -11,14 +11,14 @@ import faiss
 import numpy as np
 
 from index_store.build.tuning import Clock, Point, flat_point, settle
-from index_store.storage.atomic import writing
 from index_store.errors import RecallTooLow, RecipeRefused, reason
 from index_store.float16 import widened
+from index_store.search.probes import DEPTH, Probes
+from index_store.search.shard import BLOCK_ROWS, Shard, keys_file
+from index_store.search.sharded import ShardedIndex
+from index_store.storage.atomic import writing
 from index_store.storage.manifest import Manifest, index_file
 from index_store.types import SIDES, Side
-from index_store.search.probes import DEPTH, Probes
-from index_store.search.sharded import ShardedIndex
-from index_store.search.shard import BLOCK_ROWS, Shard, keys_file
 
 AUTO, FLAT = "auto", "Flat"
 FLAT_PAIRS = 50_000  # up to here an exact search of 512-wide rows stays within a few milliseconds of a core

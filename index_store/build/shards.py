@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from index_store.storage.columns import ShardWriter
-from index_store.errors import PairsRefused, StoreUnwritable
-from index_store.build.index import check_recipe
 from index_store.build.checkpoint import BuildCheckpoint, Progress, done_of, earlier_progress, id_array, keep_only, read_ids
-from index_store.types import SIDES, KeyKind, Pairs, Side
 from index_store.build.ids import Seen
+from index_store.build.index import check_recipe
 from index_store.build.source import BuildSource, Step
 from index_store.build.staging import clear
+from index_store.errors import PairsRefused, StoreUnwritable
+from index_store.storage.columns import ShardWriter
 from index_store.storage.layout import rejects_file
+from index_store.types import SIDES, KeyKind, Pairs, Side
 
 
 @dataclass(slots=True)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from index_store.errors import PairsRefused, StoreBusy, StoreUnwritable, VersionExists
 from index_store.storage.atomic import make_folder, writing
 from index_store.storage.layout import partial
-from index_store.errors import PairsRefused, StoreBusy, StoreUnwritable, VersionExists
 
 LOCK = ".lock"  # held by the living builder; the kernel lets go when it dies, so a dead one's leftover is told apart
 PROGRESS = ".progress.json"  # how much of the rest counts

@@ -11,10 +11,10 @@ from typing import Any
 import faiss
 import numpy as np
 
-from index_store.types import SIDES, Side
 from index_store.search.probes import Probes
-from index_store.search.sharded import ShardedIndex
 from index_store.search.shard import flat_index
+from index_store.search.sharded import ShardedIndex
+from index_store.types import SIDES, Side
 
 BATCH = 32  # queries timed together, as a busy service asks them
 TIMED = 4  # batches of the probe queries that are timed
@@ -91,7 +91,13 @@ def measure(fans: Mapping[Side, ShardedIndex], questions: Mapping[Side, Probes],
 
 
 def settle(
-    fans: Mapping[Side, ShardedIndex], questions: Mapping[Side, Probes], clock: Clock, recipe: str, *, floor: float, limit_ms: float = math.inf
+    fans: Mapping[Side, ShardedIndex],
+    questions: Mapping[Side, Probes],
+    clock: Clock,
+    recipe: str,
+    *,
+    floor: float,
+    limit_ms: float = math.inf,
 ) -> tuple[Point, list[Point]]:
     """The fewest lists whose recall surely reaches the floor, or what came nearest to it; and every point that was measured.
 

@@ -1,4 +1,4 @@
-"""The training loop as one would write it by hand in PyTorch: the arithmetic of `models.loop`, everything in memory as tensors."""
+"""The training loop as one would write it first: plain PyTorch, everything in memory as tensors (same arithmetic as `trainer`)."""
 
 import math
 
@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from index_store.types import SIDES, Side
-from models.episodes import Episode
-from models.fusion import build_fusions
-from models.loop import WARM_UP, Learning
+from models.fusion.fusion import build_fusions
+from models.training.episodes import Episode
+from models.training.trainer import WARM_UP, Learning
 
 
 class PlainLoop:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from index_store.store import Store
 from index_store.types import SIDES, Side
-from models.checkpoint import training_free
-from models.clip import Encoder, EncoderSpec
-from models.episodes import Asking, Episode
-from models.prepared import look_up_prepared, prepare_pairs
+from models.data.streams import Encoding
+from models.encoder.encoder import Encoder, EncoderSpec
+from models.fusion.checkpoint import training_free
 from models.reco import Reco
-from models.streams import Encoding
+from models.training.cache import look_up_prepared, prepare_pairs
+from models.training.episodes import Asking, Episode
 
 K = 10
 LIMITS: dict[Side, float | None] = {"image": 0.98, "text": None}  # as a [[episodes]] table has them unless it says otherwise

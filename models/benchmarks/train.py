@@ -30,10 +30,10 @@ from index_store.types import SIDES
 from loadtests.report import environment, judged, told, write
 from models.benchmarks.plain import PlainLoop
 from models.benchmarks.prepare import NAME, VERSION, K, looked_up
-from models.clip import Encoder, EncoderSpec
-from models.episodes import BLOCK, Episode
-from models.fusion import build_fusions
-from models.loop import Learning, Loop
+from models.encoder.encoder import Encoder, EncoderSpec
+from models.fusion.fusion import build_fusions
+from models.training.episodes import BLOCK, Episode
+from models.training.trainer import Learning, Loop
 
 ENCODER = {  # nothing is encoded here: the smallest that has a fingerprint and the width
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 32, "patch_size": 16},

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from index_store.snapshot import Snapshot
-from models.clip import Encoded
-from models.evaluate import TEMPLATES
-from models.metrics import class_means, recall_at_k, top_k_accuracy
+from models.encoder.encoder import Encoded
+from models.evaluation.evaluate import TEMPLATES
+from models.evaluation.metrics import class_means, recall_at_k, top_k_accuracy
 from models.reco import Reco
 from models.starter.learn import project
 from models.starter.photos import Photos

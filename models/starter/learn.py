@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import trange
 
-from models.losses import info_nce
-from models.text import text_encoder
+from models.encoder.text_tower import text_encoder
+from models.fusion.losses import info_nce
 
 __all__ = ["Source", "learn", "project", "pseudo_features"]
 

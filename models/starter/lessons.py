@@ -14,11 +14,11 @@ from index_store.build.build import build_version
 from index_store.snapshot import Snapshot
 from index_store.store import Store
 from index_store.types import KeyKind, Pairs
-from models.episodes import Episode, look_up
-from models.prepare import encode_texts
+from models.data.encode import encode_texts
 from models.reco import Reco
 from models.starter.learn import project
 from models.starter.photos import Photos
+from models.training.episodes import Episode, look_up
 
 MEMORY_CAPTION, QUERY_CAPTION = "a photo of {}", "a photo of a {}."
 DEPTH = 20  # neighbours looked up: twice the k that is served, so that the fusion meets larger ones too

@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from models.clip import Encoder
-from models.images import read_image
-from models.samples import Sample
-from models.sources import read_samples
+from models.data.samples import Sample
+from models.data.sources import read_samples
+from models.encoder.encoder import Encoder
+from models.encoder.image_io import read_image
 
 BATCH = 16  # the fastest for this trunk on two cores
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from index_store.types import Side
-from models.episodes import Episode
-from models.fusion import Fusion, build_fusions
-from models.loop import Learning, learn
+from models.fusion.fusion import Fusion, build_fusions
 from models.starter.lessons import Classroom
 from models.starter.photos import Photos
-from models.train import accuracy
+from models.training.episodes import Episode
+from models.training.train import accuracy
+from models.training.trainer import Learning, learn
 
 ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 SERVED_K = 10

@@ -9,13 +9,13 @@ import torch
 
 from index_store.build.build import build_version
 from index_store.store import Store
-from models.checkpoint import training_free
-from models.clip import Encoder, EncoderSpec
-from models.episodes import joined
-from models.prepare import encode_samples
+from models.data.encode import encode_samples
+from models.data.sources import read_samples
+from models.encoder.encoder import Encoder, EncoderSpec
+from models.fusion.checkpoint import training_free
 from models.reco import Reco
-from models.sources import read_samples
 from models.tests.small import encoded_as, picture, tar_of
+from models.training.episodes import joined
 
 VIT = {
     "embed_dim": 32,

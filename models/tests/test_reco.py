@@ -8,10 +8,10 @@ from torch.nn.functional import normalize
 from index_store.errors import IncompatibleSnapshot
 from index_store.snapshot import Snapshot
 from index_store.types import Pairs, Side
-from models.checkpoint import training_free
-from models.clip import Encoded, Encoder
+from models.encoder.encoder import Encoded, Encoder
 from models.errors import ConfigError
-from models.fusion import build_fusions
+from models.fusion.checkpoint import training_free
+from models.fusion.fusion import build_fusions
 from models.reco import Reco
 from models.tests.small import memory_of, picture, unit
 

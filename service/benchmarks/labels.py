@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from index_store.benchmarks.synthetic import Collection
-from models.clip import Encoder, EncoderSpec
+from models.encoder.encoder import Encoder, EncoderSpec
 from service.label_index import LIKENESS, LabelIndex
 from service.ranking import Ranked, rank
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models.encoder.image_io import read_image
 from models.errors import BrokenImage, ImageError, ImageTooLarge, UnsupportedImage
-from models.images import read_image
 from service.batcher import DeadlinePassed
 from service.decode import Decoder
 from service.errors import NotServing

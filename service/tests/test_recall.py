@@ -12,8 +12,8 @@ import pytest
 
 from index_store import Memory, Snapshot
 from index_store.tests.small import opened, some_pairs, unit_rows
-from models.checkpoint import training_free
-from models.clip import Encoded, Encoder, EncoderSpec
+from models.encoder.encoder import Encoded, Encoder, EncoderSpec
+from models.fusion.checkpoint import training_free
 from models.reco import Reco, Timings
 from models.tests.small import memory_of
 from service import recall

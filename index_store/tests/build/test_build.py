@@ -10,9 +10,9 @@ import pytest
 from index_store.build.build import build_version
 from index_store.build.tuning import Point
 from index_store.errors import PairsRefused, RecallTooLow, RecipeRefused, StoreBusy, StoreError, VersionExists
-from index_store.types import Pairs
 from index_store.store import Store
 from index_store.tests.small import ENCODER, TRUNKS, VECTORS, built, nothing_there, opened, some_pairs, unit_rows
+from index_store.types import Pairs
 
 
 def test_the_manifest_tells_what_was_built(tmp_path: Path) -> None:

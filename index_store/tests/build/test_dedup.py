@@ -5,10 +5,10 @@ import pytest
 
 from index_store.build.build import dedup
 from index_store.build.dedup import Deduplicator
-from index_store.errors import PairsRefused
-from index_store.types import Pairs
 from index_store.build.source import Kept, Reject, Step
+from index_store.errors import PairsRefused
 from index_store.tests.small import part, some_pairs, unit, unit_rows
+from index_store.types import Pairs
 
 
 def clustered(n: int, width: int = 16, seed: int = 0) -> Pairs:

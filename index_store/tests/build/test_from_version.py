@@ -3,13 +3,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from index_store.build.from_version import is_version, stored_manifest, stored_steps
+from index_store.build.source import Step
 from index_store.editor import Editor
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, PairsRefused
-from index_store.types import Id, Pairs
-from index_store.build.source import Step
 from index_store.store import Store
-from index_store.build.from_version import is_version, stored_manifest, stored_steps
 from index_store.tests.small import ENCODER, TRUNKS, VECTORS, built, some_pairs
+from index_store.types import Id, Pairs
 
 
 def stored(path: Path, *, trunks: bool = False, seen: set[Id] | None = None, skip: int = 0) -> list[Step]:

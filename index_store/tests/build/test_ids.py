@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from index_store.errors import PairsRefused
 from index_store.build.ids import Seen
+from index_store.errors import PairsRefused
 
 
 @given(st.lists(st.lists(st.integers(-30, 30), max_size=6), max_size=12), st.booleans())

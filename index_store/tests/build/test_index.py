@@ -7,18 +7,17 @@ import faiss
 import numpy as np
 import pytest
 
-from index_store.build.build import tuning as curve
-
 from index_store.build.build import index as indexing
+from index_store.build.build import tuning as curve
+from index_store.build.index import candidates, check_recipe
 from index_store.build.tuning import Clock, Point
 from index_store.errors import RecipeRefused
-from index_store.build.index import candidates, check_recipe
-from index_store.storage.manifest import Manifest
-from index_store.types import SIDES, Pairs
 from index_store.search.probes import Probes
-from index_store.search.sharded import ShardedIndex
 from index_store.search.shard import Shard
+from index_store.search.sharded import ShardedIndex
+from index_store.storage.manifest import Manifest
 from index_store.tests.small import built, opened, some_pairs, unit, unit_rows
+from index_store.types import SIDES, Pairs
 
 
 @pytest.mark.parametrize(

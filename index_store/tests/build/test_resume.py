@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 
 from index_store.build.build import build_version
+from index_store.build.source import BuildSource, Done, Reject, Step
+from index_store.build.staging import NOTES
 from index_store.errors import PairsRefused, RecallTooLow, StoreBusy, StoreUnwritable
 from index_store.storage.manifest import Manifest
-from index_store.types import Pairs
-from index_store.build.source import Done, BuildSource, Reject, Step
 from index_store.store import Store
+from index_store.tests.build.test_crash import limited
 from index_store.tests.nursery import Nursery, kills
 from index_store.tests.small import ENCODER, TRUNKS, VECTORS, some_pairs
-from index_store.tests.build.test_crash import limited
-from index_store.build.staging import NOTES
+from index_store.types import Pairs
 
 BLOCK = 50  # items of one step, one of them a reject
 

@@ -1,0 +1,65 @@
+"""Fine-tuning a whole encoder on pairs: what learning the fusion alone is measured against.
+
+Alphabet: P pairs, B batch, L tokens, D width.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import trange
+
+from models.data.samples import Sample
+from models.encoder.encoder import Encoder
+from models.encoder.image_tower import normalised
+from models.encoder.text_tower import text_encoder
+from models.errors import DataError
+from models.fusion.losses import info_nce
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How the whole encoder learns: AdamW at one rate, every weight."""
+
+    steps: int = 100
+    batch: int = 64
+    learning_rate: float = 3e-5
+    seed: int = 0
+
+
+def finetuned(encoder: Encoder, samples: Sequence[Sample], tuning: Tuning) -> Encoder:
+    """A copy of the encoder after `steps` batches of CLIP's own loss on these pairs; the one given stays as it is.
+
+    Batch normalisation keeps the statistics it came with: those of small batches would be worse. Captions that are equal do not repel
+    each other. DataError where there are fewer pairs than a batch takes.
+    """
+    if len(samples) < tuning.batch:
+        raise DataError(f"{len(samples)} pairs are fewer than one batch of {tuning.batch}: give more sources to tune on")
+    model = copy.deepcopy(encoder.module).float().requires_grad_(True).train()
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.eval()
+    encode_text, rng = text_encoder(model), np.random.default_rng(tuning.seed)
+    tokens = torch.from_numpy(encoder.tokenize([sample.caption for sample in samples])).to(encoder.device)  # (P, L)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=tuning.learning_rate, weight_decay=0.1)
+    for _ in trange(tuning.steps, desc="full fine-tuning", unit="step"):
+        rows = rng.choice(len(samples), tuning.batch, replace=False)
+        text = tokens[rows]
+        image = model.encode_image(_pixels([samples[row] for row in rows], encoder), normalize=True)  # (B, D)
+        same = (text[:, None] == text[None]).all(dim=2)  # (B, B)
+        loss = info_nce(image, F.normalize(encode_text(text), dim=-1), model.logit_scale.exp(), same=same)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    return encoder.around(model)
+
+
+def _pixels(samples: Sequence[Sample], encoder: Encoder) -> Tensor:
+    """(B, 3, H, W) float32, normalised."""
+    pixels = np.stack([encoder.read(sample.image) for sample in samples])
+    return normalised(torch.from_numpy(pixels).to(encoder.device), encoder.module.visual.preprocess_cfg)

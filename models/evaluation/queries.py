@@ -1,0 +1,129 @@
+"""What an evaluation asks: items encoded once, then refined under any setting. Alphabet: N queries, D width, K neighbours."""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from index_store.build.source import Reject
+from index_store.snapshot import Snapshot
+from index_store.types import Id, Side
+from models.data.encode import OnProgress, encode_images
+from models.data.samples import Sample
+from models.encoder.encoder import Encoded, Encoder, together
+from models.errors import ConfigError, DataError
+from models.reco import STRAIGHT, Reco, Route
+
+Enhance = Literal["none", "image", "text", "both"]
+ENHANCE: tuple[Enhance, ...] = ("none", "image", "text", "both")
+BLOCK = 512  # queries refined at a time: 5 MB of neighbours each at K = 10, D = 256
+NEAR_DUPLICATE = 0.98  # a memory photo nearer than this to the query is taken for the query itself
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One way of asking the memory.
+
+    k: neighbours, None = the fusion's.  image_limit, text_limit: what is nearer than this is passed over.
+    dehub: how much of each candidate's hubness (NNN) is taken off its scores.
+    """
+
+    enhance: Enhance = "both"
+    k: int | None = None
+    route: Route = STRAIGHT
+    image_limit: float | None = NEAR_DUPLICATE
+    text_limit: float | None = None
+    dehub: float = 0.0
+
+    def enhances(self, side: Side) -> bool:
+        """Whether queries on this side are refined."""
+        return self.enhance in (side, "both")
+
+    def __str__(self) -> str:
+        if self.enhance == "none":
+            return "none" + (f", NNN {self.dehub:g}" if self.dehub else "")
+        parts = [self.enhance, "" if self.k is None else f"k {self.k}"]
+        parts.append("" if self.route == STRAIGHT else f"{self.route.search} search, {self.route.fuse} fusion")
+        return ", ".join(part for part in (*parts, f"NNN {self.dehub:g}" if self.dehub else "") if part)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Queries:
+    """N items of one side. own: for each the ids that are the query itself, or other captions of its photo."""
+
+    encoded: Encoded
+    own: Sequence[Collection[Id]] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Photos:
+    """N labelled photos, encoded once.  ids, labels: N strings."""
+
+    ids: Sequence[str]
+    labels: Sequence[str]
+    queries: Queries
+    rejects: Sequence[Reject]
+
+
+def encode_photos(
+    samples: Iterable[Sample | Reject],
+    encoder: Encoder,
+    *,
+    labels: Collection[str] | None = None,
+    batch: int = 32,
+    on_progress: OnProgress = lambda _: None,
+) -> Photos:
+    """Every readable photo; its caption is its label, and one that is not among `labels` becomes a reject."""
+    rejects, kept, seen = list[Reject](), list[Sample](), list[Encoded]()
+    known = (_known(item, labels) for item in samples)
+    for some, encoded in encode_images(known, encoder, batch=batch, on_reject=rejects.append, on_progress=on_progress):
+        kept += some
+        seen.append(encoded)
+    if not kept:
+        raise DataError(f"no image could be read, {len(rejects)} were rejected: check the labels and the field that names them")
+    ids = [sample.id for sample in kept]
+    return Photos(ids, [sample.caption for sample in kept], Queries(together(seen), [{name} for name in ids]), rejects)
+
+
+def encode_prompts(prompts: Sequence[str], encoder: Encoder) -> Encoded:
+    """(N, D) the texts as the encoder gives them, in blocks."""
+    return together([encoder.encode(encoder.tokenize(prompts[at : at + BLOCK]), "text") for at in range(0, len(prompts), BLOCK)])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Refined:
+    """What became of N queries.  vectors: (N, D) float32 unit.  nearest: (N,) float32, the best neighbour's score, 0 without any."""
+
+    vectors: np.ndarray
+    nearest: np.ndarray
+
+
+def refine(reco: Reco, queries: Queries, side: Side, snapshot: Snapshot, setting: Setting) -> Refined:
+    """The queries under one setting, block by block; plain where the setting leaves their side alone."""
+    plain = queries.encoded.vectors
+    if not setting.enhances(side):
+        return Refined(plain, np.zeros(len(plain), np.float32))
+    k = reco.k if setting.k is None else setting.k
+    if k > len(snapshot):
+        raise ConfigError(f"k = {k}, and {snapshot.ref} holds {len(snapshot)} pairs: ask for fewer neighbours")
+    limit = setting.image_limit if side == "image" else setting.text_limit
+    vectors, nearest = np.empty_like(plain), np.zeros(len(plain), np.float32)
+    for at in range(0, len(plain), BLOCK):
+        rows = slice(at, at + BLOCK)
+        trunk = queries.encoded.trunk
+        some = Encoded(plain[rows], None if trunk is None else trunk[rows])
+        found = reco.enhance(some, side, snapshot, k, max_similarity=limit, exclude=queries.own[rows], route=setting.route)
+        vectors[rows] = found.vectors
+        if found.neighbors is not None:
+            nearest[rows] = found.neighbors.scores[:, 0]
+    return Refined(vectors, nearest)
+
+
+def _known(item: Sample | Reject, labels: Collection[str] | None) -> Sample | Reject:
+    if isinstance(item, Sample) and labels is not None and item.caption not in labels:
+        return Reject(item.id, f"its label {item.caption!r} is not among those asked for")
+    return item

@@ -1,0 +1,121 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from index_store.build.source import Reject
+from index_store.types import KeyKind, Side
+from models.data.encode import AHEAD, encode_images, encode_samples, encode_texts, unique
+from models.data.samples import Sample
+from models.data.sources import read_samples
+from models.encoder.encoder import Encoder
+from models.errors import ConfigError
+from models.tests.small import encoded_as, memory_of, picture, tar_of
+
+KINDS: dict[Side, KeyKind] = {"image": "vector", "text": "vector"}
+
+
+def sample(i: int, **fields: object) -> Sample:
+    return Sample(f"id{i}", encoded_as(picture(i), "PNG"), f"caption {i % 3}", fields)
+
+
+def test_pairs_are_the_encoded_samples_in_order(encoder: Encoder) -> None:
+    samples = [sample(i, price=i) for i in range(7)]
+    blocks = list(encode_samples(samples, encoder, kinds={"image": "trunk", "text": "vector"}, batch=3))
+    assert [len(block) for block in blocks] == [3, 3, 1]
+    assert [name for block in blocks for name in block.ids] == [f"id{i}" for i in range(7)]
+    assert blocks[1].records[0] == {"price": 3, "caption": "caption 0"}
+    pixels = np.stack([encoder.preprocess(picture(i)) for i in range(7)])
+    seen = encoder.encode(pixels, "image")
+    read = encoder.encode(encoder.tokenize([each.caption for each in samples]), "text")
+    for field, expected in (("image", seen.vectors), ("image_key", seen.key("trunk")), ("text", read.vectors)):
+        np.testing.assert_allclose(np.concatenate([getattr(block, field) for block in blocks]), expected, atol=1e-6)
+    assert blocks[0].text_key is None
+
+
+def test_rejects_are_counted_and_never_stop_the_rest(encoder: Encoder) -> None:
+    good, bomb = sample(0), encoded_as(picture(1, 100, 100), "PNG")
+    samples: list[Sample | Reject] = [
+        Reject("earlier", "no caption"),
+        good,
+        Sample("words", b"hello", "c", {}),
+        Sample("cut", good.image[:200], "c", {}),
+        Sample("large", bomb, "c", {}),
+        Sample("id0", good.image, "the same id", {}),
+        Sample("i" * 300, good.image, "c", {}),
+        Sample("\udcff", good.image, "c", {}),
+        Sample("", good.image, "c", {}),
+        sample(1),
+    ]
+    rejects: list[Reject] = []
+    progress: list[int] = []
+    blocks = encode_samples(samples, encoder, kinds=KINDS, batch=4, max_pixels=9_999, on_reject=rejects.append, on_progress=progress.append)
+    assert [name for block in blocks for name in block.ids] == ["id0", "id1"]
+    assert {reject.item for reject in rejects} == {"earlier", "words", "cut", "large", "id0", "i" * 300, "\udcff", ""}
+    assert sum(progress) == len(samples)
+    reasons = {reject.item: reject.reason for reject in rejects}
+    assert "unique" in reasons["id0"]
+    assert "100x100 pixels, the limit is 9999" in reasons["large"]
+
+
+def test_duplicate_keys_of_a_tar_are_rejected(encoder: Encoder, tmp_path: Path) -> None:
+    members = [(f"{key}.{kind}", data) for key in "abab" for kind, data in (("jpg", encoded_as(picture(0), "JPEG")), ("txt", b"c"))]
+    members += members[-2:]  # and twice in a row
+    rejects: list[Reject] = []
+    blocks = list(encode_samples(read_samples(tar_of(tmp_path / "s.tar", members)), encoder, kinds=KINDS, on_reject=rejects.append))
+    assert [name for block in blocks for name in block.ids] == ["a", "b"]
+    assert [reject.item for reject in rejects] == ["a", "b", "b"]
+
+
+def test_five_captions_of_a_photo_are_five_pairs_with_one_vector(encoder: Encoder, tmp_path: Path) -> None:
+    captions = {"captions": [f"saying {i}" for i in range(5)]}
+    members: list[tuple[str, bytes | dict[str, list[str]]]] = []
+    for i in range(3):
+        members += [(f"p{i}.jpg", encoded_as(picture(i), "PNG")), (f"p{i}.json", captions)]
+    blocks = list(encode_samples(read_samples(tar_of(tmp_path / "s.tar", members)), encoder, kinds=KINDS, batch=4))
+    image = np.concatenate([block.image for block in blocks])
+    assert image.shape[0] == 15
+    for i in range(3):
+        expected = encoder.encode(encoder.preprocess(picture(i))[None], "image").vectors
+        np.testing.assert_allclose(image[5 * i : 5 * i + 5], np.repeat(expected, 5, 0), atol=1e-6)
+
+
+def test_equal_captions_are_encoded_once_and_given_to_all(encoder: Encoder) -> None:
+    captions = ["a", "b", "a", "c", "b"]
+    expected = encoder.encode(encoder.tokenize(captions), "text").vectors
+    np.testing.assert_allclose(encode_texts(captions, encoder).vectors, expected, atol=1e-6)
+
+
+def test_no_more_is_read_than_a_few_batches_ahead(encoder: Encoder) -> None:
+    read: list[int] = []
+
+    def endless() -> Iterator[Sample]:
+        for i in range(1_000_000):
+            read.append(i)
+            yield sample(i)
+
+    stream = encode_images(endless(), encoder, batch=2)
+    for _ in range(3):
+        next(stream)
+    assert len(read) <= 2 * (3 + AHEAD)
+    stream.close()  # type: ignore[attr-defined]  # Ctrl-C in the middle leaves no thread behind
+
+
+def test_unique_keeps_rejects_as_they_are() -> None:
+    items: list[Sample | Reject] = [Reject("x", "why"), sample(1), Reject("x", "again"), sample(1)]
+    assert list(unique(items))[:3] == items[:3]
+    assert isinstance(list(unique(items))[3], Reject)
+
+
+def test_a_memory_is_built_from_the_blocks(encoder: Encoder, tmp_path: Path) -> None:
+    (block,) = encode_samples([sample(i) for i in range(5)], encoder, kinds=KINDS)
+    snapshot = memory_of(tmp_path, block, encoder.fingerprint)
+    found = snapshot.retrieve(block.image, "image", 1)
+    np.testing.assert_array_equal(found.ids[:, 0], block.ids)
+    assert found.records(2) == [{"id": "id2", "caption": "caption 2"}]
+
+
+def test_trunk_keys_need_a_trunk(encoder: Encoder) -> None:
+    with pytest.raises(ConfigError, match="vector keys"):
+        list(encode_samples([sample(0)], encoder, kinds={"image": "vector", "text": "trunk"}))
