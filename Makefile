@@ -46,7 +46,7 @@ bench-train: .venv/.dev ## training beside plain PyTorch and bare faiss; writes 
 	$(BIN)/python -m models.benchmarks.train
 
 chaos: .venv/.dev ## kill builds, swaps and edits, those of a service too, at 200 random moments each
-	RECO_KILLS=200 $(BIN)/python -m pytest --timeout 7200 index_store/tests/build/test_crash.py index_store/tests/edits/test_crash.py index_store/tests/build/test_resume.py service/tests/test_swap_crash.py
+	RECO_KILLS=200 $(BIN)/python -m pytest --timeout 7200 index_store/tests/build/test_crash.py index_store/tests/edits/test_crash.py index_store/tests/build/test_resume.py service/tests/memories/test_swap_crash.py
 
 clean: ## remove the environment, the caches and the local store
 	rm -rf .venv var .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -15,7 +15,9 @@ def repeated(store: Store, name: str, served: Collection[str]) -> list[str]:
     One that was edited after a compaction had folded it away holds what no other does, and is not among them.
     """
     made = dict(_compactions(store, name))
-    holdings = {holding for version, (base, folded) in made.items() for holding in _holdings(store, name, version, base, folded)}
+    holdings = {
+        holding for version, (base, folded) in made.items() for holding in _holdings(store, name, version, base, folded)
+    }
     known = set(served)
     while more := {held for holder, held in holdings if holder in known} - known:
         known |= more

@@ -44,7 +44,9 @@ class Editor:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, store: Store, name: str, version: str | None = None, *, encoder: str, devices: Sequence[int] = ()) -> "Editor":
+    def open(
+        cls, store: Store, name: str, version: str | None = None, *, encoder: str, devices: Sequence[int] = ()
+    ) -> "Editor":
         """A verified version, the current one where none is named, with every acknowledged edit.  devices: as in `Snapshot.open`.
 
         Takes no lock yet: the first edit does, and is refused with StoreBusy while another process edits this version.
@@ -94,7 +96,9 @@ class Editor:
             journal, overlay = self._writer(), self._overlay
             snapshot, edits, size = overlay.snapshot, journal.edits, journal.size
         if not len(snapshot):
-            raise PairsRefused(f"{snapshot.ref} holds no pair any more: a version needs at least one, add some or delete the memory")
+            raise PairsRefused(
+                f"{snapshot.ref} holds no pair any more: a version needs at least one, add some or delete the memory"
+            )
         base = overlay.base.manifest
         built = build_version(
             self._store,
@@ -121,10 +125,15 @@ class Editor:
         old, new = prepared.base.manifest, prepared.snapshot.manifest
         with self._lock:
             if self._overlay.base is not prepared.base:
-                raise StoreBusy(f"{new.ref} was compacted from {old.ref}, by now {self.snapshot.ref} is being edited: compact that again")
+                raise StoreBusy(
+                    f"{new.ref} was compacted from {old.ref}, by now {self.snapshot.ref} is being edited: compact that again"
+                )
             self._writer()
             fresh = Overlay(prepared.snapshot)
-            payloads = [payload for _, payload in read_records(self._store.journal(old.name, old.version), seal_of(old), prepared.size)]
+            payloads = [
+                payload
+                for _, payload in read_records(self._store.journal(old.name, old.version), seal_of(old), prepared.size)
+            ]
             for number, payload in enumerate(payloads, prepared.edits + 1):
                 fresh.apply(decoded(payload, prepared.base, number))
             journal = Journal.create(self._store.journal(new.name, new.version), seal_of(new), payloads)
@@ -157,7 +166,9 @@ class Editor:
             journal = Journal.open(path, seal_of(base.manifest))
             if journal.edits < self.snapshot.edits:
                 journal.close()
-                raise DamagedVersion(f"{path.name} held {self.snapshot.edits} edits and now holds {journal.edits}: restore it from a copy")
+                raise DamagedVersion(
+                    f"{path.name} held {self.snapshot.edits} edits and now holds {journal.edits}: restore it from a copy"
+                )
             if journal.size != self._size:
                 self._overlay, self._size = replayed(base, path)
             self._journal = journal

@@ -29,7 +29,9 @@ class Neighbors:
     def row(self, i: int) -> "Neighbors":
         """The same for one caller: B = 1."""
         one = slice(i, i + 1)
-        return Neighbors(self.ids[one], self.scores[one], self.values[one], self.mask[one], self._rows[one], self._record)
+        return Neighbors(
+            self.ids[one], self.scores[one], self.values[one], self.mask[one], self._rows[one], self._record
+        )
 
     def beside(self, others: "Neighbors") -> "Neighbors":
         """These, then others found by the same queries in the same snapshot."""
@@ -37,7 +39,9 @@ class Neighbors:
         def joined(name: str) -> np.ndarray:
             return np.concatenate([getattr(self, name), getattr(others, name)], axis=1)
 
-        return Neighbors(joined("ids"), joined("scores"), joined("values"), joined("mask"), joined("_rows"), self._record)
+        return Neighbors(
+            joined("ids"), joined("scores"), joined("values"), joined("mask"), joined("_rows"), self._record
+        )
 
     def records(self, b: int) -> list[dict[str, Any]]:
         """{"id", "caption", and the user's metadata} of each present neighbour of caller b, read from disk now."""

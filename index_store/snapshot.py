@@ -38,7 +38,11 @@ class Snapshot:
     """
 
     def __init__(
-        self, manifest: Manifest, shards: Sequence[Shard], probes: dict[Side, Probes], unread: frozenset[str] = frozenset()
+        self,
+        manifest: Manifest,
+        shards: Sequence[Shard],
+        probes: dict[Side, Probes],
+        unread: frozenset[str] = frozenset(),
     ) -> None:
         self.manifest = manifest
         self.unread = unread  # files taken on the word of an earlier reading: read them again at leisure
@@ -66,7 +70,9 @@ class Snapshot:
             )
         unread = verify(path, manifest, trust=True)
         owners = cycle([Owner.of(device) for device in devices] or [None])
-        shards = [Shard(path, shard["folder"], shard["pairs"], manifest, owner=next(owners)) for shard in manifest.shards]
+        shards = [
+            Shard(path, shard["folder"], shard["pairs"], manifest, owner=next(owners)) for shard in manifest.shards
+        ]
         return cls(manifest, shards, {side: Probes.read(path, side, manifest) for side in SIDES}, unread)
 
     def with_tail(self, tail: Delta) -> "Snapshot":
@@ -115,7 +121,10 @@ class Snapshot:
     def bytes(self) -> dict[str, int]:
         """{"mapped": bytes of files that the system pages in and out, "resident": bytes held by flat indexes and edits}."""
         tail = self._tail.resident_bytes() if self._tail else 0
-        return {"mapped": sum(file["bytes"] for file in self.manifest.files.values()), "resident": self._resident + tail}
+        return {
+            "mapped": sum(file["bytes"] for file in self.manifest.files.values()),
+            "resident": self._resident + tail,
+        }
 
     def key_kind(self, side: Side) -> KeyKind:
         """What a query on `side` must be: the CLIP vector, or the tower's features before projection."""
@@ -139,7 +148,9 @@ class Snapshot:
         exclude: ids to pass over, one collection per query.  min_score: farther ones are masked.
         k neighbours still come back where k remain, and no others. probes: index lists to visit, the manifest's where None.
         """
-        hits = self.search(queries, side, k, probes=probes, max_similarity=max_similarity, exclude=exclude, min_score=min_score)
+        hits = self.search(
+            queries, side, k, probes=probes, max_similarity=max_similarity, exclude=exclude, min_score=min_score
+        )
         return self._gathered(hits, self._searched[side], side if values == "same" else other(side))
 
     def search(
@@ -156,7 +167,9 @@ class Snapshot:
         """The first half of `retrieve`, for who gathers later: the rows, which mean something to this very snapshot alone."""
         fan = self._searched[side]
         queries = self._checked(queries, fan, k)
-        limits = limits_of(len(queries), self.id_kind, max_similarity=max_similarity, exclude=exclude, min_score=min_score)
+        limits = limits_of(
+            len(queries), self.id_kind, max_similarity=max_similarity, exclude=exclude, min_score=min_score
+        )
         lists = self.manifest.index["probes"]
         return nearest(fan, queries, k, (probes or lists) if lists else 0, limits)
 
@@ -219,7 +232,9 @@ class Snapshot:
             raise QueryRefused(f"k is {k}: ask for at least one neighbour")
         if queries.ndim != 2 or queries.shape[1] != fan.width:
             kind = self.key_kind(fan.side)
-            raise QueryRefused(f"{self.ref} compares {fan.side} {kind} keys of width {fan.width}, the queries are {queries.shape}")
+            raise QueryRefused(
+                f"{self.ref} compares {fan.side} {kind} keys of width {fan.width}, the queries are {queries.shape}"
+            )
         if not np.isfinite(queries).all():
             raise QueryRefused("a query holds a value that is not finite: check the encoder's precision")
         return np.ascontiguousarray(queries, np.float32)

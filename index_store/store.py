@@ -64,7 +64,9 @@ class Store:
     def path(self, name: str, version: str) -> Path:
         """The directory of a finished version."""
         if plain(version) not in self.versions(name):
-            raise UnknownVersion(f"{name} has no version {version!r}, only {', '.join(self.versions(name))}: choose one of these")
+            raise UnknownVersion(
+                f"{name} has no version {version!r}, only {', '.join(self.versions(name))}: choose one of these"
+            )
         return self.root / name / version
 
     def manifest(self, name: str, version: str | None = None) -> Manifest:
@@ -144,7 +146,11 @@ class Store:
         Only a version that came last and never served leaves its name to the next.
         """
         day = (today or datetime.now(UTC)).strftime("%Y-%m-%d")
-        taken = [version for version in {*self._finished(plain(name)), *self._pointer_if_whole(name)} if version.startswith(day)]
+        taken = [
+            version
+            for version in {*self._finished(plain(name)), *self._pointer_if_whole(name)}
+            if version.startswith(day)
+        ]
         return next(label for label in map(_label, repeat(day), count()) if all(label > version for version in taken))
 
     def _pointer(self, name: str) -> list[str]:
@@ -153,9 +159,13 @@ class Store:
         try:
             lines = (self.root / name / CURRENT).read_text(encoding="utf-8").splitlines()
         except FileNotFoundError as error:
-            raise UnknownVersion(f"{name} has no current version: activate one of {', '.join(self.versions(name))}") from error
+            raise UnknownVersion(
+                f"{name} has no current version: activate one of {', '.join(self.versions(name))}"
+            ) from error
         except (OSError, UnicodeDecodeError) as error:
-            raise DamagedVersion(f"{name}/{CURRENT} cannot be read ({type(error).__name__}): activate a version again") from error
+            raise DamagedVersion(
+                f"{name}/{CURRENT} cannot be read ({type(error).__name__}): activate a version again"
+            ) from error
         if not 1 <= len(lines) <= 2 or not all(NAME.fullmatch(line) for line in lines):
             raise DamagedVersion(f"{name}/{CURRENT} does not hold one or two version names: activate a version again")
         return lines
@@ -168,7 +178,11 @@ class Store:
             return []
 
     def _finished(self, name: str) -> list[str]:
-        return [version for version in self._plain_names(self.root / name) if (self.root / name / version / FILE_NAME).is_file()]
+        return [
+            version
+            for version in self._plain_names(self.root / name)
+            if (self.root / name / version / FILE_NAME).is_file()
+        ]
 
     @staticmethod
     def _plain_names(folder: Path) -> list[str]:
@@ -177,7 +191,9 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            raise StoreUnwritable(f"the folder of {folder.name} cannot be read: {error.strerror}; grant permission") from error
+            raise StoreUnwritable(
+                f"the folder of {folder.name} cannot be read: {error.strerror}; grant permission"
+            ) from error
 
 
 def _clear_deleted(folder: Path) -> None:
@@ -193,7 +209,9 @@ def plain(name: str) -> str:
     """The name itself where it is a plain one; NameRefused for anything that could be a path."""
     if not NAME.fullmatch(name):
         shown = name if len(name) <= 80 else name[:80] + "…"
-        raise NameRefused(f"{shown!r} is not a name: 1 to 64 of the characters A-Z a-z 0-9 . _ -, beginning with a letter or digit")
+        raise NameRefused(
+            f"{shown!r} is not a name: 1 to 64 of the characters A-Z a-z 0-9 . _ -, beginning with a letter or digit"
+        )
     return name
 
 

@@ -42,7 +42,9 @@ class Pairs:
     def __post_init__(self) -> None:
         _check_ids(self.ids)
         if self.image.shape[1:] != self.text.shape[1:]:
-            raise PairsRefused(f"image and text vectors must be of one width, not {self.image.shape} and {self.text.shape}")
+            raise PairsRefused(
+                f"image and text vectors must be of one width, not {self.image.shape} and {self.text.shape}"
+            )
         for side in SIDES:
             _check_rows(f"{side} vectors", self.values(side), len(self.ids))
             if self.has_own_keys(side):
@@ -89,7 +91,9 @@ def _check_ids(ids: np.ndarray) -> None:
     if ids.dtype.kind == "U":
         for value in ids.tolist():
             if not _storable(value):
-                raise PairsRefused(f"id {value[:40]!r} must hold 1 to {MAX_ID_BYTES} bytes of valid UTF-8 without NUL: rename it")
+                raise PairsRefused(
+                    f"id {value[:40]!r} must hold 1 to {MAX_ID_BYTES} bytes of valid UTF-8 without NUL: rename it"
+                )
 
 
 def _storable(value: str) -> bool:
@@ -110,7 +114,9 @@ def _check_rows(what: str, rows: np.ndarray, pairs: int) -> None:
     wrong = np.flatnonzero(~(np.abs(lengths - 1.0) <= NORM_TOLERANCE))
     if len(wrong):
         row = int(wrong[0])
-        length = np.linalg.norm(rows[row].astype(np.float32))  # widened() makes large numbers of halves that are not finite
+        length = np.linalg.norm(
+            rows[row].astype(np.float32)
+        )  # widened() makes large numbers of halves that are not finite
         raise PairsRefused(f"{what}: row {row} has length {length:.4g}, not 1: normalise it, or drop the pair")
 
 

@@ -33,7 +33,20 @@ from loadtests.yardstick import Yardstick
 MEMORY = "bench"
 BATCHES = {"cpu": (16, 32), "cuda": (32, 64, 128, 256, 512)}  # candidates for the yardstick; the fastest is taken
 QUICK = {"model": "ViT-S-32-alt", "repeats": 1, "seconds": 6.0, "warmup": 0.5, "pairs": 2000, "labels": 20_000}
-SETTINGS = ("only", "model", "device", "precision", "max_batch", "threads", "pairs", "labels", "repeats", "seconds", "warmup", "quick")
+SETTINGS = (
+    "only",
+    "model",
+    "device",
+    "precision",
+    "max_batch",
+    "threads",
+    "pairs",
+    "labels",
+    "repeats",
+    "seconds",
+    "warmup",
+    "quick",
+)
 RUNNING: Mapping[str, Callable[[Bench], Measured]] = {  # these share one service
     "throughput": figures.throughput,
     "one-photo": figures.one_photo,
@@ -47,7 +60,9 @@ ALONE = ("labels", "flood", "start", "help")  # these start their own processes
 def build_memory(environ: Mapping[str, str], pairs: int, fingerprint: str, dim: int) -> float:
     """Seconds it took to write the memory; 0 where an earlier run has."""
     store = environ["RECO_STORE"]
-    shown = subprocess.run([sys.executable, "-m", "service.cli", "memory", "show", MEMORY], cwd=ROOT, env=environ, capture_output=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "service.cli.main", "memory", "show", MEMORY], cwd=ROOT, env=environ, capture_output=True
+    )
     if shown.returncode == 0:
         return 0.0
     command = [sys.executable, "-m", "index_store.benchmarks.synthetic", store, MEMORY, "v1", "--encoder", fingerprint]
@@ -59,7 +74,7 @@ def build_memory(environ: Mapping[str, str], pairs: int, fingerprint: str, dim: 
 def help_seconds(repeats: int) -> dict[str, float]:
     """How long `reco --help` takes, process start included."""
     installed = Path(sys.executable).with_name("reco")
-    command = [str(installed)] if installed.exists() else [sys.executable, "-m", "service.cli"]
+    command = [str(installed)] if installed.exists() else [sys.executable, "-m", "service.cli.main"]
     found = []
     for _ in range(repeats):
         begun = time.perf_counter()
@@ -73,15 +88,20 @@ def measure(arguments: argparse.Namespace, environ: Mapping[str, str], work: Pat
     log = work / "service.log"
     bare = partial(Yardstick, arguments.model, arguments.threads, arguments.device, arguments.precision)
     photos = [photo for _, photo in crops(64)]
-    command = [sys.executable, "-m", "service.cli", "info"]
+    command = [sys.executable, "-m", "service.cli.main", "info"]
     info = json.loads(subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True).stdout)
     report: dict[str, Any] = {"model": info["model"]}
-    report["memory_build_s"] = round(build_memory(environ, arguments.pairs, info["model"]["fingerprint"], info["model"]["dim"]), 1)
+    report["memory_build_s"] = round(
+        build_memory(environ, arguments.pairs, info["model"]["fingerprint"], info["model"]["dim"]), 1
+    )
     environ = {**environ, "RECO_MEMORY": MEMORY}
     found: dict[str, Measured] = {}
     if chosen := [name for name in RUNNING if name in arguments.only]:
         with service(environ, log) as served, bare() as yardstick:
-            batch = max(BATCHES[arguments.device], key=lambda size: yardstick.images(size, arguments.seconds / 2)["images_per_s"])
+            batch = max(
+                BATCHES[arguments.device],
+                key=lambda size: yardstick.images(size, arguments.seconds / 2)["images_per_s"],
+            )
             of = (arguments.repeats, arguments.seconds, arguments.warmup)
             bench = Bench(served.url, yardstick, batch, arguments.device, MEMORY, photos, *of)
             report |= {"service": httpx.get(f"{served.url}/info", trust_env=False).json(), "raw_batch": batch}
@@ -109,9 +129,15 @@ def _told(name: str, figure: Callable[[], Measured]) -> Measured:
 
 def _arguments() -> argparse.Namespace:
     figures_known = (*RUNNING, *ALONE)
-    parser = argparse.ArgumentParser(prog="python -m loadtests.bench", description="What serving costs beside the bare model.")
-    parser.add_argument("--only", nargs="+", choices=figures_known, default=figures_known, help="figures to measure (default: all)")
-    parser.add_argument("--model", default="ViT-B-32", help="an open_clip model, with random weights: speed does not depend on them")
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.bench", description="What serving costs beside the bare model."
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=figures_known, default=figures_known, help="figures to measure (default: all)"
+    )
+    parser.add_argument(
+        "--model", default="ViT-B-32", help="an open_clip model, with random weights: speed does not depend on them"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
     parser.add_argument("--max-batch", type=int, default=32, help="of the service")
@@ -121,8 +147,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=12.0, help="of each load in each round")
     parser.add_argument("--warmup", type=float, default=3.0)
-    parser.add_argument("--quick", action="store_true", help="once, with a small model and little data: does the bench work?")
-    parser.add_argument("--work", type=Path, default=ROOT / "var" / "bench", help="where the memory and the service's log are kept")
+    parser.add_argument(
+        "--quick", action="store_true", help="once, with a small model and little data: does the bench work?"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "var" / "bench", help="where the memory and the service's log are kept"
+    )
     parser.add_argument("--out", type=Path, default=Path("loadtests/results/bench.json"))
     if "--quick" in sys.argv:
         parser.set_defaults(**QUICK, out=ROOT / "var" / "bench" / "quick.json")
@@ -136,7 +166,11 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     chosen = {"MODEL": arguments.model, "PRETRAINED": "random", "STORE": str(work / "store")}
     chosen |= {"DEVICE": arguments.device, "PRECISION": arguments.precision, "MAX_BATCH": str(arguments.max_batch)}
-    environ = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), **{f"RECO_{name}": value for name, value in chosen.items()}}
+    environ = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(arguments.threads),
+        **{f"RECO_{name}": value for name, value in chosen.items()},
+    }
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     report = {**environment(), "settings": settings, **measure(arguments, environ, work)}
     print(told(report["targets"]))

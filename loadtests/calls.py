@@ -12,7 +12,17 @@ from urllib.parse import urlencode
 
 import httpx
 
-__all__ = ["Call", "Reply", "Unexpected", "classify_call", "image_call", "open_client", "run_to_end", "send", "text_call"]
+__all__ = [
+    "Call",
+    "Reply",
+    "Unexpected",
+    "classify_call",
+    "image_call",
+    "open_client",
+    "run_to_end",
+    "send",
+    "text_call",
+]
 
 Result = TypeVar("Result")
 BOUNDARY = "reco-loadtest-4f1c"
@@ -61,7 +71,12 @@ def image_call(photos: Sequence[bytes], **options: object) -> Call:
         + photo
         for i, photo in enumerate(photos)
     ]
-    return Call("embed/image", path, b"\r\n".join([*parts, f"--{BOUNDARY}--\r\n".encode()]), f"multipart/form-data; boundary={BOUNDARY}")
+    return Call(
+        "embed/image",
+        path,
+        b"\r\n".join([*parts, f"--{BOUNDARY}--\r\n".encode()]),
+        f"multipart/form-data; boundary={BOUNDARY}",
+    )
 
 
 def text_call(texts: Sequence[str], **options: object) -> Call:
@@ -106,4 +121,6 @@ def run_to_end(test: Coroutine[Any, Any, Result]) -> Result:
     try:
         return asyncio.run(test)
     except (Unexpected, httpx.HTTPError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}" if isinstance(error, httpx.HTTPError) else str(error)) from error
+        raise SystemExit(
+            f"{type(error).__name__}: {error}" if isinstance(error, httpx.HTTPError) else str(error)
+        ) from error

@@ -17,7 +17,9 @@ from loadtests.report import quantiles
 __all__ = ["closed_loop", "slope"]
 
 
-async def closed_loop(url: str, calls: Sequence[Call], concurrency: int, seconds: float, warmup: float) -> dict[str, Any]:
+async def closed_loop(
+    url: str, calls: Sequence[Call], concurrency: int, seconds: float, warmup: float
+) -> dict[str, Any]:
     """Images per second, latency, and what the service says it did meanwhile."""
     ends: list[float] = []
     spent: list[float] = []
@@ -44,7 +46,9 @@ async def closed_loop(url: str, calls: Sequence[Call], concurrency: int, seconds
         raise Unexpected(f"{calls[0].path}: {bad[0].status} {bad[0].content[:300]!r}")
     counted = [end for end in ends if start + warmup <= end <= start + warmup + seconds]
     if len(counted) < 2 * concurrency:
-        raise Unexpected(f"{calls[0].path}: {len(counted)} replies in {seconds:g} s are too few to measure: give more --seconds")
+        raise Unexpected(
+            f"{calls[0].path}: {len(counted)} replies in {seconds:g} s are too few to measure: give more --seconds"
+        )
     latency = quantiles([one for one, end in zip(spent, ends, strict=True) if start + warmup <= end])
     told = {"images_per_s": slope(counted), "latency_ms": latency, **account(before, after)}
     return {**told, "client_cpu_ms_per_image": round(1000 * cpu / len(ends), 2)}

@@ -50,7 +50,24 @@ LOADS = {
     "plain at 8": (8, 0.90),
     "enhanced at 8": (8, 0.90),
 }  # at once, share of raw
-WORDS = ("cat", "dog", "bird", "car", "bus", "apple", "pear", "lemon", "bread", "milk", "juice", "rice", "chair", "lamp", "table", "shoe")
+WORDS = (
+    "cat",
+    "dog",
+    "bird",
+    "car",
+    "bus",
+    "apple",
+    "pear",
+    "lemon",
+    "bread",
+    "milk",
+    "juice",
+    "rice",
+    "chair",
+    "lamp",
+    "table",
+    "shoe",
+)
 LABELS = [f"a photo of a {look} {word}" for look in ("red", "small") for word in WORDS]
 AT_ONCE = {"cpu": (1, 2, 8, 32), "cuda": (1, 8, 32, 128, 512)}  # callers of `by_concurrency`
 MANY = 64  # photos of one request
@@ -102,9 +119,13 @@ def throughput(bench: Bench) -> Measured:
             entry[name] = run_to_end(closed_loop(bench.url, calls, concurrency, bench.seconds, bench.warmup))
             raw.append(bench.raw())
             bound = statistics.mean(raw[-2:])
-            entry[name]["ratio"] = entry[name]["images_per_s"] / (bound if bench.device == "cpu" else min(bound, decoder))
+            entry[name]["ratio"] = entry[name]["images_per_s"] / (
+                bound if bench.device == "cpu" else min(bound, decoder)
+            )
         rounds.append({"raw_images_per_s": raw, "decoder_photos_per_s": decoder, **entry})
-        print(f"throughput {number + 1}: " + ", ".join(f"{name} {entry[name]['ratio']:.3f}" for name in LOADS), flush=True)
+        print(
+            f"throughput {number + 1}: " + ", ".join(f"{name} {entry[name]['ratio']:.3f}" for name in LOADS), flush=True
+        )
     ratios = {name: middle([entry[name]["ratio"] for entry in rounds]) for name in LOADS}
     goals: list[Goal] = [(f"{name} / raw", ratios[name]["median"], ">=", goal) for name, (_, goal) in LOADS.items()]
     raws = middle([rate for entry in rounds for rate in entry["raw_images_per_s"]])
@@ -119,7 +140,10 @@ def by_concurrency(bench: Bench) -> Measured:
     for callers in AT_ONCE[bench.device]:
         found = run_to_end(closed_loop(bench.url, calls, callers, bench.seconds, bench.warmup))
         rows.append({"callers": callers, **found})
-    shown = [[row["callers"], row["images_per_s"], *(row["latency_ms"][q] for q in ("p50", "p99")), row["mean_batch"]] for row in rows]
+    shown = [
+        [row["callers"], row["images_per_s"], *(row["latency_ms"][q] for q in ("p50", "p99")), row["mean_batch"]]
+        for row in rows
+    ]
     print(table([["callers", "images/s", "p50 ms", "p99 ms", "mean batch"], *shown]), flush=True)
     return {"rows": rows}, []
 
@@ -138,12 +162,27 @@ def one_photo(bench: Bench) -> Measured:
             ratios[name].append(statistics.median(visit.felt for visit in these) / statistics.mean((before, after)))
             visits[name] += these
             before = after
-    own = {name: [visit.inside - sum(visit.stages.get(stage, 0.0) for stage in INSIDE) for visit in visits[name]] for name in names}
+    own = {
+        name: [visit.inside - sum(visit.stages.get(stage, 0.0) for stage in INSIDE) for visit in visits[name]]
+        for name in names
+    }
     found: dict[str, Any] = {
-        name: {"p50_over_raw": middle(ratios[name]), "own_ms": quantiles(own[name]), "profile_ms": profile(visits[name])} for name in names
+        name: {
+            "p50_over_raw": middle(ratios[name]),
+            "own_ms": quantiles(own[name]),
+            "profile_ms": profile(visits[name]),
+        }
+        for name in names
     }
     stages = list(found["enhanced"]["profile_ms"])
-    print(table([["p50, ms", *names], *([stage, *(found[name]["profile_ms"].get(stage, 0.0) for name in names)] for stage in stages)]))
+    print(
+        table(
+            [
+                ["p50, ms", *names],
+                *([stage, *(found[name]["profile_ms"].get(stage, 0.0) for name in names)] for stage in stages),
+            ]
+        )
+    )
     goals: list[Goal] = [
         ("p50 alone / (decode + raw forward)", found["plain"]["p50_over_raw"]["median"], "<=", 1.10),
         ("own time of an enhanced request, ms (p50)", found["enhanced"]["own_ms"]["p50"], "<=", 2.0),
@@ -163,7 +202,10 @@ def short_texts(bench: Bench) -> Measured:
         served = np.asarray([row["embedding"] for row in visit.reply.json()["data"]], np.float32)
         cosines.append(float((served * vectors).sum(axis=1).min()))
     speed = middle(ratios)
-    goals: list[Goal] = [("short labels / encode_text", speed["median"], ">=", 4.0), ("their least cosine", min(cosines), ">=", 0.99999)]
+    goals: list[Goal] = [
+        ("short labels / encode_text", speed["median"], ">=", 4.0),
+        ("their least cosine", min(cosines), ">=", 0.99999),
+    ]
     return {"speed": speed, "least_cosine": round(min(cosines), 7)}, goals
 
 
@@ -180,7 +222,17 @@ def many_photos(bench: Bench) -> Measured:
 
 def labels(count: int, model: str, device: str, precision: str, repeats: int, environ: Mapping[str, str]) -> Measured:
     """One image among so many labels, beside encoding it: measured in a process of its own, not over HTTP (`service.benchmarks.labels`)."""
-    command = [sys.executable, "-m", "service.benchmarks.labels", "--labels", str(count), "--model", model, "--device", device]
+    command = [
+        sys.executable,
+        "-m",
+        "service.benchmarks.labels",
+        "--labels",
+        str(count),
+        "--model",
+        model,
+        "--device",
+        device,
+    ]
     command += ["--precision", precision, "--repeats", str(repeats)]
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -13,7 +13,12 @@ from prometheus_client.samples import Sample
 
 __all__ = ["Held", "account", "growth", "held", "image_totals", "samples"]
 
-IMAGE_TOTALS = {"reco_stage_duration_seconds_sum", "reco_stage_duration_seconds_count", "reco_batch_size_sum", "reco_batch_size_count"}
+IMAGE_TOTALS = {
+    "reco_stage_duration_seconds_sum",
+    "reco_stage_duration_seconds_count",
+    "reco_batch_size_sum",
+    "reco_batch_size_count",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,9 @@ async def held(client: httpx.AsyncClient, memory: str | None = None) -> Held:
     """What the service holds now.  memory: whose snapshots count, None = all."""
     found = await samples(client)
     resident = sum(sample.value for sample in found if sample.name == "process_resident_memory_bytes")
-    alive = [sample for sample in found if sample.name == "reco_snapshots_alive" and memory in (None, sample.labels["name"])]
+    alive = [
+        sample for sample in found if sample.name == "reco_snapshots_alive" and memory in (None, sample.labels["name"])
+    ]
     return Held(resident, sum(sample.value for sample in alive))
 
 
@@ -43,7 +50,10 @@ def growth(resident: Sequence[float]) -> dict[str, float]:
     part = max(1, len(resident) // 5)
     first, last = statistics.median(resident[:part]), statistics.median(resident[-part:])
     in_mb = {"first_mb": first, "last_mb": last, "most_mb": max(resident)}
-    return {**{name: round(value / 1e6, 1) for name, value in in_mb.items()}, "growth": round(last / first - 1, 4) if first else 0.0}
+    return {
+        **{name: round(value / 1e6, 1) for name, value in in_mb.items()},
+        "growth": round(last / first - 1, 4) if first else 0.0,
+    }
 
 
 def image_totals(found: Sequence[Sample]) -> dict[str, float]:
@@ -61,11 +71,15 @@ def account(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str
     """Mean batch size, mean milliseconds of each stage and CPU per image between two readings of `image_totals`."""
     spent = {name: value - before.get(name, 0.0) for name, value in after.items()}
     means = {
-        name[:-4]: spent[name] / spent[f"{name[:-4]} count"] for name in spent if name.endswith(" sum") and spent[f"{name[:-4]} count"]
+        name[:-4]: spent[name] / spent[f"{name[:-4]} count"]
+        for name in spent
+        if name.endswith(" sum") and spent[f"{name[:-4]} count"]
     }
     mean_batch = means.pop("batch", 0.0)
     return {
         "mean_batch": round(mean_batch, 2),
         "stages_ms": {stage: round(1000 * mean, 3) for stage, mean in sorted(means.items())},
-        "server_cpu_ms_per_image": round(1000 * spent["cpu"] / spent["batch sum"], 2) if spent.get("batch sum") else None,
+        "server_cpu_ms_per_image": round(1000 * spent["cpu"] / spent["batch sum"], 2)
+        if spent.get("batch sum")
+        else None,
     }

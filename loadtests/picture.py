@@ -53,7 +53,9 @@ def draw_ramp(report: Mapping[str, Any], path: Path) -> None:
     for name in QUANTILES:
         lines.plot([step["rate"] for step in steps], [step["latency_ms"][name] for step in steps], "o-", label=name)
     lines.axvline(report["knee_per_s"], color="grey", linestyle=":", label="knee")
-    lines.set(xscale="log", yscale="log", xlabel="requests per second", ylabel="milliseconds from the moment they were due")
+    lines.set(
+        xscale="log", yscale="log", xlabel="requests per second", ylabel="milliseconds from the moment they were due"
+    )
     lines.legend()
     figure.savefig(path, dpi=120)
 
@@ -64,7 +66,10 @@ def draw_soak(report: Mapping[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     _quantiles(left, {f"fifth {number}": latency for number, latency in enumerate(report["fifths_ms"], 1)})
     _line(
-        right, [reading["s"] / 60 for reading in report["readings"]], [reading["resident_mb"] for reading in report["readings"]], "minutes"
+        right,
+        [reading["s"] / 60 for reading in report["readings"]],
+        [reading["resident_mb"] for reading in report["readings"]],
+        "minutes",
     )
     figure.savefig(path, dpi=120)
 

@@ -29,9 +29,10 @@ async def climb(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         await drive(client, calls, weights, schedule(rate, arguments.warmup, arguments.arrivals, seed), seed)
         while rate <= arguments.most:
             seed += 1
-            of = summarise(await drive(client, calls, weights, schedule(rate, arguments.seconds, arguments.arrivals, seed), seed), 0.0)[
-                "all"
-            ]
+            of = summarise(
+                await drive(client, calls, weights, schedule(rate, arguments.seconds, arguments.arrivals, seed), seed),
+                0.0,
+            )["all"]
             steps.append({"rate": round(rate, 3), **of})
             steps[-1]["borne"] = borne(steps[-1], steps[0], arguments.slower)
             print(f"{rate:.2f}/s: {of['ok']} of {of['sent']}, p95 {of['latency_ms'].get('p95', 0):.0f} ms", flush=True)
@@ -52,13 +53,24 @@ def show(steps: list[dict[str, Any]]) -> str:
     rows: list[list[object]] = [["rate per s", "sent", "ok", "answered per s", "p50 ms", "p95 ms", "p99 ms", "borne"]]
     for step in steps:
         latency = [step["latency_ms"].get(name, "-") for name in ("p50", "p95", "p99")]
-        rows.append([f"{step['rate']:g}", step["sent"], step["ok"], step["answered_per_s"], *latency, "yes" if step["borne"] else "no"])
+        rows.append(
+            [
+                f"{step['rate']:g}",
+                step["sent"],
+                step["ok"],
+                step["answered_per_s"],
+                *latency,
+                "yes" if step["borne"] else "no",
+            ]
+        )
     return table(rows)
 
 
 def main() -> int:
     """Parse, climb, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m loadtests.ramp", description="Raise the rate until the service does not keep up.")
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.ramp", description="Raise the rate until the service does not keep up."
+    )
     add_load(parser, "ramp")
     parser.add_argument("--start", type=float, default=1.0, help="requests per second of the first step")
     parser.add_argument("--factor", type=float, default=1.5, help="from one step to the next")

@@ -30,7 +30,9 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float]:
     """
     ordered = sorted(seconds)
     ranks = {
-        name: ordered[math.ceil(q * len(ordered)) - 1] for name, q in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1.0)) if ordered
+        name: ordered[math.ceil(q * len(ordered)) - 1]
+        for name, q in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1.0))
+        if ordered
     }
     return {name: round(value * 1000, 3) for name, value in ranks.items()}
 
@@ -40,7 +42,10 @@ def table(rows: Sequence[Sequence[object]]) -> str:
     texts = [[f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in texts) for i in range(len(texts[0]))]
     lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in texts
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in texts
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
@@ -48,14 +53,21 @@ def table(rows: Sequence[Sequence[object]]) -> str:
 def judged(goals: Sequence[Goal]) -> list[dict[str, Any]]:
     """Figure, value, target, and whether it was reached."""
     return [
-        {"figure": name, "value": value, "target": f"{sign} {goal:g}", "reached": value >= goal if sign == ">=" else value <= goal}
+        {
+            "figure": name,
+            "value": value,
+            "target": f"{sign} {goal:g}",
+            "reached": value >= goal if sign == ">=" else value <= goal,
+        }
         for name, value, sign, goal in goals
     ]
 
 
 def told(verdicts: Sequence[dict[str, Any]]) -> str:
     """What `judged` found, as a table for people."""
-    rows = [(row["figure"], f"{row['value']:.4g}", row["target"], "ok" if row["reached"] else "MISSED") for row in verdicts]
+    rows = [
+        (row["figure"], f"{row['value']:.4g}", row["target"], "ok" if row["reached"] else "MISSED") for row in verdicts
+    ]
     return table([("figure", "value", "target", ""), *rows])
 
 
@@ -67,7 +79,9 @@ def environment(package: str = "loadtests") -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD") or "unknown",
         "changed_since_commit": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "memory_gib": _memory_gib()},
-        "load_average": [round(load, 2) for load in os.getloadavg()],  # more than what the test itself asks for: the machine was shared
+        "load_average": [
+            round(load, 2) for load in os.getloadavg()
+        ],  # more than what the test itself asks for: the machine was shared
         "versions": {"python": platform.python_version(), "system": platform.system(), **_versions()},
     }
 

@@ -36,8 +36,11 @@ def service(environ: Mapping[str, str], log: Path) -> Iterator[Served]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    with log.open("w") as file, httpx.Client(base_url=url, timeout=5, trust_env=False) as client:  # one: a new one takes 50 ms of a core
-        command, begun = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)], time.perf_counter()
+    with (
+        log.open("w") as file,
+        httpx.Client(base_url=url, timeout=5, trust_env=False) as client,
+    ):  # one: a new one takes 50 ms of a core
+        command, begun = [sys.executable, "-m", "service.cli.main", "serve", "--port", str(port)], time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT)
         try:
             while reason := _not_ready(client):

@@ -53,9 +53,13 @@ async def run(arguments: argparse.Namespace) -> tuple[list[Sample], list[tuple[f
 
 def fifths(samples: Sequence[Sample], warmup: float) -> list[dict[str, float]]:
     """Latency quantiles of each fifth of the time after the warm-up."""
-    counted = sorted((sample for sample in samples if sample.due >= warmup and sample.status == 200), key=lambda sample: sample.due)
+    counted = sorted(
+        (sample for sample in samples if sample.due >= warmup and sample.status == 200), key=lambda sample: sample.due
+    )
     size = max(1, -(-len(counted) // 5))
-    return [quantiles([s.done - s.due for s in counted[start : start + size]]) for start in range(0, len(counted), size)]
+    return [
+        quantiles([s.done - s.due for s in counted[start : start + size]]) for start in range(0, len(counted), size)
+    ]
 
 
 def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -72,17 +76,24 @@ def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def main() -> int:
     """Parse, run, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m loadtests.soak", description="Load for a long time: nothing may grow or slow down.")
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.soak", description="Load for a long time: nothing may grow or slow down."
+    )
     add_load(parser, "soak")
     parser.add_argument("--rate", type=float, default=2.0, help="requests per second, all routes together")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--every", type=float, default=10.0, help="seconds between two readings of /metrics")
     arguments = parser.parse_args()
     samples, readings = run_to_end(run(arguments))
-    report: dict[str, Any] = {**environment(), "settings": {name: str(value) for name, value in vars(arguments).items()}}
+    report: dict[str, Any] = {
+        **environment(),
+        "settings": {name: str(value) for name, value in vars(arguments).items()},
+    }
     report["routes"], report["fifths_ms"] = summarise(samples, arguments.warmup), fifths(samples, arguments.warmup)
     report["resident"] = growth([reading.resident for _, reading in readings])
-    report["readings"] = [{"s": round(at, 1), "resident_mb": round(of.resident / 1e6, 1), "snapshots": of.alive} for at, of in readings]
+    report["readings"] = [
+        {"s": round(at, 1), "resident_mb": round(of.resident / 1e6, 1), "snapshots": of.alive} for at, of in readings
+    ]
     report["targets"] = verdicts(report)
     print(show(report["routes"]))
     print(told(report["targets"]))

@@ -26,7 +26,12 @@ from loadtests.picture import draw_quantiles
 from loadtests.report import environment, quantiles, table, write
 
 LABELS = ("a cat", "a person", "a cup of coffee", "a rocket", "a galaxy", "an eye", "some coins", "a lawn")
-TEXTS = ("a photo of a cat", "a portrait of an astronaut", "a cup of coffee on a wooden table", "a rocket before its launch")
+TEXTS = (
+    "a photo of a cat",
+    "a portrait of an astronaut",
+    "a cup of coffee on a wooden table",
+    "a rocket before its launch",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +138,16 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
     async with open_client(arguments.url, timeout_s=arguments.timeout) as client:
         info = (await client.get("/info")).raise_for_status().json()
         samples = await drive(client, calls, weights, moments, arguments.seed)
-    settings = {name: getattr(arguments, name) for name in ("url", "rate", "seconds", "warmup", "arrivals", "mix", "seed")}
-    return {**environment(), "settings": settings, "photos": len(photos), "service": info, "routes": summarise(samples, arguments.warmup)}
+    settings = {
+        name: getattr(arguments, name) for name in ("url", "rate", "seconds", "warmup", "arrivals", "mix", "seed")
+    }
+    return {
+        **environment(),
+        "settings": settings,
+        "photos": len(photos),
+        "service": info,
+        "routes": summarise(samples, arguments.warmup),
+    }
 
 
 def add_load(parser: argparse.ArgumentParser, program: str) -> None:
@@ -142,7 +155,10 @@ def add_load(parser: argparse.ArgumentParser, program: str) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--warmup", type=float, default=5.0, help="seconds of load before counting")
     parser.add_argument(
-        "--image", type=Path, nargs="+", help="photos to send: files, folders, tar shards (default: crops of scikit-image's)"
+        "--image",
+        type=Path,
+        nargs="+",
+        help="photos to send: files, folders, tar shards (default: crops of scikit-image's)",
     )
     parser.add_argument("--mix", default="embed/image=8,embed/text=1,classify=1", help="routes and their weights")
     parser.add_argument("--arrivals", choices=("poisson", "constant"), default="poisson")
@@ -153,7 +169,9 @@ def add_load(parser: argparse.ArgumentParser, program: str) -> None:
 
 def main() -> int:
     """Parse, run, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m loadtests.steady", description="Open-loop load; latency from the scheduled time.")
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.steady", description="Open-loop load; latency from the scheduled time."
+    )
     add_load(parser, "steady")
     parser.add_argument("--rate", type=float, default=5.0, help="requests per second, all routes together")
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -161,7 +179,9 @@ def main() -> int:
     report = run_to_end(run(arguments))
     print(show(report["routes"]))
     write(arguments.out, report)
-    draw_quantiles({route: of["latency_ms"] for route, of in report["routes"].items()}, arguments.out.with_suffix(".png"))
+    draw_quantiles(
+        {route: of["latency_ms"] for route, of in report["routes"].items()}, arguments.out.with_suffix(".png")
+    )
     return 0 if report["routes"]["all"]["sent"] == report["routes"]["all"]["ok"] else 1
 
 

@@ -79,11 +79,15 @@ class Admin:
     async def activate(self, version: str, timeout_s: float = 120.0) -> Swap:
         """Returns once the version serves; a refused or failed activation ends the program."""
         start = time.perf_counter()
-        asked = await self._client.post(f"/memories/{self._memory}/activate", json={"version": version}, headers=self._headers)
+        asked = await self._client.post(
+            f"/memories/{self._memory}/activate", json={"version": version}, headers=self._headers
+        )
         if asked.status_code != 202:
             raise Unexpected(f"activate {self._memory}@{version}: {asked.status_code} {asked.text}")
         while time.perf_counter() - start < timeout_s:
-            job = (await self._client.get(f"/jobs/{asked.json()['id']}", headers=self._headers)).raise_for_status().json()
+            job = (
+                (await self._client.get(f"/jobs/{asked.json()['id']}", headers=self._headers)).raise_for_status().json()
+            )
             if job["state"] == "done":
                 return Swap(version, start, time.perf_counter(), job.get("seconds", {}), await self.held())
             if job["state"] == "failed":
@@ -132,7 +136,9 @@ def telling(calls: Sequence[Call], learned: Mapping[str, Sequence[np.ndarray]], 
     """The calls whose every row differs by more than `apart` between the two versions; the others could not show a mix."""
     a, b = learned.values()
     differ = [float(np.abs(x - y).max(axis=1).min()) for x, y in zip(a, b, strict=True)]
-    known = [Known(call, {of: rows[i] for of, rows in learned.items()}) for i, call in enumerate(calls) if differ[i] > apart]
+    known = [
+        Known(call, {of: rows[i] for of, rows in learned.items()}) for i, call in enumerate(calls) if differ[i] > apart
+    ]
     if not known:
         raise Unexpected(
             f"no answer differs by more than {apart:g} between the versions: take versions of other pairs, or a smaller --apart"
@@ -151,10 +157,16 @@ def fault(reply: Reply, known: Known, apart: float) -> str:
     if header != named or named not in known.rows:
         return f"mixed: the body names {named}, the header {header}, the versions are {' and '.join(known.rows)}"
     off = np.abs(vectors(reply) - known.rows[named]).max(axis=1)  # (n,)
-    return f"mixed: the reply names {named}, row {off.argmax()} of {len(off)} is off by {off.max():.1e}" if off.max() > apart / 2 else ""
+    return (
+        f"mixed: the reply names {named}, row {off.argmax()} of {len(off)} is off by {off.max():.1e}"
+        if off.max() > apart / 2
+        else ""
+    )
 
 
-async def hammer(client: httpx.AsyncClient, known: Sequence[Known], apart: float, workers: int, stop: asyncio.Event) -> list[Answer]:
+async def hammer(
+    client: httpx.AsyncClient, known: Sequence[Known], apart: float, workers: int, stop: asyncio.Event
+) -> list[Answer]:
     """Closed loop: each worker sends its next call when the last one is answered, until `stop`."""
     answers: list[Answer] = []
 
@@ -203,8 +215,16 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
             stop.set()
             answers = await load
         alive = await admin.settled()
-    settings = {name: getattr(arguments, name) for name in ("url", "memory", "versions", "workers", "pause", "calm", "apart")}
-    return {"settings": settings, "calls": len(calls), "telling": len(known), **judge(answers, swaps), "snapshots_alive": alive}
+    settings = {
+        name: getattr(arguments, name) for name in ("url", "memory", "versions", "workers", "pause", "calm", "apart")
+    }
+    return {
+        "settings": settings,
+        "calls": len(calls),
+        "telling": len(known),
+        **judge(answers, swaps),
+        "snapshots_alive": alive,
+    }
 
 
 def judge(answers: Sequence[Answer], swaps: Sequence[Swap]) -> dict[str, Any]:
@@ -228,7 +248,10 @@ def judge(answers: Sequence[Answer], swaps: Sequence[Swap]) -> dict[str, Any]:
         "resident": growth([s.held.resident for s in swaps]),
         "resident_mb": [round(s.held.resident / 1e6, 1) for s in swaps],
         "replies_in": {name: when.count(name) for name in spans},
-        "latency_ms": {name: quantiles([a.end - a.start for a, span in zip(answers, when, strict=True) if span == name]) for name in spans},
+        "latency_ms": {
+            name: quantiles([a.end - a.start for a, span in zip(answers, when, strict=True) if span == name])
+            for name in spans
+        },
     }
 
 
@@ -265,13 +288,20 @@ def show(report: dict[str, Any]) -> str:
 
 def main() -> int:
     """Parse, run, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m loadtests.swap", description="Swaps under closed-loop load: no reply may fail or mix.")
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.swap", description="Swaps under closed-loop load: no reply may fail or mix."
+    )
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--memory", required=True, help="the memory to swap")
     parser.add_argument("--versions", nargs=2, required=True, metavar=("A", "B"))
     parser.add_argument("--swaps", type=int, default=20)
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between two swaps")
-    parser.add_argument("--calm", type=float, default=15.0, help="seconds of load before the first swap and after the last, for comparison")
+    parser.add_argument(
+        "--calm",
+        type=float,
+        default=15.0,
+        help="seconds of load before the first swap and after the last, for comparison",
+    )
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--apart", type=float, default=1e-3, help="least difference between the versions' answers")
     parser.add_argument("--admin-key", help="default: RECO_ADMIN_KEY; none is needed from loopback")

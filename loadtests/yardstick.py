@@ -57,7 +57,9 @@ class Yardstick:
 
     def decoding(self, photos: Sequence[bytes], workers: int, seconds: float) -> float:
         """Photos per second that open_clip's preprocessing of the bytes takes at the most, so many at a time."""
-        found = self._ask(decoding=[base64.b64encode(photo).decode() for photo in photos], workers=workers, seconds=seconds)
+        found = self._ask(
+            decoding=[base64.b64encode(photo).decode() for photo in photos], workers=workers, seconds=seconds
+        )
         return float(found["photos"] / found["seconds"])
 
     def texts(self, texts: Sequence[str]) -> tuple[float, np.ndarray]:
@@ -92,7 +94,10 @@ class _Model:
         torch.set_grad_enabled(False)
         self._torch = torch
         self._clip, _, self._preprocess = open_clip.create_model_and_transforms(name, pretrained=None)
-        self._device, self._dtype = device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self._device, self._dtype = (
+            device,
+            {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision],
+        )
         self._clip.eval().to(device=device, dtype=self._dtype)
         self._tokenize = open_clip.get_tokenizer(name)
 
@@ -146,7 +151,9 @@ class _Model:
 
 def main() -> int:
     """Load once, then answer lines until stdin ends."""
-    parser = argparse.ArgumentParser(prog="python -m loadtests.yardstick", description="The bare model, measured on demand.")
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.yardstick", description="The bare model, measured on demand."
+    )
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")

@@ -94,7 +94,9 @@ class Reco:
         self._refuse_k(k)
         for fusion in fusions.values():
             if fusion.config.dim != encoder.dim:
-                raise ConfigError(f"a fusion of width {fusion.config.dim} cannot refine vectors of width {encoder.dim}: use its encoder")
+                raise ConfigError(
+                    f"a fusion of width {fusion.config.dim} cannot refine vectors of width {encoder.dim}: use its encoder"
+                )
 
     def embed(
         self,
@@ -159,9 +161,13 @@ class Reco:
         """Which rows of the snapshot `enhance` would refine these vectors with; for training, which fuses them again and again."""
         self._refuse_stranger(snapshot)
         self._refuse_k(k)
-        return snapshot.search(encoded.key(snapshot.key_kind(side)), side, k, max_similarity=max_similarity, exclude=exclude)
+        return snapshot.search(
+            encoded.key(snapshot.key_kind(side)), side, k, max_similarity=max_similarity, exclude=exclude
+        )
 
-    def embed_labels(self, labels: Sequence[str], templates: Sequence[str], snapshot: Snapshot | None, k: int | None = None) -> np.ndarray:
+    def embed_labels(
+        self, labels: Sequence[str], templates: Sequence[str], snapshot: Snapshot | None, k: int | None = None
+    ) -> np.ndarray:
         """(C, D) float32 unit: for each label the mean of its refined prompts, every "{}" of a template filled with the label."""
         prompts = [template.replace("{}", label) for label in labels for template in templates]
         blocks = [self.encoder.tokenize(prompts[at : at + 256]) for at in range(0, len(prompts), 256)]
@@ -203,7 +209,12 @@ class Reco:
         key = encoded.key(snapshot.key_kind(searched))
         found = [
             snapshot.retrieve(
-                key, searched, most, max_similarity=max_similarity, exclude=exclude, values="same" if valued == searched else "other"
+                key,
+                searched,
+                most,
+                max_similarity=max_similarity,
+                exclude=exclude,
+                values="same" if valued == searched else "other",
             )
             for valued in route.valued(side)
         ]

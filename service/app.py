@@ -17,12 +17,12 @@ from starlette.staticfiles import StaticFiles
 
 from index_store.errors import StoreError
 from models.errors import ModelError
-from service.batcher import BatcherError
+from service.api.middleware import RequestMiddleware, error_response
+from service.api.responses import dump
+from service.api.routes import classify, embed, health, memories, openai
+from service.batching.batcher import BatcherError
 from service.engine import Engine
 from service.errors import BadRequest, InvalidValue, Refusal, ServiceError
-from service.gate import Gate, error_response
-from service.routes import classify, embed, health, memories, openai
-from service.wire import dump
 
 log = logging.getLogger("reco")
 PAGE = Path(__file__).parent / "page"
@@ -36,7 +36,12 @@ def create_app(engine: Engine) -> FastAPI:
         async with engine.running():
             yield
 
-    app = FastAPI(title="RECO Serve", version=version("reco-serve"), lifespan=lifespan, summary="Retrieval-enhanced CLIP embeddings")
+    app = FastAPI(
+        title="RECO Serve",
+        version=version("reco-serve"),
+        lifespan=lifespan,
+        summary="Retrieval-enhanced CLIP embeddings",
+    )
     app.state.engine = engine
     for family in (embed, openai, classify, memories, health):
         app.include_router(family.router)
@@ -48,12 +53,14 @@ def create_app(engine: Engine) -> FastAPI:
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(Exception, _bug)
-    app.add_middleware(Gate, engine=engine)
+    app.add_middleware(RequestMiddleware, engine=engine)
     return app
 
 
 async def _index() -> FileResponse:
-    return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:"})
+    return FileResponse(
+        PAGE / "index.html", headers={"Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:"}
+    )
 
 
 async def _refused(_: Request, error: Exception) -> Response:
@@ -75,7 +82,10 @@ async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101  registered for this class alone
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
     told = Refusal(
-        error.status_code, f"{request.method} {request.url.path}: {error.detail}; GET /docs lists the routes", "invalid_request_error", code
+        error.status_code,
+        f"{request.method} {request.url.path}: {error.detail}; GET /docs lists the routes",
+        "invalid_request_error",
+        code,
     )
     return Response(dump(told.body), told.status, headers=error.headers, media_type="application/json")
 

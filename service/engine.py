@@ -14,34 +14,33 @@ from typing import Any
 import numpy as np
 
 from index_store import Side, Snapshot, Store
-from index_store.types import SIDES
+from index_store.types import SIDES, Id
 from models.encoder.device import gpu_memory
 from models.reco import Reco
 from models.starter import MEMORY, install_starter, starter_labels
-from service.batcher import Answer, DeadlinePassed, QueueFull
-from service.budget import allowed_bytes
-from service.decode import Decoder
-from service.editing import Editing
+from service.batching.batcher import Answer, DeadlinePassed, QueueFull
+from service.batching.gather import gather
 from service.errors import InvalidValue, ItemRefused
-from service.intake import Intake
-from service.jobs import Jobs
-from service.label_sets import LabelSets
-from service.label_vectors import ranked
-from service.labels import LabelSet
-from service.lane import Lane
-from service.live import LiveMemories
-from service.loading import load_reco
-from service.metrics import Metrics, Stage
-from service.pulse import Pulse
-from service.ranking import Ranked
-from service.recall import RecallSampler
-from service.recent import Recent, drift
+from service.labels.cache import ranked
+from service.labels.label_set import LabelSet
+from service.labels.scoring import Ranked
+from service.labels.store import LabelSets
+from service.memories.budget import allowed_bytes
+from service.memories.drift import drift
+from service.memories.edits import Editing
+from service.memories.jobs import Jobs
+from service.memories.query_log import QueryLog
+from service.memories.recall import RecallSampler
+from service.memories.registry import MemoryRegistry
+from service.memories.swap import Swaps
+from service.observability.metrics import Metrics, Stage
+from service.observability.tracing import Tracing
+from service.pipeline.decode import Decoder
+from service.pipeline.load import load_reco
+from service.pipeline.stages import Answered, EmbeddedItem, Items, Query, QueuedItem, slowest
+from service.pipeline.tower import TowerWorker
+from service.pipeline.watchdog import Watchdog
 from service.settings import Settings
-from service.swaps import Swaps
-from service.together import together
-from service.tracing import Tracing
-from service.wire import Options
-from service.work import Answered, Query, Row, Work, slowest
 
 
 class Engine:
@@ -55,7 +54,7 @@ class Engine:
         encoder = reco.encoder
         default = settings.memory or (MEMORY if settings.model == "starter" else None)
         budget = allowed_bytes(settings.memory_budget_bytes)
-        self.memories = LiveMemories(
+        self.memories = MemoryRegistry(
             store, encoder=encoder.fingerprint, fusion=reco.fusion_id, default=default, budget=budget, devices=settings.search_devices,
             metrics=metrics,
         )  # fmt: skip
@@ -68,7 +67,7 @@ class Engine:
             max_sets=settings.max_label_sets,
             metrics=metrics,
         )
-        self._recent, self.jobs = Recent(), Jobs(metrics)
+        self._recent, self.jobs = QueryLog(), Jobs(metrics)
         self.swaps = Swaps(
             self.memories,
             self.jobs,
@@ -79,8 +78,10 @@ class Engine:
         self.editing = Editing(self.memories, self.swaps, self._encoded, settings)
         self._recall = RecallSampler(self._recent, self.memories.resolve, metrics, share=settings.recall_share)
         self._decoder = Decoder(partial(encoder.read, max_pixels=settings.max_pixels), workers=settings.decode_workers)
-        self._pulse = Pulse(self._test_item)
-        self._lanes: dict[Side, Lane] = {side: Lane(side, reco, settings, metrics, self._pulse.felt) for side in SIDES}
+        self._pulse = Watchdog(self._test_item)
+        self._lanes: dict[Side, TowerWorker] = {
+            side: TowerWorker(side, reco, settings, metrics, self._pulse.felt) for side in SIDES
+        }
         self._admitted: dict[Side, int] = dict.fromkeys(SIDES, 0)
         self.tracing = Tracing.from_environment()
         self.draining = False
@@ -140,27 +141,39 @@ class Engine:
         """What answers a request that names no memory, if anything does."""
         return None if self.memories.not_ready() else self.memories.resolve(None)
 
-    def query(self, options: Options, snapshot: Snapshot | None) -> Query:
-        """What a request asks of its items, which `snapshot` enhances. Raises InvalidValue for k."""
-        k = self.reco.k if options.k is None else options.k
-        if k > self.reco.max_k:
-            raise InvalidValue(f"k = {k}: this fusion takes 1 to {self.reco.max_k} neighbours", "k")
-        ceiling = np.inf if options.max_similarity is None else options.max_similarity
-        return Query(snapshot, k, ceiling, frozenset(options.exclude), options.neighbors)
+    def query(
+        self,
+        snapshot: Snapshot | None,
+        *,
+        k: int | None,
+        max_similarity: float,
+        exclude: frozenset[Id],
+        neighbors: bool,
+    ) -> Query:
+        """What a request asks of its items, which `snapshot` enhances. k: None = the fusion's own. Raises InvalidValue for k."""
+        wanted = self.reco.k if k is None else k
+        if wanted > self.reco.max_k:
+            raise InvalidValue(f"k = {wanted}: this fusion takes 1 to {self.reco.max_k} neighbours", "k")
+        return Query(snapshot, wanted, max_similarity, exclude, neighbors)
 
-    async def embed(self, intake: Intake[Any], query: Query, deadline: float) -> Answered:
+    async def embed(self, wanted: Items, query: Query, deadline: float) -> Answered:
         """Every item's row or refusal. deadline: a `time.monotonic()` instant. Raises QueueFull, BatcherClosed for the whole."""
-        items = self._embed_images(intake.images, query, deadline) if intake.images else self._embed_texts(intake.texts, query, deadline)
-        return await items
+        if wanted.images:
+            return await self._embed_images(wanted.images, query, deadline)
+        return await self._embed_texts(wanted.texts, query, deadline)
 
     async def _embed_images(self, images: Sequence[bytes | ItemRefused], query: Query, deadline: float) -> Answered:
         """Decode, then embed; a large request batch by batch, one in the model while the next is decoded. A bad image is refused alone."""
         with self._admit("image", len(images)):
             size = self.settings.max_batch
-            parts = [self._part_of_images(at, images[at : at + size], query, deadline) for at in range(0, len(images), size)]
-            return self._answered("image", query, await together(parts))
+            parts = [
+                self._part_of_images(at, images[at : at + size], query, deadline) for at in range(0, len(images), size)
+            ]
+            return self._answered("image", query, await gather(parts))
 
-    async def _part_of_images(self, at: int, images: Sequence[bytes | ItemRefused], query: Query, deadline: float) -> Answered:
+    async def _part_of_images(
+        self, at: int, images: Sequence[bytes | ItemRefused], query: Query, deadline: float
+    ) -> Answered:
         """at: the place of the first in its request."""
         start = time.perf_counter()
         with self._lanes["image"].expecting(len(images)):
@@ -178,30 +191,51 @@ class Engine:
             part = await self._part("text", 0, list(tokens), query, deadline, {"tokenize": spent})
             return replace(self._answered("text", query, [part]), tokens=int(np.count_nonzero(tokens)))
 
-    async def rank(self, rows: Sequence[Row], labels: LabelSet, snapshot: Snapshot | None, top_k: int, deadline: float) -> Ranked:
+    async def rank(
+        self, rows: Sequence[EmbeddedItem], labels: LabelSet, snapshot: Snapshot | None, top_k: int, deadline: float
+    ) -> Ranked:
         """The best labels of each row, their scores a softmax over all labels at the model's own temperature. Raises DeadlinePassed."""
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 candidates = await self.label_sets.vectors.get(labels, snapshot)
         except TimeoutError as error:
             done = max((each["done"] for each in self.label_sets.vectors.progress(labels)), default=0)
-            raise DeadlinePassed(f"{done} of {len(labels.labels)} labels are embedded: ask again, what is done stays done") from error
-        return await asyncio.to_thread(ranked, np.stack([row.vector for row in rows]), candidates, self.reco.encoder.logit_scale, top_k)
+            raise DeadlinePassed(
+                f"{done} of {len(labels.labels)} labels are embedded: ask again, what is done stays done"
+            ) from error
+        return await asyncio.to_thread(
+            ranked, np.stack([row.vector for row in rows]), candidates, self.reco.encoder.logit_scale, top_k
+        )
 
-    async def _encoded(self, images: Sequence[bytes | ItemRefused], texts: Sequence[str], deadline: float) -> Sequence[Row | ItemRefused]:
+    async def _encoded(
+        self, images: Sequence[bytes | ItemRefused], texts: Sequence[str], deadline: float
+    ) -> Sequence[EmbeddedItem | ItemRefused]:
         """Plain rows of images or of texts."""
         plain = Query(None, self.reco.k, np.inf, frozenset(), neighbors=False)
-        found = await (self._embed_images(images, plain, deadline) if images else self._embed_texts(texts, plain, deadline))
+        found = await (
+            self._embed_images(images, plain, deadline) if images else self._embed_texts(texts, plain, deadline)
+        )
         return found.rows
 
     def info(self) -> dict[str, Any]:
         """What is running, for /info; no path and no key."""
         encoder, chosen = self.reco.encoder, self.settings
-        limits = {name: value for name, value in chosen.model_dump().items() if name.startswith("max_") or name.endswith("_s")}
+        limits = {
+            name: value for name, value in chosen.model_dump().items() if name.startswith("max_") or name.endswith("_s")
+        }
         return {
             "version": version("reco-serve"),
-            "model": {"name": chosen.model, "fingerprint": encoder.fingerprint, "dim": encoder.dim, "device": str(encoder.device)}
-            | {"precision": chosen.precision, "fixed_shapes": encoder.fixed_shapes, "image_size": list(encoder.image_size)}
+            "model": {
+                "name": chosen.model,
+                "fingerprint": encoder.fingerprint,
+                "dim": encoder.dim,
+                "device": str(encoder.device),
+            }
+            | {
+                "precision": chosen.precision,
+                "fixed_shapes": encoder.fixed_shapes,
+                "image_size": list(encoder.image_size),
+            }
             | {"random_weights": chosen.pretrained == "random"},
             "fusion": {"id": self.reco.fusion_id, "k": self.reco.k, "max_k": self.reco.max_k},
             "memories": {
@@ -222,15 +256,26 @@ class Engine:
         self.metrics.ready.set(self.not_ready() is None)
 
     async def _part(
-        self, side: Side, at: int, arrays: Sequence[np.ndarray | ItemRefused], query: Query, deadline: float, seconds: dict[Stage, float]
+        self,
+        side: Side,
+        at: int,
+        arrays: Sequence[np.ndarray | ItemRefused],
+        query: Query,
+        deadline: float,
+        seconds: dict[Stage, float],
     ) -> Answered:
         """Send the good items through the lane; put every outcome in its item's place."""
         good = {i: array for i, array in enumerate(arrays) if not isinstance(array, ItemRefused)}
-        answers = await self._lanes[side].submit([Work(array, query) for array in good.values()], deadline)
+        answers = await self._lanes[side].submit([QueuedItem(array, query) for array in good.values()], deadline)
         outcomes = dict(zip(good, answers, strict=True))
-        rows = [array if isinstance(array, ItemRefused) else self._outcome(side, at + i, outcomes[i]) for i, array in enumerate(arrays)]
-        longest: dict[Stage, float] = {"queue": max((found.queued_s for found in answers if isinstance(found, Answer)), default=0.0)}
-        timings = [row.timings for row in rows if isinstance(row, Row)]
+        rows = [
+            array if isinstance(array, ItemRefused) else self._outcome(side, at + i, outcomes[i])
+            for i, array in enumerate(arrays)
+        ]
+        longest: dict[Stage, float] = {
+            "queue": max((found.queued_s for found in answers if isinstance(found, Answer)), default=0.0)
+        }
+        timings = [row.timings for row in rows if isinstance(row, EmbeddedItem)]
         for stage in ("encode", "retrieve", "fuse"):
             longest[stage] = max((getattr(timing, stage) for timing in timings), default=0.0)
         return Answered(rows, {**seconds, **longest})
@@ -244,7 +289,7 @@ class Engine:
             self.tracing.stages(spent, {"reco.side": side, "reco.items": len(rows), "reco.memory": memory})
         return Answered(rows, spent)
 
-    def _outcome(self, side: Side, index: int, found: Answer[Row] | Exception) -> Row | ItemRefused:
+    def _outcome(self, side: Side, index: int, found: Answer[EmbeddedItem] | Exception) -> EmbeddedItem | ItemRefused:
         if isinstance(found, Exception):
             return ItemRefused(f"{side}s[{index}]", found)
         self.observe("queue", side, found.queued_s)
@@ -283,8 +328,12 @@ class Engine:
 
     async def _test_item(self, side: Side, deadline: float) -> Sequence[object]:
         """One real item through the whole of one tower, a memory's search included where there is one."""
-        array = np.zeros((3, *self.reco.encoder.image_size), np.uint8) if side == "image" else self.reco.encoder.tokenize(["pulse"])[0]
-        work = Work(array, Query(self.default_snapshot(), self.reco.k, np.inf, frozenset(), neighbors=False))
+        array = (
+            np.zeros((3, *self.reco.encoder.image_size), np.uint8)
+            if side == "image"
+            else self.reco.encoder.tokenize(["pulse"])[0]
+        )
+        work = QueuedItem(array, Query(self.default_snapshot(), self.reco.k, np.inf, frozenset(), neighbors=False))
         return await self._lanes[side].submit([work], deadline)
 
     @contextmanager

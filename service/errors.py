@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import index_store.errors as store
 import models.errors as model
-from service import batcher, workers
+from service.batching import batcher, workers
 
 
 class ServiceError(Exception):
@@ -145,4 +145,9 @@ def refusal(error: Exception) -> Refusal:
     for kind, status, name, code in STATUS:
         if isinstance(cause, kind):
             return Refusal(status, str(error), name, code, getattr(error, "param", None))
-    return Refusal(500, "internal error: the request id in X-Request-ID finds it in the service's log", "server_error", "internal_error")
+    return Refusal(
+        500,
+        "internal error: the request id in X-Request-ID finds it in the service's log",
+        "server_error",
+        "internal_error",
+    )

@@ -8,7 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from service.errors import UsageError
 
@@ -35,7 +44,9 @@ class Settings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     fixed_shapes: Literal["auto", "on", "off"] = "auto"  # batches padded to a few recorded sizes; auto: on CUDA
-    search_devices: Annotated[tuple[int, ...], BeforeValidator(_split)] = ()  # GPUs that hold clones of the indexes; none = the CPU
+    search_devices: Annotated[
+        tuple[int, ...], BeforeValidator(_split)
+    ] = ()  # GPUs that hold clones of the indexes; none = the CPU
 
     api_keys: Annotated[tuple[SecretStr, ...], BeforeValidator(_split)] = ()
     admin_key: SecretStr | None = None
@@ -48,8 +59,12 @@ class Settings(BaseModel):
     max_labels: int = Field(10_000, ge=1)  # texts of one list sent with a request: labels x templates
     max_stored_labels: int = Field(1_000_000, ge=1)  # texts of one stored label set
     max_label_sets: int = Field(1_000, ge=0)
-    memory_budget_bytes: int = Field(0, ge=0)  # resident bytes of all memories together; 0 = 80 % of the machine's or container's
-    compact_after: int = Field(10_000, ge=0)  # rows added or removed online, after which they are folded into a new version; 0 = never
+    memory_budget_bytes: int = Field(
+        0, ge=0
+    )  # resident bytes of all memories together; 0 = 80 % of the machine's or container's
+    compact_after: int = Field(
+        10_000, ge=0
+    )  # rows added or removed online, after which they are folded into a new version; 0 = never
     max_queue: int = Field(1024, ge=1)  # items admitted and not yet answered, per modality
     max_batch: int = Field(32, ge=1)
     max_wait_s: float = Field(0.0, ge=0, le=1)  # how long a batch may wait to fill; 0 = never
@@ -58,7 +73,9 @@ class Settings(BaseModel):
     timeout_s: float = Field(30.0, gt=0)  # of a request once its body is here
     receive_s: float = Field(30.0, gt=0)  # for the body to arrive
     drain_s: float = Field(30.0, ge=0)
-    recall_share: float = Field(0.01, ge=0, le=1)  # of the clock, spent on measuring recall with live queries; 0 = never
+    recall_share: float = Field(
+        0.01, ge=0, le=1
+    )  # of the clock, spent on measuring recall with live queries; 0 = never
 
     @field_validator("max_queue")
     @classmethod

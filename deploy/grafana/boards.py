@@ -39,11 +39,14 @@ def stat(title: str, query: str, unit: str, about: str, *limits: tuple[str, floa
     return Panel(title, ((query, "__auto"),), unit, about, "stat", width, 4, limits or (("blue", None),))
 
 
-def quantiles(series: str, by: str, where: str = "", at: Sequence[float] = (0.5, 0.95, 0.99)) -> tuple[tuple[str, str], ...]:
+def quantiles(
+    series: str, by: str, where: str = "", at: Sequence[float] = (0.5, 0.95, 0.99)
+) -> tuple[tuple[str, str], ...]:
     """p50, p95, p99 of a histogram, one line for each value of the labels `by`."""
     legend = " ".join(f"{{{{{label}}}}}" for label in by.split(", "))
     return tuple(
-        (f"histogram_quantile({q}, sum by (le, {by}) (rate({series}_bucket{{@{where}}}[R])))", f"p{100 * q:g} {legend}") for q in at
+        (f"histogram_quantile({q}, sum by (le, {by}) (rate({series}_bucket{{@{where}}}[R])))", f"p{100 * q:g} {legend}")
+        for q in at
     )
 
 
@@ -60,7 +63,12 @@ OVERVIEW = Dashboard(
     "RECO Serve: overview",
     (
         stat(
-            "Ready", "min(reco_ready{@})", "bool_yes_no", "The least ready instance: whether /readyz answers 200.", (RED, None), (GREEN, 1)
+            "Ready",
+            "min(reco_ready{@})",
+            "bool_yes_no",
+            "The least ready instance: whether /readyz answers 200.",
+            (RED, None),
+            (GREEN, 1),
         ),
         stat("Requests", REQUESTS, "reqps", "All routes but health and metrics."),
         stat(
@@ -83,8 +91,19 @@ OVERVIEW = Dashboard(
             "percentunit",
             "Share of vectors that neighbours have refined.",
         ),
-        Panel("Requests by route", (("sum by (endpoint) (rate(reco_requests_total{@}[R]))", "{{endpoint}}"),), "reqps", width=12),
-        Panel("Latency of all routes", quantiles("reco_request_duration_seconds", "job"), "s", "From arrival to reply.", width=12),
+        Panel(
+            "Requests by route",
+            (("sum by (endpoint) (rate(reco_requests_total{@}[R]))", "{{endpoint}}"),),
+            "reqps",
+            width=12,
+        ),
+        Panel(
+            "Latency of all routes",
+            quantiles("reco_request_duration_seconds", "job"),
+            "s",
+            "From arrival to reply.",
+            width=12,
+        ),
         Panel(
             "Error budget burn",
             (('slo:reco_burn:ratio{job=~"$job",window=~"5m|1h|6h"}', "{{slo}} {{window}}"),),
@@ -108,7 +127,15 @@ OVERVIEW = Dashboard(
             16,
             6,
         ),
-        Panel("Running", (("reco_build_info{@}", "__auto"),), "short", "Versions of the service and its libraries.", "table", 8, 6),
+        Panel(
+            "Running",
+            (("reco_build_info{@}", "__auto"),),
+            "short",
+            "Versions of the service and its libraries.",
+            "table",
+            8,
+            6,
+        ),
     ),
 )
 
@@ -116,7 +143,13 @@ LATENCY = Dashboard(
     "reco-latency",
     "RECO Serve: latency",
     (
-        Panel("By route", quantiles("reco_request_duration_seconds", "endpoint", ON), "s", "From arrival to reply.", width=12),
+        Panel(
+            "By route",
+            quantiles("reco_request_duration_seconds", "endpoint", ON),
+            "s",
+            "From arrival to reply.",
+            width=12,
+        ),
         Panel(
             "All requests",
             ((f"sum by (le) (increase(reco_request_duration_seconds_bucket{{@{ON}}}[R]))", "{{le}}"),),
@@ -151,7 +184,11 @@ BATCHING = Dashboard(
     "reco-batching",
     "RECO Serve: batching",
     (
-        Panel("Queue depth", ((f"max by (modality) (reco_queue_depth{{@{OF}}})", "{{modality}}"),), about="Items waiting for a batch."),
+        Panel(
+            "Queue depth",
+            ((f"max by (modality) (reco_queue_depth{{@{OF}}})", "{{modality}}"),),
+            about="Items waiting for a batch.",
+        ),
         Panel("Wait for a batch", quantiles("reco_stage_duration_seconds", "modality", f',stage="queue"{OF}'), "s"),
         Panel("Items encoded", ((f"sum by (modality) (rate(reco_items_total{{@{OF}}}[R]))", "{{modality}}"),), "ops"),
         Panel(
@@ -192,10 +229,16 @@ MEMORY = Dashboard(
         ),
         Panel("Pairs", (("max by (name) (reco_memory_pairs{@})", "{{name}}"),), width=6),
         Panel(
-            "Age", (("time() - min by (name) (reco_memory_created_timestamp_seconds{@})", "{{name}}"),), "s", "Since the build.", width=6
+            "Age",
+            (("time() - min by (name) (reco_memory_created_timestamp_seconds{@})", "{{name}}"),),
+            "s",
+            "Since the build.",
+            width=6,
         ),
         Panel(
-            "Swaps", (("sum by (name, outcome) (reco_memory_swaps_total{@})", "{{name}} {{outcome}}"),), about="Since the service began."
+            "Swaps",
+            (("sum by (name, outcome) (reco_memory_swaps_total{@})", "{{name}} {{outcome}}"),),
+            about="Since the service began.",
         ),
         Panel(
             "A swap's phases, mean",
@@ -215,12 +258,20 @@ MEMORY = Dashboard(
             about="1 between swaps, 2 while requests end on the old version; one that stays above 1 leaks.",
         ),
         Panel(
-            "Bytes", (("sum by (name, tier) (reco_memory_bytes{@})", "{{name}} {{tier}}"),), "bytes", "Mapped: read from disk as needed."
+            "Bytes",
+            (("sum by (name, tier) (reco_memory_bytes{@})", "{{name}} {{tier}}"),),
+            "bytes",
+            "Mapped: read from disk as needed.",
         ),
         Panel(
-            "Label sets looked up", (("sum by (result) (rate(reco_label_cache_total{@}[R]))", "{{result}}"),), "ops", "A miss embeds all."
+            "Label sets looked up",
+            (("sum by (result) (rate(reco_label_cache_total{@}[R]))", "{{result}}"),),
+            "ops",
+            "A miss embeds all.",
         ),
-        Panel("GPU memory", (("max by (kind) (reco_gpu_memory_bytes{@})", "{{kind}}"),), "bytes", "Empty without a GPU."),
+        Panel(
+            "GPU memory", (("max by (kind) (reco_gpu_memory_bytes{@})", "{{kind}}"),), "bytes", "Empty without a GPU."
+        ),
     ),
 )
 
@@ -252,7 +303,11 @@ QUALITY = Dashboard(
             ),
             "percentunit",
         ),
-        Panel("Vectors, and why", (("sum by (enhanced, reason) (rate(reco_enhanced_total{@}[R]))", "{{reason}} ({{enhanced}})"),), "ops"),
+        Panel(
+            "Vectors, and why",
+            (("sum by (enhanced, reason) (rate(reco_enhanced_total{@}[R]))", "{{reason}} ({{enhanced}})"),),
+            "ops",
+        ),
         Panel(
             "Recall of live queries",
             (("min by (name, side) (reco_recall_sampled{@})", "{{name}} {{side}}"),),
@@ -282,12 +337,21 @@ ERRORS = Dashboard(
         Panel("Refused at the door", (("sum by (reason) (rate(reco_rejected_total{@}[R]))", "{{reason}}"),), "reqps"),
         Panel("Cores in use", (("sum by (instance) (rate(process_cpu_seconds_total{@}[R]))", "{{instance}}"),)),
         Panel("Resident memory", (("sum by (instance) (process_resident_memory_bytes{@})", "{{instance}}"),), "bytes"),
-        Panel("Open files", (("max by (instance) (process_open_fds{@} / process_max_fds{@})", "{{instance}}"),), "percentunit"),
+        Panel(
+            "Open files",
+            (("max by (instance) (process_open_fds{@} / process_max_fds{@})", "{{instance}}"),),
+            "percentunit",
+        ),
         Panel("Queue depth", (("max by (modality) (reco_queue_depth{@})", "{{modality}}"),)),
         Panel("Wait for a batch", quantiles("reco_stage_duration_seconds", "modality", ',stage="queue"', (0.95,)), "s"),
         Panel(
             "GPU memory in use",
-            (('max(reco_gpu_memory_bytes{@,kind="used"} / ignoring (kind) reco_gpu_memory_bytes{@,kind="total"})', "used"),),
+            (
+                (
+                    'max(reco_gpu_memory_bytes{@,kind="used"} / ignoring (kind) reco_gpu_memory_bytes{@,kind="total"})',
+                    "used",
+                ),
+            ),
             "percentunit",
             "Empty without a GPU.",
         ),

@@ -61,7 +61,13 @@ def lines(axes: Any, panel: dict[str, Any], window: Window) -> bool:
     for target in panel["targets"]:
         for series in ask(window, target["expr"]):
             x, y = points(series, window)
-            axes.plot(x, [value * factor for value in y], lw=1, label=named(target, series["metric"]), marker="." if len(x) < 4 else None)
+            axes.plot(
+                x,
+                [value * factor for value in y],
+                lw=1,
+                label=named(target, series["metric"]),
+                marker="." if len(x) < 4 else None,
+            )
             some = True
     axes.set_xlim(0, (window.end - window.start) / 60)
     axes.set_ylabel(unit, fontsize=7)
@@ -103,7 +109,11 @@ def stat(axes: Any, panel: dict[str, Any], window: Window) -> bool:
 def table(axes: Any, panel: dict[str, Any], window: Window) -> bool:
     """Write the rows that are there at the end."""
     axes.axis("off")
-    rows = [series for series in ask(window, panel["targets"][0]["expr"]) if series["values"][-1][0] >= window.end - 3 * window.step]
+    rows = [
+        series
+        for series in ask(window, panel["targets"][0]["expr"])
+        if series["values"][-1][0] >= window.end - 3 * window.step
+    ]
     for i, series in enumerate(rows[:SHOWN]):
         labels = "  ".join(f"{k}={v}" for k, v in series["metric"].items() if k not in ("__name__", "job", "instance"))
         text = f"{textwrap.fill(labels, 90)}\n= {series['values'][-1][1]}"
@@ -132,7 +142,9 @@ def draw(board: dict[str, Any], window: Window, path: Path) -> list[str]:
 
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in board["panels"])
     figure = plt.figure(figsize=(16, height * 0.36 + 0.6))
-    grid = figure.add_gridspec(height, 24, wspace=3.5, hspace=0.9, left=0.04, right=0.99, top=1 - 0.7 / (height * 0.36 + 0.6), bottom=0.04)
+    grid = figure.add_gridspec(
+        height, 24, wspace=3.5, hspace=0.9, left=0.04, right=0.99, top=1 - 0.7 / (height * 0.36 + 0.6), bottom=0.04
+    )
     figure.suptitle(board["title"], fontsize=12)
     empty = []
     for panel in board["panels"]:
@@ -161,7 +173,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("var/dashboards"))
     given = parser.parse_args()
     if find_spec("matplotlib") is None:
-        print("draw.py needs matplotlib: .venv/bin/uv pip install matplotlib, and .venv/bin/python to run it", file=sys.stderr)
+        print(
+            "draw.py needs matplotlib: .venv/bin/uv pip install matplotlib, and .venv/bin/python to run it",
+            file=sys.stderr,
+        )
         return 2
     end = given.until or time.time()
     window = Window(given.prometheus.rstrip("/"), end - 60 * given.minutes, end, max(5.0, given.minutes * 60 / 200))

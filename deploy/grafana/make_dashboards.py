@@ -32,7 +32,10 @@ def variable(name: str, label: str, query: str) -> dict[str, Any]:
 def target(panel: Panel, place: int) -> dict[str, Any]:
     """One query of a panel."""
     query, legend = panel.queries[place]
-    shapes: dict[str, dict[str, Any]] = {"heatmap": {"format": "heatmap"}, "table": {"format": "table", "instant": True}}
+    shapes: dict[str, dict[str, Any]] = {
+        "heatmap": {"format": "heatmap"},
+        "table": {"format": "table", "instant": True},
+    }
     shape = shapes.get(panel.kind, {})
     return {"refId": "ABCDEF"[place], "datasource": SOURCE, "expr": written(query), "legendFormat": legend, **shape}
 
@@ -73,7 +76,9 @@ def drawn(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
     }  # fmt: skip
     if panel.kind == "table":
         hidden = dict.fromkeys(("Time", "__name__"), True)
-        body["transformations"] = [{"id": "organize", "options": {"excludeByName": hidden, "indexByName": {}, "renameByName": {}}}]
+        body["transformations"] = [
+            {"id": "organize", "options": {"excludeByName": hidden, "indexByName": {}, "renameByName": {}}}
+        ]
     return body
 
 
@@ -100,7 +105,13 @@ def document(board: Dashboard) -> dict[str, Any]:
         ("instance", "Instance", 'label_values(reco_build_info{job=~"$job"}, instance)'),
     )
     others = [
-        {"title": other.title.partition(": ")[2], "type": "link", "url": f"/d/{other.uid}", "keepTime": True, "includeVars": True}
+        {
+            "title": other.title.partition(": ")[2],
+            "type": "link",
+            "url": f"/d/{other.uid}",
+            "keepTime": True,
+            "includeVars": True,
+        }
         for other in DASHBOARDS
         if other is not board
     ]

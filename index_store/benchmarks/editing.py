@@ -15,7 +15,9 @@ ADDED = 10_000
 AT_ONCE = 100  # pairs of one edit: one record in the journal, one fsync
 
 
-def measure_edits(store: Store, manifest: Manifest, pairs: Pairs, queries: np.ndarray, k: int, repeats: int) -> dict[str, Any]:
+def measure_edits(
+    store: Store, manifest: Manifest, pairs: Pairs, queries: np.ndarray, k: int, repeats: int
+) -> dict[str, Any]:
     """Pairs with ready embeddings added, each batch on the disk before the next; then the search that sees them all against the base's."""
     journal = store.journal(manifest.name, manifest.version)
     adds = []
@@ -31,7 +33,10 @@ def measure_edits(store: Store, manifest: Manifest, pairs: Pairs, queries: np.nd
         "base": lambda batch: base.retrieve(batch, "image", k),
         "edited": lambda batch: edited.retrieve(batch, "image", k),
     }
-    slowed = {f"batch_{batch}": compared(rates(searches, queries, batch, repeats), {"slowed": ("base", "edited")}) for batch in BATCHES}
+    slowed = {
+        f"batch_{batch}": compared(rates(searches, queries, batch, repeats), {"slowed": ("base", "edited")})
+        for batch in BATCHES
+    }
     journal.unlink()
     return {"durable_adds_per_s": median(adds), "slowest_adds_per_s": round(min(adds), 1), **slowed}
 

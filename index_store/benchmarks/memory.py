@@ -77,19 +77,38 @@ def measure_search(store: Store, manifest: Manifest, collection: Collection, rep
 def measure_open(store: Store, manifest: Manifest, repeats: int) -> dict[str, Any]:
     """Seconds to open a version that was just built, and to read every byte of it, as happens behind its back."""
     opened = [seconds(lambda: store.open(NAME, manifest.version, encoder=ENCODER)) for _ in range(repeats)]
-    return {"seconds": median(opened), "verify_seconds": round(seconds(lambda: store.verify(NAME, manifest.version)), 3)}
+    return {
+        "seconds": median(opened),
+        "verify_seconds": round(seconds(lambda: store.verify(NAME, manifest.version)), 3),
+    }
 
 
 def measure_resident(store: Store, manifest: Manifest, collection: Collection) -> dict[str, Any]:
     """Megabytes that opening the version and answering queries on both sides adds to those of Python and faiss, in a process of its own."""
     for side in SIDES:
         np.save(store.root / f"queries-{side}.npy", collection.queries(side, QUERIES // 2))
-    command = [sys.executable, "-m", "index_store.benchmarks.resident", str(store.root), NAME, manifest.version, ENCODER]
+    command = [
+        sys.executable,
+        "-m",
+        "index_store.benchmarks.resident",
+        str(store.root),
+        NAME,
+        manifest.version,
+        ENCODER,
+    ]
     warm, cold = [_child(command, store.path(NAME, manifest.version), forget=forget) for forget in (False, True)]
     files = [f"{shard['folder']}/{index_file(side)}" for shard in manifest.shards for side in SIDES]
-    index_mb = sum(manifest.files[file]["bytes"] for file in files if file in manifest.files) / 1e6 + manifest.bytes["resident"] / 1e6
+    index_mb = (
+        sum(manifest.files[file]["bytes"] for file in files if file in manifest.files) / 1e6
+        + manifest.bytes["resident"] / 1e6
+    )
     allowed = 1.1 * index_mb + 100
-    return {"cold": cold, "warm": warm, "index_mb": round(index_mb, 1), "of_allowed": round(cold["taken_mb"] / allowed, 3)}
+    return {
+        "cold": cold,
+        "warm": warm,
+        "index_mb": round(index_mb, 1),
+        "of_allowed": round(cold["taken_mb"] / allowed, 3),
+    }
 
 
 def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -114,7 +133,10 @@ def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
 def main() -> int:
     """Build, measure, tell."""
     args = _arguments()
-    report = {**environment("index_store.benchmarks"), "settings": {name: str(value) for name, value in vars(args).items()}}
+    report = {
+        **environment("index_store.benchmarks"),
+        "settings": {name: str(value) for name, value in vars(args).items()},
+    }
     shutil.rmtree(args.store, ignore_errors=True)
     store, collection = Store(args.store), Collection(args.pairs, args.dim)
     args.store.mkdir(parents=True)
@@ -123,7 +145,9 @@ def main() -> int:
     report["search"] = measure_search(store, manifest, collection, args.repeats)
     report["open"] = measure_open(store, manifest, args.repeats)
     report["resident"] = measure_resident(store, manifest, collection)
-    report["edits"] = measure_edits(store, manifest, collection.fresh(ADDED), collection.queries("image", QUERIES), K, args.repeats)
+    report["edits"] = measure_edits(
+        store, manifest, collection.fresh(ADDED), collection.queries("image", QUERIES), K, args.repeats
+    )
     report["targets"] = verdicts(report)
     print(told(report["targets"]))
     write(args.out, report)
@@ -168,7 +192,9 @@ def _bare_build(collection: Collection, recipe: str, folder: Path) -> float:
     return time.perf_counter() - begun
 
 
-def _bare_index(store: Store, manifest: Manifest, flat: faiss.Index) -> tuple[faiss.Index, faiss.SearchParameters | None]:
+def _bare_index(
+    store: Store, manifest: Manifest, flat: faiss.Index
+) -> tuple[faiss.Index, faiss.SearchParameters | None]:
     """The version's own index of the image side, as faiss opens it, and how it is to be searched."""
     if manifest.index["recipe"] == FLAT:
         return flat, None

@@ -28,7 +28,11 @@ def main(root: str, name: str, version: str, encoder: str) -> None:
         for query in np.load(Path(root) / f"queries-{side}.npy"):
             snapshot.retrieve(query[None], side, 10)
     after = resident_mb()
-    print(json.dumps({"before": before, "opened": opened, "after": after, "taken_mb": round(after["VmRSS"] - before["VmRSS"], 1)}))
+    print(
+        json.dumps(
+            {"before": before, "opened": opened, "after": after, "taken_mb": round(after["VmRSS"] - before["VmRSS"], 1)}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -34,8 +34,12 @@ class Collection:
         self._share = share / share.sum()
         self._member = rng.choice(clusters, size=pairs, p=self._share)  # (N,)
         self._centres = {side: rng.standard_normal((clusters, LATENT), np.float32) for side in SIDES}
-        self._spread = {side: rng.standard_normal((LATENT, dim), np.float32) / np.sqrt(np.float32(LATENT)) for side in SIDES}
-        self.rows: dict[Side, np.ndarray] = {side: self._drawn(side, self._member, seed) for seed, side in enumerate(SIDES)}
+        self._spread = {
+            side: rng.standard_normal((LATENT, dim), np.float32) / np.sqrt(np.float32(LATENT)) for side in SIDES
+        }
+        self.rows: dict[Side, np.ndarray] = {
+            side: self._drawn(side, self._member, seed) for seed, side in enumerate(SIDES)
+        }
 
     def queries(self, side: Side, count: int) -> np.ndarray:
         """(count, D) float32 unit rows from the same clusters; none of them is a row of the collection."""
@@ -88,7 +92,13 @@ def main() -> None:
     for seed, version in enumerate(args.versions, 7):
         blocks = Collection(args.pairs, args.dim, seed).blocks()
         built = build_version(
-            store, args.name, version, blocks, encoder=args.encoder, kinds={"image": "vector", "text": "vector"}, index=args.index
+            store,
+            args.name,
+            version,
+            blocks,
+            encoder=args.encoder,
+            kinds={"image": "vector", "text": "vector"},
+            index=args.index,
         )
         print(f"{built.ref}: {built.pairs} pairs, {built.index['recipe']}, recall {built.recall}", flush=True)
     store.activate(args.name, args.versions[0])

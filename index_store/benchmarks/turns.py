@@ -24,7 +24,8 @@ def compared(found: Mapping[str, Sequence[float]], ratios: Mapping[str, tuple[st
     """Medians of the rates, and of their ratios repeat by repeat.  ratios: name -> (above, below) the line."""
     medians = {name: round(median(values), 1) for name, values in found.items()}
     quotients = {
-        name: median([above / below for above, below in zip(found[up], found[down], strict=True)]) for name, (up, down) in ratios.items()
+        name: median([above / below for above, below in zip(found[up], found[down], strict=True)])
+        for name, (up, down) in ratios.items()
     }
     return {"queries_per_s": medians, **quotients}
 

@@ -41,7 +41,11 @@ def build_version(
     source: free JSON for the manifest; a callable is asked once all blocks are read, when the counts are known.
     Whatever stops it, a kill included, leaves no version: neither listed nor openable, and a second run succeeds.
     """
-    job = blocks.digest(encoder=encoder, kinds=dict(kinds), shard_pairs=shard_pairs) if isinstance(blocks, BuildSource) else ""
+    job = (
+        blocks.digest(encoder=encoder, kinds=dict(kinds), shard_pairs=shard_pairs)
+        if isinstance(blocks, BuildSource)
+        else ""
+    )
     version = _chosen(store, name, version, job)
     with workplace(store.root / plain(name), version) as work:
         filling = VersionWriter(work, kinds, index, shard_pairs)

@@ -58,7 +58,8 @@ class Deduplicator:
         rejects = []
         for row, name in enumerate(ids):
             cosine, twin = max(
-                [nearest[row], *((both, ids[other]) for other, both in twins.get(row, ()) if other in good)], key=itemgetter(0)
+                [nearest[row], *((both, ids[other]) for other, both in twins.get(row, ()) if other in good)],
+                key=itemgetter(0),
             )
             if cosine >= self._least:
                 rejects.append(Reject(str(name), f"near-duplicate of {twin} (cosine {min(cosine, 1):.3f})"))
@@ -91,7 +92,9 @@ class Deduplicator:
 
     def _texts(self, rows: np.ndarray) -> np.ndarray:
         """(M, D) float16 of some of the kept."""
-        blocks = np.array([bisect_right(self._starts, row) - 1 for row in rows.tolist()], np.int64)  # numpy would copy all starts each time
+        blocks = np.array(
+            [bisect_right(self._starts, row) - 1 for row in rows.tolist()], np.int64
+        )  # numpy would copy all starts each time
         taken = np.empty((len(rows), self._text[0].shape[1]), np.float16)
         for block in np.unique(blocks):
             mine = blocks == block

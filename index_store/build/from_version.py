@@ -31,18 +31,26 @@ def stored_manifest(path: Path, *, encoder: str, kinds: Mapping[Side, KeyKind]) 
     """
     manifest = read_manifest(path)
     if not same_encoder(manifest.encoder, encoder):
-        raise IncompatibleSnapshot(f"{manifest.ref} was built by {manifest.encoder}, not by {encoder}: build it from its images instead")
+        raise IncompatibleSnapshot(
+            f"{manifest.ref} was built by {manifest.encoder}, not by {encoder}: build it from its images instead"
+        )
     for side in SIDES:
         if kinds[side] not in ("vector", manifest.key_kind(side)):
             held = manifest.key_kind(side)
-            raise PairsRefused(f"{manifest.ref} holds {held} {side} keys, {kinds[side]} keys are asked for: build it from its images")
+            raise PairsRefused(
+                f"{manifest.ref} holds {held} {side} keys, {kinds[side]} keys are asked for: build it from its images"
+            )
     edits = sum(1 for _ in read_records(path.with_name(path.name + SUFFIX), seal_of(manifest)))
     if edits:
-        log.warning("%s: %d edits made on it online are left out: compact it, then take what that makes", manifest.ref, edits)
+        log.warning(
+            "%s: %d edits made on it online are left out: compact it, then take what that makes", manifest.ref, edits
+        )
     return manifest
 
 
-def stored_steps(path: Path, manifest: Manifest, *, kinds: Mapping[Side, KeyKind], seen: set[Id], skip: int = 0) -> Iterator[Step]:
+def stored_steps(
+    path: Path, manifest: Manifest, *, kinds: Mapping[Side, KeyKind], seen: set[Id], skip: int = 0
+) -> Iterator[Step]:
     """Every pair of a verified version in the order of its rows, edits made online apart: fold those in by compacting first.
 
     seen: ids taken so far, added to; a pair whose id is among them is rejected.  skip: rows passed over, of which only the ids are read.

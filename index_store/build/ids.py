@@ -27,5 +27,7 @@ class Seen:
             name = twice[0].decode("utf-8") if block.dtype.kind == "S" else int(twice[0])
             raise PairsRefused(f"id {name!r} comes twice: every pair needs its own")
         while self._runs and len(self._runs[-1]) <= 2 * len(block):
-            block = np.sort(np.concatenate([self._runs.pop(), block]), kind="stable")  # merges runs that are sorted already
+            block = np.sort(
+                np.concatenate([self._runs.pop(), block]), kind="stable"
+            )  # merges runs that are sorted already
         self._runs.append(block)

@@ -27,7 +27,9 @@ SMALL_SHARD = 5_000  # a last shard this short is not worth lists of its own
 REMEDY = "try auto, Flat, SQfp16 or IVF1024,SQfp16"
 TRAIN_ROWS_PER_LIST = 64  # faiss warns below 39 and gains little above
 TRAIN_ROWS = 1 << 14  # at least, for what else is learned: the 256 codes of a product quantizer want 39 rows each
-CHEAP = 16  # lists this many times faster than a flat search need no finer ones, which take several times as long to build
+CHEAP = (
+    16  # lists this many times faster than a flat search need no finer ones, which take several times as long to build
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,9 @@ def index_version(work: Path, draft: Manifest) -> tuple[Manifest, list[str]]:
         if len(draft.shards) > 1:
             done = _other_shards(work, draft, done)
     except RuntimeError as error:  # a recipe that faiss makes, and then does not add to or search as others
-        raise RecipeRefused(f"{draft.index['asked']} cannot be filled or searched ({reason(error)}): {REMEDY}") from error
+        raise RecipeRefused(
+            f"{draft.index['asked']} cannot be filled or searched ({reason(error)}): {REMEDY}"
+        ) from error
     floor = draft.recall["floor"]
     if done.best.worst < floor:
         side = min(SIDES, key=done.best.recall.__getitem__)
@@ -80,7 +84,11 @@ def index_version(work: Path, draft: Manifest) -> tuple[Manifest, list[str]]:
         names = [name for side in SIDES for name in done.questions[side].write(work, side)]
     curve = [point.described() for point in done.curve]
     index = {"asked": draft.index["asked"], "recipe": done.recipe, "probes": done.best.probes, "curve": curve}
-    recall = {**draft.recall, "k": min(DEPTH, draft.pairs), **{str(side): share for side, share in done.best.recall.items()}}
+    recall = {
+        **draft.recall,
+        "k": min(DEPTH, draft.pairs),
+        **{str(side): share for side, share in done.best.recall.items()},
+    }
     return dataclasses.replace(draft, index=index, recall=recall), [*done.files, *names]
 
 
@@ -107,7 +115,9 @@ def _finer(work: Path, draft: Manifest, coarse: Indexed, clock: Clock, recipe: s
     """Try more lists on the first shard, and go back to the fewer where these are not the faster."""
     shard, floor = draft.shards[0], draft.recall["floor"]
     files = _write_indexes(work, draft, shard, recipe)
-    best, points = settle(_fans(work, draft, [shard], files), coarse.questions, clock, recipe, floor=floor, limit_ms=limit_ms)
+    best, points = settle(
+        _fans(work, draft, [shard], files), coarse.questions, clock, recipe, floor=floor, limit_ms=limit_ms
+    )
     fine = Indexed(recipe, files, coarse.questions, best, points)
     faster = min(coarse, fine, key=lambda tried: (tried.best.sure < floor, tried.best.ms))
     if faster is coarse:
@@ -150,14 +160,18 @@ def _questions(fans: Mapping[Side, ShardedIndex]) -> dict[Side, Probes]:
     return {side: Probes.sample(fans[side]) for side in SIDES}
 
 
-def _fans(work: Path, draft: Manifest, shards: Sequence[Mapping[str, Any]], files: Sequence[str]) -> dict[Side, ShardedIndex]:
+def _fans(
+    work: Path, draft: Manifest, shards: Sequence[Mapping[str, Any]], files: Sequence[str]
+) -> dict[Side, ShardedIndex]:
     """Some shards opened as a reader would, searching the index files written so far."""
     known = dataclasses.replace(draft, files={**draft.files, **{file: {} for file in files}})
     opened = [Shard(work, shard["folder"], shard["pairs"], known) for shard in shards]
     return {side: ShardedIndex(opened, side) for side in SIDES}
 
 
-def _write_indexes(work: Path, draft: Manifest, shard: Mapping[str, Any], recipe: str, *, may_stay_flat: bool = False) -> list[str]:
+def _write_indexes(
+    work: Path, draft: Manifest, shard: Mapping[str, Any], recipe: str, *, may_stay_flat: bool = False
+) -> list[str]:
     """One index per side of one shard; the names written."""
     names = []
     for side in SIDES:
@@ -180,7 +194,9 @@ def _write_index(path: Path, side: Side, keys: np.ndarray, recipe: str, *, may_s
     except RuntimeError as error:
         if may_stay_flat:
             return []
-        raise RecipeRefused(f"{recipe} cannot be trained on {len(keys)} {side} rows: take fewer lists, or auto") from error
+        raise RecipeRefused(
+            f"{recipe} cannot be trained on {len(keys)} {side} rows: take fewer lists, or auto"
+        ) from error
     for start in range(0, len(keys), BLOCK_ROWS):
         index.add(widened(keys[start : start + BLOCK_ROWS]))  # (BLOCK_ROWS, Dk)
     with writing(f"{path.name}/{index_file(side)}"):
@@ -195,7 +211,9 @@ def empty_index(recipe: str, width: int) -> faiss.Index:
     except RuntimeError as error:
         raise RecipeRefused(f"{recipe!r} is no faiss index over rows of width {width}: {REMEDY}") from error
     if isinstance(index, faiss.IndexIDMap):
-        raise RecipeRefused(f"{recipe!r} numbers its rows itself, which a shard does already: leave IDMap out, or {REMEDY}")
+        raise RecipeRefused(
+            f"{recipe!r} numbers its rows itself, which a shard does already: leave IDMap out, or {REMEDY}"
+        )
     lists = faiss.try_extract_index_ivf(index)
     inner = None if lists is None else faiss.downcast_index(lists)
     if isinstance(inner, faiss.IndexIVFScalarQuantizer) and inner.sq.qtype == faiss.ScalarQuantizer.QT_fp16:

@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from index_store.build.checkpoint import BuildCheckpoint, Progress, done_of, earlier_progress, id_array, keep_only, read_ids
+from index_store.build.checkpoint import (
+    BuildCheckpoint,
+    Progress,
+    done_of,
+    earlier_progress,
+    id_array,
+    keep_only,
+    read_ids,
+)
 from index_store.build.ids import Seen
 from index_store.build.index import check_recipe
 from index_store.build.source import BuildSource, Step
@@ -85,7 +93,14 @@ class VersionWriter:
         found = self._content
         shards, files = list(found.shards), list(found.files)
         filled = self._writer.pairs if self._writer else 0
-        return {"dim": found.dim, "keys": found.keys, "id_kind": found.id_kind, "shards": shards, "files": files, "filled": filled}
+        return {
+            "dim": found.dim,
+            "keys": found.keys,
+            "id_kind": found.id_kind,
+            "shards": shards,
+            "files": files,
+            "filled": filled,
+        }
 
     def flush(self) -> None:
         """Hand every row to the system."""
@@ -170,7 +185,9 @@ def _agreeing(block: Pairs, kinds: Mapping[Side, KeyKind], content: Content | No
     for side in SIDES:
         if block.has_own_keys(side) != (kinds[side] != "vector"):
             given = "are" if block.has_own_keys(side) else "are not"
-            raise PairsRefused(f"the search on {side} is to compare {kinds[side]} keys, but own keys {given} given: change one of the two")
+            raise PairsRefused(
+                f"the search on {side} is to compare {kinds[side]} keys, but own keys {given} given: change one of the two"
+            )
     found = Content(block.image.shape[1], keys, block.ids.dtype.kind)
     if content is None:
         _check_index(index, keys)

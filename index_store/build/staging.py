@@ -33,7 +33,9 @@ def workplace(memory: Path, version: str) -> Iterator[Path]:
         _own(lock, work, f"{memory.name}@{version}")
         try:
             if (memory / version).exists():
-                raise VersionExists(f"{memory.name}@{version} exists already, and a version is never overwritten: choose another name")
+                raise VersionExists(
+                    f"{memory.name}@{version} exists already, and a version is never overwritten: choose another name"
+                )
             yield work
         except (PairsRefused, VersionExists):  # a next run would be refused as well
             _discard(work)

@@ -81,7 +81,9 @@ class Clock:
             yield queries[start : start + BATCH].astype(np.float32)
 
 
-def measure(fans: Mapping[Side, ShardedIndex], questions: Mapping[Side, Probes], clock: Clock, recipe: str, probes: int) -> Point:
+def measure(
+    fans: Mapping[Side, ShardedIndex], questions: Mapping[Side, Probes], clock: Clock, recipe: str, probes: int
+) -> Point:
     """Answer the probe queries visiting `probes` lists, for their recall and then once more for the time."""
     shares = {side: questions[side].found(fans[side], probes) for side in SIDES}  # (P,) each
     recall = {side: float(share.mean()) for side, share in shares.items()}
@@ -119,7 +121,13 @@ def settle(
 
 def flat_point(fans: Mapping[Side, ShardedIndex], clock: Clock, recipe: str) -> Point:
     """What searching every row would cost."""
-    return Point(recipe, 0, dict.fromkeys(SIDES, 1.0), 1.0, statistics.mean(clock.flat_ms(side, fans[side].pairs) for side in SIDES))
+    return Point(
+        recipe,
+        0,
+        dict.fromkeys(SIDES, 1.0),
+        1.0,
+        statistics.mean(clock.flat_ms(side, fans[side].pairs) for side in SIDES),
+    )
 
 
 def _fewest(points: Sequence[Point], floor: float) -> Point:

@@ -38,7 +38,9 @@ class Put:
             "lines": [len(line) for line in self.lines],
             "columns": {name: rows.shape[1] for name, rows in columns.items()},
         }
-        return b"".join([_opening(meta), *self.lines, *(np.ascontiguousarray(rows, "<f2").tobytes() for rows in columns.values())])
+        return b"".join(
+            [_opening(meta), *self.lines, *(np.ascontiguousarray(rows, "<f2").tobytes() for rows in columns.values())]
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,17 +70,29 @@ def decode(payload: bytes) -> Change:
 
 def put_of(pairs: Pairs, manifest: Manifest, id_kind: str) -> Put:
     """Pairs as this memory stores them; PairsRefused where they are not of its kind.  id_kind: "i" or "S"."""
-    values, own = {side: pairs.values(side) for side in SIDES}, {side: pairs.keys(side) for side in SIDES if pairs.has_own_keys(side)}
+    values, own = (
+        {side: pairs.values(side) for side in SIDES},
+        {side: pairs.keys(side) for side in SIDES if pairs.has_own_keys(side)},
+    )
     for side in SIDES:
         kind, width = manifest.key_kind(side), manifest.key_dim(side)
-        if (side in own) != (kind != "vector") or values[side].shape[1] != manifest.dim or pairs.keys(side).shape[1] != width:
+        if (
+            (side in own) != (kind != "vector")
+            or values[side].shape[1] != manifest.dim
+            or pairs.keys(side).shape[1] != width
+        ):
             found = f"vectors of width {values[side].shape[1]} and {f'own keys of {own[side].shape[1]}' if side in own else 'no own keys'}"
             raise PairsRefused(
                 f"{manifest.ref} holds {side} vectors of width {manifest.dim} and compares {kind} keys of width {width}, not {found}"
             )
     ids = stored_ids(pairs.ids.tolist(), id_kind, manifest.ref)
     lines = [record_line(name, record) for name, record in zip(pairs.ids.tolist(), pairs.records, strict=True)]
-    return Put(ids, lines, {side: rows.astype("<f2") for side, rows in values.items()}, {side: own[side].astype("<f2") for side in own})
+    return Put(
+        ids,
+        lines,
+        {side: rows.astype("<f2") for side, rows in values.items()},
+        {side: own[side].astype("<f2") for side in own},
+    )
 
 
 def stored_ids(ids: Sequence[Id], id_kind: str, ref: str) -> np.ndarray:
@@ -110,7 +124,9 @@ def _stored(names: Sequence[Id]) -> np.ndarray:
 
 
 def _names(ids: np.ndarray) -> list[Id]:
-    names: list[Id] = ids.tolist() if ids.dtype.kind == "i" else [name.decode("utf-8", "surrogatepass") for name in ids.tolist()]
+    names: list[Id] = (
+        ids.tolist() if ids.dtype.kind == "i" else [name.decode("utf-8", "surrogatepass") for name in ids.tolist()]
+    )
     return names
 
 

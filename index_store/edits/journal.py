@@ -65,7 +65,9 @@ class Journal:
         """A new journal that holds these records from the moment it exists; StoreBusy where there is one already."""
         with writing(path.name), alone(path.parent):
             if path.exists():
-                raise StoreBusy(f"{shown(path)} exists already: edits of that version, or left by one of its name; compact again")
+                raise StoreBusy(
+                    f"{shown(path)} exists already: edits of that version, or left by one of its name; compact again"
+                )
             return cls._made(path, seal, payloads)
 
     @classmethod
@@ -86,7 +88,9 @@ class Journal:
     def append(self, payload: bytes) -> None:
         """Return once the record is on the disk; StoreUnwritable if it cannot be, and then the file ends as it did before."""
         if not self._whole:
-            raise StoreUnwritable(f"{self._path.name} could not be repaired after a failed write: free some room, then restart")
+            raise StoreUnwritable(
+                f"{self._path.name} could not be repaired after a failed write: free some room, then restart"
+            )
         try:
             with writing(self._path.name):
                 self._file.seek(self.size)
@@ -120,7 +124,9 @@ class Journal:
         torn = os.fstat(self._file.fileno()).st_size - self.size
         self._file.truncate(self.size)
         os.fsync(self._file.fileno())
-        log.warning("%s: the last %d bytes were no whole record, dropped: %d edits stand", shown(self._path), torn, self.edits)
+        log.warning(
+            "%s: the last %d bytes were no whole record, dropped: %d edits stand", shown(self._path), torn, self.edits
+        )
 
 
 def read_records(path: Path, seal: str, start: int = HEAD.size) -> Iterator[tuple[int, bytes]]:
@@ -134,7 +140,9 @@ def read_records(path: Path, seal: str, start: int = HEAD.size) -> Iterator[tupl
     except FileNotFoundError:
         return
     except OSError as error:
-        raise DamagedVersion(f"{shown(path)} cannot be read ({error.strerror}): restore it or its permissions") from error
+        raise DamagedVersion(
+            f"{shown(path)} cannot be read ({error.strerror}): restore it or its permissions"
+        ) from error
     with file:
         mark = _mark(file, path, seal)
         while True:
@@ -176,12 +184,16 @@ def _mark(file: FileIO, path: Path, seal: str) -> bytes:
     file.seek(0)
     head = file.read(HEAD.size) or b""
     if len(head) < HEAD.size or head[:8] != MAGIC or not _intact(head):
-        raise DamagedVersion(f"{shown(path)} does not begin as a journal of edits: restore a copy, or remove it and lose its edits")
+        raise DamagedVersion(
+            f"{shown(path)} does not begin as a journal of edits: restore a copy, or remove it and lose its edits"
+        )
     _, found, mark, base, _ = HEAD.unpack(head)
     if found > FORMAT:
         raise IncompatibleSnapshot(f"{shown(path)} has format {found}, this program reads up to {FORMAT}: upgrade it")
     if base.hex() != seal:
-        raise DamagedVersion(f"{shown(path)} holds edits of another build of this version: restore that build, or remove the journal")
+        raise DamagedVersion(
+            f"{shown(path)} holds edits of another build of this version: restore that build, or remove the journal"
+        )
     return bytes(mark)
 
 
@@ -212,7 +224,9 @@ def _locked(file: FileIO, path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise StoreBusy(f"{shown(path)} is being written by another process: send the edits there, or stop it") from error
+            raise StoreBusy(
+                f"{shown(path)} is being written by another process: send the edits there, or stop it"
+            ) from error
         yield
     except BaseException:
         file.close()

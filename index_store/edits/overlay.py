@@ -35,7 +35,15 @@ class Overlay:
         self._sketches: dict[Side, tuple[Sketch, _Column]] = {}
         base_died = np.zeros(base.manifest.pairs, np.uint32)  # pages that no edit touches are never given memory
         views = {name: column.rows[:0] for name, column in self._columns.items()}
-        self._tail = Delta(edits=0, dead=0, base=base.manifest.pairs, lines=self._lines, base_died=base_died, sketches={}, **_fields(views))
+        self._tail = Delta(
+            edits=0,
+            dead=0,
+            base=base.manifest.pairs,
+            lines=self._lines,
+            base_died=base_died,
+            sketches={},
+            **_fields(views),
+        )
 
     def apply(self, change: Change) -> Snapshot:
         """The next snapshot. It costs what the change holds, however many edits stand already."""
@@ -105,7 +113,10 @@ def replayed(base: Snapshot, journal: Path) -> tuple[Overlay, int]:
     if journal.exists() and (torn := journal.stat().st_size - size) > 0:
         edits = overlay.snapshot.edits
         log.warning(
-            "%s: the last %d bytes are no whole record, so never acknowledged: ignored, %d edits stand", shown(journal), torn, edits
+            "%s: the last %d bytes are no whole record, so never acknowledged: ignored, %d edits stand",
+            shown(journal),
+            torn,
+            edits,
         )
     return overlay, size
 
@@ -117,7 +128,9 @@ def decoded(payload: bytes, base: Snapshot, number: int) -> Change:
         if change.ids.dtype.kind != base.id_kind:
             raise ValueError(f"ids of type {change.ids.dtype}")
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedVersion(f"edit {number} of {base.manifest.ref} cannot be read ({error}): restore its journal from a copy") from error
+        raise DamagedVersion(
+            f"edit {number} of {base.manifest.ref} cannot be read ({error}): restore its journal from a copy"
+        ) from error
     return change
 
 

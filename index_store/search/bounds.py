@@ -4,11 +4,13 @@ import numpy as np
 
 SHARE = 8  # one number for eight of a row
 ROUNDS = 2  # of power iteration: the directions need not be the best ones, any are right
-QUIET_BLOCK = (
-    8_192  # numbers of a matrix that BLAS multiplies in the calling thread; above, it wakes others, for which a busy machine waits
+QUIET_BLOCK = 8_192  # numbers of a matrix that BLAS multiplies in the calling thread; above, it wakes others, for which a busy machine waits
+QUIET_QUERIES = (
+    32  # at a time, for the same reason: on two busy cores 0.04 ms become 3 ms otherwise, and 0.4 become 4 and more
 )
-QUIET_QUERIES = 32  # at a time, for the same reason: on two busy cores 0.04 ms become 3 ms otherwise, and 0.4 become 4 and more
-ROUNDING = 1e-5  # of a squared length: more than float32 sums can be off, so that a bound may be too high but never too low
+ROUNDING = (
+    1e-5  # of a squared length: more than float32 sums can be off, so that a bound may be too high but never too low
+)
 
 
 class Sketch:
@@ -44,6 +46,8 @@ def products(rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
     for start in range(0, len(queries), QUIET_QUERIES):
         some = slice(start, start + QUIET_QUERIES)
         asked = np.ascontiguousarray(queries[some].T)  # (D, ≤ QUIET_QUERIES)
-        found[:whole, some] = (rows[:whole].reshape(whole // block, block, rows.shape[1]) @ asked).reshape(whole, asked.shape[1])
+        found[:whole, some] = (rows[:whole].reshape(whole // block, block, rows.shape[1]) @ asked).reshape(
+            whole, asked.shape[1]
+        )
         found[whole:, some] = rows[whole:] @ asked
     return found

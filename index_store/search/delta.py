@@ -55,7 +55,9 @@ class Delta:
         """Bytes of its columns; a vector that is also its key is held once."""
         sketches = [rows for _, rows in self.sketches.values()]
         own = [self.keys[side] for side in SIDES if self.keys[side] is not self.values[side]]
-        return sum(column.nbytes for column in [self.ids, *self.values.values(), *own, *self.wide_keys.values(), *sketches])
+        return sum(
+            column.nbytes for column in [self.ids, *self.values.values(), *own, *self.wide_keys.values(), *sketches]
+        )
 
     def search(self, queries: np.ndarray, side: Side, k: int, least: np.ndarray) -> Hits:
         """Of the rows that score at least so much the exact k best, dead ones included, numbered after the base's.
@@ -86,7 +88,9 @@ class Delta:
 
 def _above(scores: np.ndarray, least: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(c,) rows and (c,) queries of the scores that reach the query's least.  scores: (n, B).  least: (B,)."""
-    found = np.divmod(np.flatnonzero(scores >= least), len(least))  # np.nonzero takes ten times as long in two dimensions
+    found = np.divmod(
+        np.flatnonzero(scores >= least), len(least)
+    )  # np.nonzero takes ten times as long in two dimensions
     return found[0], found[1]
 
 
@@ -106,8 +110,14 @@ class Edited:
         found = self._fan.search(queries, min(k, self._fan.rows), probes)
         if not self._tail.pairs:
             return found
-        least = np.where(found.mask[:, -1], found.scores[:, -1], ABSENT) if k <= self._fan.rows else np.full(len(queries), ABSENT)
-        added = self._tail.search(queries, self.side, min(k, self._tail.pairs), least)  # only what may be among the k best
+        least = (
+            np.where(found.mask[:, -1], found.scores[:, -1], ABSENT)
+            if k <= self._fan.rows
+            else np.full(len(queries), ABSENT)
+        )
+        added = self._tail.search(
+            queries, self.side, min(k, self._tail.pairs), least
+        )  # only what may be among the k best
         if not added.rows.size:
             return found
         return best(np.hstack([found.rows, added.rows]), np.hstack([found.scores, added.scores]), k)

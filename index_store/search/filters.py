@@ -79,7 +79,9 @@ def limits_of(
     if max_similarity is not None:
         ceiling = np.asarray(max_similarity, np.float32)
         if ceiling.shape not in ((), (queries,)) or np.isnan(ceiling).any():
-            raise QueryRefused(f"max_similarity must be one number, or one for each of {queries} queries, not {max_similarity!r}")
+            raise QueryRefused(
+                f"max_similarity must be one number, or one for each of {queries} queries, not {max_similarity!r}"
+            )
         ceiling = np.broadcast_to(ceiling.reshape(-1, 1), (queries, 1)) if (ceiling < np.inf).any() else None
     if exclude is not None and len(exclude) != queries:
         raise QueryRefused(f"exclude must hold one collection of ids for each of {queries} queries, not {len(exclude)}")

@@ -34,7 +34,9 @@ class Owner:
     def of(device: int) -> "Owner":
         """The owner of a device, which is the same for every snapshot; DeviceRefused where faiss sees no such GPU."""
         if device != HOST and not 0 <= device < faiss.get_num_gpus():
-            raise DeviceRefused(f"device {device} is not there, faiss sees {faiss.get_num_gpus()} GPUs: name one of these, or none")
+            raise DeviceRefused(
+                f"device {device} is not there, faiss sees {faiss.get_num_gpus()} GPUs: name one of these, or none"
+            )
         with _owners_lock:
             if device not in _owners:
                 _owners[device] = Owner(device)
@@ -90,7 +92,9 @@ class Abreast:
         begun = [clone.begin(queries, k, params) for clone in self._clones]
         found = [search.result() for search in begun]
         scores = np.hstack([scores for scores, _ in found])  # (B, clones * k)
-        rows = np.hstack([np.where(rows >= 0, rows + start, -1) for (_, rows), start in zip(found, self._starts, strict=False)])
+        rows = np.hstack(
+            [np.where(rows >= 0, rows + start, -1) for (_, rows), start in zip(found, self._starts, strict=False)]
+        )
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 

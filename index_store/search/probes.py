@@ -86,9 +86,13 @@ def _load(root: Path, name: str, shape: tuple[int, int], manifest: Manifest) -> 
     try:
         rows: np.ndarray = np.load(root / name, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DamagedVersion(f"{manifest.ref}: {name} cannot be read ({type(error).__name__}): restore or rebuild the version") from error
+        raise DamagedVersion(
+            f"{manifest.ref}: {name} cannot be read ({type(error).__name__}): restore or rebuild the version"
+        ) from error
     if rows.shape != shape:
-        raise DamagedVersion(f"{manifest.ref}: {name} holds {rows.shape}, the manifest says {shape}: rebuild the version")
+        raise DamagedVersion(
+            f"{manifest.ref}: {name} holds {rows.shape}, the manifest says {shape}: rebuild the version"
+        )
     return rows
 
 

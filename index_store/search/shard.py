@@ -36,7 +36,10 @@ class Shard:
         self.ids = self._rows("ids.npy", (pairs,))
         self._order = self._rows("order.npy", (pairs,))
         self.values = {side: self._rows(f"{side}.npy", (pairs, manifest.dim), here_and_there=True) for side in SIDES}
-        self.keys = {side: self._rows(keys_file(side, manifest.key_kind(side)), (pairs, manifest.key_dim(side))) for side in SIDES}
+        self.keys = {
+            side: self._rows(keys_file(side, manifest.key_kind(side)), (pairs, manifest.key_dim(side)))
+            for side in SIDES
+        }
         self._offsets = self._rows("records.npy", (pairs + 1,))
         self._records = self._read("records.jsonl", lambda path: np.asarray(np.memmap(path, np.uint8, mode="r")))
         self.indexes: dict[Side, Any] = {side: self._index(side) for side in SIDES}
@@ -55,7 +58,9 @@ class Shard:
 
     def find(self, ids: np.ndarray) -> np.ndarray:
         """(n,) int64 rows of these ids, -1 = none, by bisection in the mapped file.  ids: (n,) as stored."""
-        places = np.searchsorted(self.ids, ids.astype(self.ids.dtype), sorter=self._order)  # a longer id is cut here, and differs below
+        places = np.searchsorted(
+            self.ids, ids.astype(self.ids.dtype), sorter=self._order
+        )  # a longer id is cut here, and differs below
         rows = self._order[np.minimum(places, self.pairs - 1)]
         found: np.ndarray = np.where(self.ids[rows] == ids, rows, -1)
         return found
@@ -81,13 +86,17 @@ class Shard:
             return flat_index(self.keys[side])
         index: faiss.Index = self._read(name, lambda path: faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC))
         if (index.ntotal, index.d) != (self.pairs, width):
-            raise self._damaged(name, f"holds {index.ntotal} rows of width {index.d}, the manifest says {self.pairs} of {width}")
+            raise self._damaged(
+                name, f"holds {index.ntotal} rows of width {index.d}, the manifest says {self.pairs} of {width}"
+            )
         return index
 
     def _check(self) -> None:
         """The two files of the records must agree with each other."""
         if self._offsets[0] != 0 or self._offsets[-1] != len(self._records) or np.any(np.diff(self._offsets) <= 0):
-            raise self._damaged("records.npy", f"does not cut the {len(self._records)} bytes of records.jsonl into {self.pairs} lines")
+            raise self._damaged(
+                "records.npy", f"does not cut the {len(self._records)} bytes of records.jsonl into {self.pairs} lines"
+            )
 
     def _read(self, name: str, read: Callable[[Path], Any]) -> Any:
         try:

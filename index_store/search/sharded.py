@@ -15,7 +15,9 @@ from index_store.search.shard import Shard
 from index_store.types import Side
 
 SCAN_ROWS = 8_192  # rows scored at a time by an exact scan: 16 MiB of scores for 512 queries
-REFINED = 16  # candidates for each neighbour that a recipe with RFlat or Refine(…) at its end compares once more, exactly
+REFINED = (
+    16  # candidates for each neighbour that a recipe with RFlat or Refine(…) at its end compares once more, exactly
+)
 WIDEST_SEARCH = 2_048  # beyond this many rows per query a scan is cheaper than an index, and on a GPU the only way
 
 
@@ -105,7 +107,9 @@ def scanned(
     return Hits(np.where(found.scores > ABSENT, found.rows, -1), found.scores)
 
 
-def taken(parts: Sequence[Part], starts: np.ndarray, rows: np.ndarray, column: Callable[[Part], np.ndarray]) -> np.ndarray:
+def taken(
+    parts: Sequence[Part], starts: np.ndarray, rows: np.ndarray, column: Callable[[Part], np.ndarray]
+) -> np.ndarray:
     """(R, …) the rows of one column of several parts.  starts: (parts + 1,) int64.  rows: (R,) int64, all present."""
     owner = np.searchsorted(starts, rows, side="right") - 1  # (R,)
     columns = [column(part) for part in parts]

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from index_store.errors import StoreUnwritable, reason
 
-BLOCK_BYTES = 1 << 24  # a file has one CRC-32 for each 16 MiB: enough to say where it is damaged, and eight digits a block
+BLOCK_BYTES = (
+    1 << 24
+)  # a file has one CRC-32 for each 16 MiB: enough to say where it is damaged, and eight digits a block
 CHUNK_BYTES = 1 << 20  # read at a time: both sums find it in the processor's cache
 CRC_DIGITS = 8
 READ_THREADS = 4  # both sums release the interpreter lock; more threads than this wait for the disk
@@ -88,7 +90,9 @@ def writing(what: str) -> Iterator[None]:
             f"cannot write {what}: {error.strerror or error}; free some room or grant permission, then run it again"
         ) from error
     except RuntimeError as error:  # faiss reports a short write so
-        raise StoreUnwritable(f"cannot write {what}: {reason(error)}; free some room or grant permission, then run it again") from error
+        raise StoreUnwritable(
+            f"cannot write {what}: {reason(error)}; free some room or grant permission, then run it again"
+        ) from error
 
 
 @contextmanager

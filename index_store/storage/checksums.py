@@ -78,10 +78,14 @@ def record(path: Path, manifest: Manifest, sight: Sight) -> None:
         return
     with suppress(OSError):  # a store that may only be read is read whole each time
         for name in sight.stats:
-            sync(path / name)  # what was read may so far be in memory only, and a power cut would bring older bytes back
+            sync(
+                path / name
+            )  # what was read may so far be in memory only, and a power cut would bring older bytes back
         if Sight.of(path, sight.stats).stats == sight.stats:
             text = json.dumps({"manifest": _seal(manifest), "files": sight.stats}, indent=1)
-            record_path(path).write_text(f"{_sha256(text)}\n{text}", "utf-8")  # half a record is no record: its own sum tells
+            record_path(path).write_text(
+                f"{_sha256(text)}\n{text}", "utf-8"
+            )  # half a record is no record: its own sum tells
 
 
 def record_path(path: Path) -> Path:

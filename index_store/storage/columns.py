@@ -15,7 +15,9 @@ from index_store.storage.atomic import writing
 from index_store.types import SIDES, Pairs, Side
 
 Lines = BufferedWriter | BufferedRandom
-_as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # json.dumps would make an encoder for each record
+_as_json = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False
+).encode  # json.dumps would make an encoder for each record
 
 
 class Column:
@@ -52,7 +54,9 @@ class Column:
         self._file.close()
 
     def _header(self) -> None:
-        np.lib.format.write_array_header_1_0(self._file, {"descr": "<f2", "fortran_order": False, "shape": (self._rows, self._width)})
+        np.lib.format.write_array_header_1_0(
+            self._file, {"descr": "<f2", "fortran_order": False, "shape": (self._rows, self._width)}
+        )
 
 
 def written_rows(path: Path, width: int, rows: int) -> np.ndarray:
@@ -69,7 +73,9 @@ class ShardWriter:
     ids: of the rows that a builder before this one wrote and that count; (R,) int64 or str, None for a new shard.
     """
 
-    def __init__(self, root: Path, folder: str, dim: int, keys: Mapping[Side, Mapping[str, Any]], ids: np.ndarray | None = None) -> None:
+    def __init__(
+        self, root: Path, folder: str, dim: int, keys: Mapping[Side, Mapping[str, Any]], ids: np.ndarray | None = None
+    ) -> None:
         self.folder, self.pairs = folder, 0 if ids is None else len(ids)
         self._path = root / folder
         own = [side for side in SIDES if keys[side]["kind"] != "vector"]
@@ -103,14 +109,20 @@ class ShardWriter:
                 column.finish()
             self._records.close()
             np.save(self._path / "ids.npy", ids, allow_pickle=False)
-            np.save(self._path / "order.npy", np.argsort(ids, kind="stable").astype(np.int64, copy=False), allow_pickle=False)
+            np.save(
+                self._path / "order.npy",
+                np.argsort(ids, kind="stable").astype(np.int64, copy=False),
+                allow_pickle=False,
+            )
             np.save(self._path / "records.npy", np.cumsum([0, *self._lengths], dtype=np.int64), allow_pickle=False)
         return sorted(f"{self.folder}/{file.name}" for file in self._path.iterdir())
 
     def abandon(self) -> None:
         """Close whatever is still open; harmless after finish()."""
         for file in self._open_files():
-            with suppress(OSError):  # a full disk also refuses the last flush, and no row since the last checkpoint counts
+            with suppress(
+                OSError
+            ):  # a full disk also refuses the last flush, and no row since the last checkpoint counts
                 file.close()
 
     def flush(self) -> None:
@@ -142,4 +154,6 @@ def record_line(name: str | int, record: Mapping[str, Any]) -> bytes:
     try:
         return _as_json(dict(record)).encode("utf-8", "surrogatepass") + b"\n"
     except (TypeError, ValueError) as error:
-        raise PairsRefused(f"the record of id {name!r} is not JSON ({error}): keep strings, numbers, lists and mappings") from error
+        raise PairsRefused(
+            f"the record of id {name!r} is not JSON ({error}): keep strings, numbers, lists and mappings"
+        ) from error

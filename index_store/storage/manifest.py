@@ -50,7 +50,12 @@ class Manifest:
     @property
     def bytes(self) -> dict[str, int]:
         """What serving it takes, by tier: "mapped" files that the system pages in and out, "resident" rows of flat searches, float32."""
-        flat = [(shard, side) for shard in self.shards for side in SIDES if f"{shard['folder']}/{index_file(side)}" not in self.files]
+        flat = [
+            (shard, side)
+            for shard in self.shards
+            for side in SIDES
+            if f"{shard['folder']}/{index_file(side)}" not in self.files
+        ]
         resident = sum(4 * shard["pairs"] * self.key_dim(side) for shard, side in flat)
         return {"mapped": sum(file["bytes"] for file in self.files.values()), "resident": resident}
 
@@ -75,9 +80,13 @@ class Manifest:
             fields = json.loads(text)
             found = fields["format"]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise DamagedVersion(f"{FILE_NAME} is not a manifest ({error}): restore or rebuild the version".replace("\n", " ")) from error
+            raise DamagedVersion(
+                f"{FILE_NAME} is not a manifest ({error}): restore or rebuild the version".replace("\n", " ")
+            ) from error
         if type(found) is int and found != FORMAT and found > 0:
-            remedy = "upgrade it, or rebuild the version" if found > FORMAT else "build the version again from its source"
+            remedy = (
+                "upgrade it, or rebuild the version" if found > FORMAT else "build the version again from its source"
+            )
             raise IncompatibleSnapshot(f"{FILE_NAME} has format {found}, this program reads format {FORMAT}: {remedy}")
         try:
             seal = fields.pop(SEAL)
@@ -119,17 +128,25 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         text = (folder / FILE_NAME).read_bytes().decode("utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UnknownVersion(f"{ref} has no {FILE_NAME}: it was never finished, or is not there; list the versions, or build it") from error
+        raise UnknownVersion(
+            f"{ref} has no {FILE_NAME}: it was never finished, or is not there; list the versions, or build it"
+        ) from error
     except UnicodeDecodeError as error:
-        raise DamagedVersion(f"{ref}: {FILE_NAME} is not UTF-8 at byte {error.start}: restore or rebuild the version") from error
+        raise DamagedVersion(
+            f"{ref}: {FILE_NAME} is not UTF-8 at byte {error.start}: restore or rebuild the version"
+        ) from error
     except OSError as error:
-        raise DamagedVersion(f"{ref}: {FILE_NAME} cannot be read ({error.strerror}): restore it or its permissions") from error
+        raise DamagedVersion(
+            f"{ref}: {FILE_NAME} cannot be read ({error.strerror}): restore it or its permissions"
+        ) from error
     try:
         manifest = Manifest.from_json(text)
     except (DamagedVersion, IncompatibleSnapshot) as error:
         raise type(error)(f"{ref}: {error}") from error
     if manifest.ref != ref:
-        raise DamagedVersion(f"{ref}: {FILE_NAME} says it is {manifest.ref}: a version keeps the folder names it was built under")
+        raise DamagedVersion(
+            f"{ref}: {FILE_NAME} says it is {manifest.ref}: a version keeps the folder names it was built under"
+        )
     return manifest
 
 

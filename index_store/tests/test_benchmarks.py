@@ -10,7 +10,7 @@ from index_store.benchmarks.memory import verdicts
 from index_store.benchmarks.synthetic import Collection
 from index_store.build.build import build_version
 from index_store.store import Store
-from index_store.tests.small import ENCODER
+from index_store.tests.support.small import ENCODER
 
 
 def test_the_collection_is_the_same_each_time_and_its_queries_are_not_in_it() -> None:
@@ -33,7 +33,12 @@ def test_a_missed_target_is_called_so() -> None:
         "build": {"speed_vs_bare": 0.5},
     }
     missed = [row["figure"] for row in verdicts(report) if not row["reached"]]
-    assert missed == ["retrieve / bare, batch_1", "retrieve / bare, batch_32", "slowed by a tail, batch_32", "durable adds per s"]
+    assert missed == [
+        "retrieve / bare, batch_1",
+        "retrieve / bare, batch_32",
+        "slowed by a tail, batch_32",
+        "durable adds per s",
+    ]
 
 
 def test_what_edits_cost_is_measured_and_leaves_no_edit(tmp_path: Path) -> None:

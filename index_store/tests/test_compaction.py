@@ -7,7 +7,7 @@ import pytest
 from index_store.compaction import repeated
 from index_store.editor import Editor
 from index_store.store import Store
-from index_store.tests.small import ENCODER, built, some_pairs
+from index_store.tests.support.small import ENCODER, built, some_pairs
 
 
 @pytest.fixture
@@ -63,7 +63,9 @@ def test_edits_of_a_version_that_came_back_for_a_while_are_kept(store: Store) ->
 
 
 @pytest.mark.parametrize("meanwhile", [True, False])
-def test_one_that_was_never_switched_to_repeats_its_base(store: Store, monkeypatch: pytest.MonkeyPatch, meanwhile: bool) -> None:
+def test_one_that_was_never_switched_to_repeats_its_base(
+    store: Store, monkeypatch: pytest.MonkeyPatch, meanwhile: bool
+) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(Store, "activate", lambda *_, **__: (_ for _ in ()).throw(SystemExit))
         with pytest.raises(SystemExit):

@@ -20,8 +20,8 @@ from index_store.errors import DamagedVersion, NameRefused, PairsRefused, StoreB
 from index_store.memory import Memory
 from index_store.snapshot import Snapshot
 from index_store.store import Store
-from index_store.tests.oracle import Oracle
-from index_store.tests.small import ENCODER, built, opened, some_pairs, unit, unit_rows
+from index_store.tests.support.oracle import Oracle
+from index_store.tests.support.small import ENCODER, built, opened, some_pairs, unit, unit_rows
 from index_store.types import Id, Pairs, Side
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -52,7 +52,9 @@ def drawn(data: st.DataObject, options: dict[str, Any]) -> Pairs:
 
 
 @pytest.fixture(scope="module", params=[f"{kind} {recipe}" for kind in KINDS for recipe in RECIPES])
-def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pairs, Path]:
+def fresh(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Pairs, Path]:
     """A store with one current version, to be copied: how its pairs were made, the pairs, its folder."""
     kind, _, recipe = request.param.partition(" ")
     root, base = tmp_path_factory.mktemp("fresh"), some_pairs(25, 8, **KINDS[kind])
@@ -97,7 +99,9 @@ def check(data: st.DataObject, snapshot: Snapshot, oracle: Oracle, options: dict
     """One search under limits of every kind."""
     side: Side = data.draw(st.sampled_from(["image", "text"]))
     batch = data.draw(st.sampled_from([1, 2, 6]))
-    some = st.lists(st.integers(0, POOL - 1), max_size=30).map(lambda rows: [row if options.get("ints") else f"pair-{row}" for row in rows])
+    some = st.lists(st.integers(0, POOL - 1), max_size=30).map(
+        lambda rows: [row if options.get("ints") else f"pair-{row}" for row in rows]
+    )
     limits = {
         "exclude": data.draw(st.none() | st.lists(some, min_size=batch, max_size=batch)),
         "max_similarity": data.draw(st.none() | st.sampled_from([0.99, 0.4, -2.0]) | st.just(np.linspace(0, 1, batch))),
@@ -128,7 +132,11 @@ def test_what_an_edit_says(tmp_path: Path) -> None:
 
 def test_ids_of_the_other_kind_are_refused(tmp_path: Path) -> None:
     words, numbers = editor(tmp_path / "words"), editor(tmp_path / "numbers", some_pairs(ints=True))
-    for refused in (lambda: words.put(some_pairs(2, ints=True)), lambda: words.delete([3]), lambda: numbers.delete(["pair-1"])):
+    for refused in (
+        lambda: words.put(some_pairs(2, ints=True)),
+        lambda: words.delete([3]),
+        lambda: numbers.delete(["pair-1"]),
+    ):
         with pytest.raises(PairsRefused, match="is not one that things@v1 can hold"):
             refused()
     assert numbers.delete(["3", 4, "99"])[1] == ["99"]
@@ -165,7 +173,9 @@ def test_a_second_editor_waits_its_turn(tmp_path: Path) -> None:
     one = editor(tmp_path)
     two = Editor.open(Store(tmp_path), "things", encoder=ENCODER)
     one.put(some_pairs(5, first=100))
-    with pytest.raises(StoreBusy, match=r"things/v1\.journal is being written by another process: send the edits there"):
+    with pytest.raises(
+        StoreBusy, match=r"things/v1\.journal is being written by another process: send the edits there"
+    ):
         two.delete(["pair-1"])
     assert two.snapshot.ref == "things@v1"
     one.delete(["pair-100"])
@@ -197,7 +207,9 @@ def test_an_edit_that_does_not_fit_its_base(tmp_path: Path) -> None:
         Store(tmp_path).open("things", "v1", encoder=ENCODER)
 
 
-def test_a_torn_record_is_ignored_by_readers_and_cut_off_by_the_next_edit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_torn_record_is_ignored_by_readers_and_cut_off_by_the_next_edit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     made = editor(tmp_path)
     made.put(some_pairs(5, first=100))
     made.close()
@@ -205,7 +217,10 @@ def test_a_torn_record_is_ignored_by_readers_and_cut_off_by_the_next_edit(tmp_pa
         file.write(b"half a record")
     with caplog.at_level(logging.WARNING, "reco"):
         again = Editor.open(Store(tmp_path), "things", encoder=ENCODER)
-        assert "things/v1.journal: the last 13 bytes are no whole record, so never acknowledged: ignored, 1 edits stand" in caplog.text
+        assert (
+            "things/v1.journal: the last 13 bytes are no whole record, so never acknowledged: ignored, 1 edits stand"
+            in caplog.text
+        )
         again.delete(["pair-101"])
         assert "the last 13 bytes were no whole record, dropped: 1 edits stand" in caplog.text
     assert again.snapshot.ref == Store(tmp_path).open("things", encoder=ENCODER).ref == "things@v1+2"
@@ -213,7 +228,10 @@ def test_a_torn_record_is_ignored_by_readers_and_cut_off_by_the_next_edit(tmp_pa
 
 def test_compaction_keeps_the_settings(tmp_path: Path) -> None:
     base = some_pairs(200, key_width=24)
-    made, oracle = editor(tmp_path, base, index="IVF4,Flat", shard_pairs=80, recall_floor=0.9, source={"from": "x"}), Oracle(base)
+    made, oracle = (
+        editor(tmp_path, base, index="IVF4,Flat", shard_pairs=80, recall_floor=0.9, source={"from": "x"}),
+        Oracle(base),
+    )
     more = some_pairs(60, key_width=24, seed=5, first=180)
     oracle.put(more)
     made.put(more)
@@ -224,7 +242,11 @@ def test_compaction_keeps_the_settings(tmp_path: Path) -> None:
     manifest = new.manifest
     assert told[-1] == (238, 238)
     assert (new.edits, len(new), manifest.pairs, manifest.parent) == (0, 238, 238, "things@v1+2")
-    assert (manifest.index["recipe"], manifest.recall["floor"], manifest.keys) == ("IVF4,Flat", 0.9, made.snapshot.manifest.keys)
+    assert (manifest.index["recipe"], manifest.recall["floor"], manifest.keys) == (
+        "IVF4,Flat",
+        0.9,
+        made.snapshot.manifest.keys,
+    )
     assert [shard["pairs"] for shard in manifest.shards] == [80, 80, 78]
     assert manifest.source == {"from": "x", "compacted": {"edits": 2, "from": "things@v1"}}
     store = Store(tmp_path)
@@ -351,7 +373,11 @@ def test_searches_race_edits_and_compactions(tmp_path: Path) -> None:
             pinned = memory.current
             found = pinned.retrieve(asked[: 1 + reader % 2], "image" if reader else "text", 500)
             seen = {record["id"]: record["caption"] for record in found.records(0)}
-            if seen != states[pinned.ref] or len(pinned) != len(seen) or (np.diff(found.scores[0, : len(seen)]) > 0).any():
+            if (
+                seen != states[pinned.ref]
+                or len(pinned) != len(seen)
+                or (np.diff(found.scores[0, : len(seen)]) > 0).any()
+            ):
                 trouble.append((pinned.ref, len(seen), len(states[pinned.ref])))
             answered[reader] += 1
 

@@ -8,7 +8,9 @@ def test_every_half_keeps_its_value() -> None:
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)]
     assert len(halves) > FEW
-    np.testing.assert_array_equal(widened(halves).view(np.uint32), halves.astype(np.float32).view(np.uint32))  # -0.0 stays -0.0
+    np.testing.assert_array_equal(
+        widened(halves).view(np.uint32), halves.astype(np.float32).view(np.uint32)
+    )  # -0.0 stays -0.0
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (7,), (3, 4, 5), (130, 4, 50), (CHUNK // 512 * 3 + 1, 512)])

@@ -6,7 +6,7 @@ import numpy as np
 
 from index_store.memory import Memory
 from index_store.snapshot import Snapshot
-from index_store.tests.small import opened, some_pairs, unit_rows
+from index_store.tests.support.small import opened, some_pairs, unit_rows
 from index_store.types import Pairs
 
 
@@ -14,7 +14,9 @@ def marked(root: Path, version: str, sign: int) -> Snapshot:
     """The same ids and images, texts of opposite sign, captions that name the version: any mixture shows."""
     pairs = some_pairs(200)
     records = [{"caption": version} for _ in range(200)]
-    return opened(root, Pairs(pairs.ids, pairs.image, (sign * pairs.text).astype(np.float32), records), version, shard_pairs=70)
+    return opened(
+        root, Pairs(pairs.ids, pairs.image, (sign * pairs.text).astype(np.float32), records), version, shard_pairs=70
+    )
 
 
 def test_swap_returns_the_retired_one(tmp_path: Path) -> None:
@@ -50,7 +52,9 @@ def test_searches_during_swaps_never_mix(tmp_path: Path) -> None:
             pinned = memory.current
             version = pinned.manifest.version
             found = pinned.retrieve(asked, "image", 4)
-            if not (np.array_equal(found.ids, truth.ids) and np.array_equal(found.values, sign[version] * truth.values)):
+            if not (
+                np.array_equal(found.ids, truth.ids) and np.array_equal(found.values, sign[version] * truth.values)
+            ):
                 trouble.append(found)
             if {record["caption"] for record in found.records(0)} != {version}:
                 trouble.append(found.records(0))
@@ -72,7 +76,7 @@ def test_searches_during_swaps_never_mix(tmp_path: Path) -> None:
 
 def test_many_swaps_leave_one_snapshot_and_no_maps(tmp_path: Path) -> None:
     from index_store.store import Store
-    from index_store.tests.small import ENCODER
+    from index_store.tests.support.small import ENCODER
 
     marked(tmp_path, "v1", 1)
     marked(tmp_path, "v2", -1)

@@ -13,7 +13,9 @@ for module in ("build.build", "editor", "errors", "memory", "search.shard", "sna
     __import__(f"index_store.{module}")
 print(sorted({"torch", "fastapi", "open_clip", "PIL", "pydantic", "uvicorn", "asyncio"} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True
+    )
     assert done.stdout == "[]\n"
 
 

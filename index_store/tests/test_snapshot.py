@@ -10,7 +10,7 @@ import pytest
 from index_store.errors import QueryRefused, RecallTooLow
 from index_store.snapshot import Snapshot
 from index_store.store import Store
-from index_store.tests.small import built, opened, part, some_pairs, unit_rows
+from index_store.tests.support.small import built, opened, part, some_pairs, unit_rows
 from index_store.types import Pairs, Side, other
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -163,7 +163,9 @@ def test_search_parameters_travel_with_the_call(tmp_path: Path) -> None:
     alone = {probes: snapshot.retrieve(asked, "image", 10, probes=probes).ids for probes in (1, 16)}
     assert (alone[1] != alone[16]).any()
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda probes: (probes, snapshot.retrieve(asked, "image", 10, probes=probes).ids), [1, 16] * 20))
+        together = list(
+            pool.map(lambda probes: (probes, snapshot.retrieve(asked, "image", 10, probes=probes).ids), [1, 16] * 20)
+        )
     for probes, ids in together:
         np.testing.assert_array_equal(ids, alone[probes])
 
@@ -173,7 +175,10 @@ def test_lists_behind_a_transform_obey_the_call_too(tmp_path: Path) -> None:
     snapshot = opened(tmp_path, pairs, index="L2norm,IVF8,Flat", shard_pairs=200)
     asked = unit_rows(30, 16, 3)
     rows = ranking(pairs, asked, "image")[0][:, :10]
-    share = {probes: np.mean(snapshot.retrieve(asked, "image", 10, probes=probes).ids == pairs.ids[rows]) for probes in (1, 8)}
+    share = {
+        probes: np.mean(snapshot.retrieve(asked, "image", 10, probes=probes).ids == pairs.ids[rows])
+        for probes in (1, 8)
+    }
     assert share[1] < 0.8
     assert share[8] > 0.95  # the transform makes the rounded rows unit again: scores move by 1e-4
 
@@ -186,7 +191,9 @@ def test_candidates_of_lossy_codes_are_compared_once_more(tmp_path: Path, recipe
     rows = ranking(pairs, asked, "image")[0][:, :10]
     found = snapshot.retrieve(asked, "image", 10, probes=lists)
     assert np.mean([len({*mine} & {*exact}) / 10 for mine, exact in zip(found.ids, pairs.ids[rows], strict=True)]) > 0.9
-    exact = {(b, name): score for b in range(30) for name, score in zip(pairs.ids, asked[b] @ pairs.image.T, strict=True)}
+    exact = {
+        (b, name): score for b in range(30) for name, score in zip(pairs.ids, asked[b] @ pairs.image.T, strict=True)
+    }
     np.testing.assert_allclose(found.scores, [[exact[b, name] for name in found.ids[b]] for b in range(30)], atol=1e-3)
     codes = built(tmp_path, pairs, "v2", index=recipe.rpartition(",")[0], recall_floor=0.01)
     assert codes.recall["image"] < 0.8  # which the codes alone find

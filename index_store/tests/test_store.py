@@ -7,9 +7,16 @@ import pytest
 
 from index_store.edits.journal import Journal
 from index_store.edits.overlay import seal_of
-from index_store.errors import DamagedVersion, IncompatibleSnapshot, NameRefused, StoreError, UnknownMemory, UnknownVersion
+from index_store.errors import (
+    DamagedVersion,
+    IncompatibleSnapshot,
+    NameRefused,
+    StoreError,
+    UnknownMemory,
+    UnknownVersion,
+)
 from index_store.store import Store
-from index_store.tests.small import ENCODER, built, some_pairs
+from index_store.tests.support.small import ENCODER, built, some_pairs
 
 EVIL = ["../x", "..", ".", "", "/etc", "a/b", "a\\b", ".hidden", "a\0b", "a b", "ä", "x" * 65, "-x", "a\n", "a@b"]
 
@@ -102,7 +109,9 @@ def test_no_version_is_called_like_the_pointer(store: Store, version: str) -> No
 
 
 def test_another_encoder_is_refused(store: Store) -> None:
-    with pytest.raises(IncompatibleSnapshot, match=f"things@v1 was built by {ENCODER}, this service encodes with tiny/test@ffff"):
+    with pytest.raises(
+        IncompatibleSnapshot, match=f"things@v1 was built by {ENCODER}, this service encodes with tiny/test@ffff"
+    ):
         store.open("things", "v1", encoder="tiny/test@ffff")
 
 
@@ -121,7 +130,9 @@ def test_version_names_count_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("then", ["delete another", "build it again"])
-def test_a_deletion_that_was_killed_is_finished_by_what_comes_next(store: Store, monkeypatch: pytest.MonkeyPatch, then: str) -> None:
+def test_a_deletion_that_was_killed_is_finished_by_what_comes_next(
+    store: Store, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
     store.activate("things", "v3")
     Journal.open(store.journal("things", "v1"), seal_of(store.manifest("things", "v1"))).close()
     (store.root / "things" / "rejects-v1.jsonl").touch()

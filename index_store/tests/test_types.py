@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from index_store.errors import PairsRefused
-from index_store.tests.small import some_pairs, unit_rows
+from index_store.tests.support.small import some_pairs, unit_rows
 from index_store.types import Pairs, other
 
 

@@ -9,7 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-Handle = Callable[[str, str, bytes], tuple[int, object, dict[str, str]]]  # method, path, body -> status, JSON or text, headers
+Handle = Callable[
+    [str, str, bytes], tuple[int, object, dict[str, str]]
+]  # method, path, body -> status, JSON or text, headers
 
 
 class Scripted(ThreadingHTTPServer):

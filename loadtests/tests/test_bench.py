@@ -26,7 +26,15 @@ def test_slope_sees_through_bursts() -> None:
 
 def test_account_takes_what_happened_between_two_scrapes() -> None:
     before = {"cpu": 10.0, "batch sum": 100, "batch count": 10, "encode sum": 5.0, "encode count": 10}
-    after = {"cpu": 14.0, "batch sum": 180, "batch count": 15, "encode sum": 9.0, "encode count": 15, "fuse sum": 0.05, "fuse count": 5}
+    after = {
+        "cpu": 14.0,
+        "batch sum": 180,
+        "batch count": 15,
+        "encode sum": 9.0,
+        "encode count": 15,
+        "fuse sum": 0.05,
+        "fuse count": 5,
+    }
     assert account(before, after) == {
         "mean_batch": 16.0,
         "stages_ms": {"encode": 800.0, "fuse": 10.0},
@@ -102,7 +110,9 @@ def test_a_lone_callers_milliseconds_are_all_accounted_for(scripted: Scripted) -
     assert [visit.inside for visit in visits] == pytest.approx([0.04] * 3)
     found = profile(visits)
     assert found["the rest of the service"] == pytest.approx(2, abs=1e-6)
-    assert {name: found[name] for name in ("decode", "encode", "serialize")} == pytest.approx({"decode": 5, "encode": 30, "serialize": 3})
+    assert {name: found[name] for name in ("decode", "encode", "serialize")} == pytest.approx(
+        {"decode": 5, "encode": 30, "serialize": 3}
+    )
     assert profile([Visit(Reply(200, b""), 0.05, 0.04, 0.0)]) == pytest.approx(
         {"serialize": 0, "the rest of the service": 40, "client and sockets": 10, "felt": 50}
     )

@@ -23,7 +23,11 @@ class Slow:
     def __call__(self, method: str, path: str, body: bytes) -> tuple[int, object, dict[str, str]]:
         if path == "/metrics":
             self._resident *= 1 + self._growth
-            lines = ["# TYPE process_resident_memory_bytes gauge", f"process_resident_memory_bytes {self._resident}", ""]
+            lines = [
+                "# TYPE process_resident_memory_bytes gauge",
+                f"process_resident_memory_bytes {self._resident}",
+                "",
+            ]
             return 200, "\n".join(lines), {"Content-Type": "text/plain; version=0.0.4"}
         if method == "POST":
             with self._turn:
@@ -31,18 +35,45 @@ class Slow:
         return 200, {}, {}
 
 
-def program(module: Any, url: str, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[int, dict[str, Any]]:
-    arguments = ["--url", url, "--out", str(out), "--mix", "embed/text=1", "--arrivals", "constant", "--warmup", "0.1", *options]
+def program(
+    module: Any, url: str, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str
+) -> tuple[int, dict[str, Any]]:
+    arguments = [
+        "--url",
+        url,
+        "--out",
+        str(out),
+        "--mix",
+        "embed/text=1",
+        "--arrivals",
+        "constant",
+        "--warmup",
+        "0.1",
+        *options,
+    ]
     monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", *arguments])
     code: int = module.main()
     assert out.with_suffix(".png").stat().st_size > 1000
     return code, json.loads(out.read_text())
 
 
-def test_the_knee_is_the_last_rate_that_one_at_a_time_can_bear(scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_knee_is_the_last_rate_that_one_at_a_time_can_bear(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scripted.handle = Slow(0.02)  # 50 a second
     code, report = program(
-        ramp, scripted.url, tmp_path / "r.json", monkeypatch, "--start", "10", "--factor", "2", "--seconds", "1.5", "--slower", "8"
+        ramp,
+        scripted.url,
+        tmp_path / "r.json",
+        monkeypatch,
+        "--start",
+        "10",
+        "--factor",
+        "2",
+        "--seconds",
+        "1.5",
+        "--slower",
+        "8",
     )
     assert code == 0
     assert [step["borne"] for step in report["steps"]] == [True, True, True, False]
@@ -50,7 +81,8 @@ def test_the_knee_is_the_last_rate_that_one_at_a_time_can_bear(scripted: Scripte
 
 
 @pytest.mark.parametrize(
-    ("ok", "answered", "p95", "borne"), [(20, 9.5, 30, True), (19, 9.5, 30, False), (20, 8.9, 30, False), (20, 9.5, 31, False)]
+    ("ok", "answered", "p95", "borne"),
+    [(20, 9.5, 30, True), (19, 9.5, 30, False), (20, 8.9, 30, False), (20, 9.5, 31, False)],
 )
 def test_a_rate_is_borne_where_all_are_answered_in_time(ok: int, answered: float, p95: float, borne: bool) -> None:
     step = {"rate": 10, "sent": 20, "ok": ok, "answered_per_s": answered, "latency_ms": {"p95": p95}}
@@ -63,7 +95,9 @@ def test_a_soak_tells_of_memory_that_grows(
 ) -> None:
     scripted.handle = Slow(0.001, growth)
     monkeypatch.setattr(soak, "SLOWER", 1000.0)  # a thousandth of a second has no steady p99
-    told, report = program(soak, scripted.url, tmp_path / "s.json", monkeypatch, "--rate", "20", "--minutes", "0.02", "--every", "0.1")
+    told, report = program(
+        soak, scripted.url, tmp_path / "s.json", monkeypatch, "--rate", "20", "--minutes", "0.02", "--every", "0.1"
+    )
     assert told == code
     assert (report["resident"]["growth"] > 0.03) is bool(code)
     assert len(report["readings"]) >= 8

@@ -42,7 +42,9 @@ def test_a_stall_is_felt_by_every_request_due_in_it(scripted: Scripted) -> None:
     for sample in stalled:
         assert sample.done - sample.due >= 0.8 - sample.due - 0.1
     latency = summarise(samples, 0)["all"]["latency_ms"]
-    assert latency["p95"] > 400  # a closed loop would have sent one request into the stall and reported a p95 of a few ms
+    assert (
+        latency["p95"] > 400
+    )  # a closed loop would have sent one request into the stall and reported a p95 of a few ms
 
 
 def test_failures_are_counted_by_status(scripted: Scripted) -> None:

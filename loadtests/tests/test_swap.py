@@ -84,7 +84,11 @@ class TwoVersions:
                     self._serving = self._named
                 return 202, {"id": "1", "state": "running"}, {}
             if path.startswith("/jobs/"):
-                return 200, {"id": "1", "state": "done", "phase": "done", "seconds": {"verify": 0.02, "publish": 0.0004}}, {}
+                return (
+                    200,
+                    {"id": "1", "state": "done", "phase": "done", "seconds": {"verify": 0.02, "publish": 0.0004}},
+                    {},
+                )
             if self._failing and self._activations > 2:
                 return 503, {"error": {"message": "busy"}}, {}
             rows = body.count(b"image/jpeg") or (len(json.loads(body)["texts"]) if "text" in path else 1)
@@ -93,7 +97,16 @@ class TwoVersions:
 
 
 def run(server: Scripted) -> dict[str, Any]:
-    chosen = {"url": server.url, "memory": "m", "versions": ["a", "b"], "workers": 4, "swaps": 4, "pause": 0.05, "calm": 0.1, "apart": 1e-3}
+    chosen = {
+        "url": server.url,
+        "memory": "m",
+        "versions": ["a", "b"],
+        "workers": 4,
+        "swaps": 4,
+        "pause": 0.05,
+        "calm": 0.1,
+        "apart": 1e-3,
+    }
     return asyncio.run(swap.run(argparse.Namespace(**chosen, image=None, admin_key=None)))
 
 
@@ -125,11 +138,18 @@ def test_a_version_that_lives_on_is_caught(scripted: Scripted, monkeypatch: pyte
     scripted.handle = TwoVersions(leaking=True)
     report = run(scripted)
     assert report["snapshots_alive"] == 7  # two to learn, four swaps
-    assert {"figure": "live snapshots at the end", "value": 7.0, "target": "<= 1", "reached": False} in swap.verdicts(report)
+    assert {"figure": "live snapshots at the end", "value": 7.0, "target": "<= 1", "reached": False} in swap.verdicts(
+        report
+    )
 
 
 def test_growth_is_of_the_last_fifth_over_the_first() -> None:
-    assert growth([100e6] * 4 + [102e6] * 12 + [104e6] * 4) == {"first_mb": 100.0, "last_mb": 104.0, "most_mb": 104.0, "growth": 0.04}
+    assert growth([100e6] * 4 + [102e6] * 12 + [104e6] * 4) == {
+        "first_mb": 100.0,
+        "last_mb": 104.0,
+        "most_mb": 104.0,
+        "growth": 0.04,
+    }
     assert growth([100e6, 300e6, 100e6, 100e6, 100e6])["growth"] == 0  # one peak is no growth
 
 
@@ -140,7 +160,9 @@ def test_a_refused_activation_ends_the_run_in_one_line(scripted: Scripted) -> No
 
 
 @pytest.mark.parametrize(("mixing", "code"), [(False, 0), (True, 1)])
-def test_the_exit_code_is_the_verdict(scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixing: bool, code: int) -> None:
+def test_the_exit_code_is_the_verdict(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixing: bool, code: int
+) -> None:
     scripted.handle = TwoVersions(mixing=mixing)
     out = tmp_path / "swap.json"
     options = [

@@ -25,14 +25,20 @@ class PlainLoop:
         self.photo, self.caption = torch.tensor(episode.photo), torch.tensor(episode.caption)
         torch.manual_seed(learning.seed)
         self.fusions = build_fusions("default", self.query["image"].shape[1])
-        self.parameters = list(nn.ModuleList(self.fusions.values()).parameters())  # each once: the sides share their metrics
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=learning.learning_rate, weight_decay=learning.weight_decay)
+        self.parameters = list(
+            nn.ModuleList(self.fusions.values()).parameters()
+        )  # each once: the sides share their metrics
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=learning.learning_rate, weight_decay=learning.weight_decay
+        )
 
     def run(self, steps: int) -> float:
         """So many steps; the loss of the last one."""
         loss = math.nan
         for _ in range(steps):
-            rate = min(1.0, (self.step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * self.step / self.learning.steps))
+            rate = min(1.0, (self.step + 1) / WARM_UP) * (
+                0.5 + 0.5 * math.cos(math.pi * self.step / self.learning.steps)
+            )
             self.optimiser.param_groups[0]["lr"] = self.learning.learning_rate * rate
             batch = torch.randperm(len(self.photo))[: self.learning.batch]
             found = self._loss(batch)

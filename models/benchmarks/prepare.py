@@ -15,7 +15,10 @@ from models.training.cache import look_up_prepared, prepare_pairs
 from models.training.episodes import Asking, Episode
 
 K = 10
-LIMITS: dict[Side, float | None] = {"image": 0.98, "text": None}  # as a [[episodes]] table has them unless it says otherwise
+LIMITS: dict[Side, float | None] = {
+    "image": 0.98,
+    "text": None,
+}  # as a [[episodes]] table has them unless it says otherwise
 NAME, VERSION = "bench", "v1"
 
 

@@ -47,12 +47,20 @@ def measure_prepare(folder: Path, manifest: Manifest, collection: Collection, re
     ours, bare, peaks = [], [_bare_search(folder / "store", manifest, collection)], []
     for repeat in range(repeats):
         shutil.rmtree(folder / "prepared" / "neighbours", ignore_errors=True)
-        command = [sys.executable, "-m", "models.benchmarks.prepare", *(str(folder / part) for part in ("store", "prepared", "model.json"))]
+        command = [
+            sys.executable,
+            "-m",
+            "models.benchmarks.prepare",
+            *(str(folder / part) for part in ("store", "prepared", "model.json")),
+        ]
         child = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
         ours.append(child["seconds"])
         peaks.append(child["peak_mb"])
         bare.append(_bare_search(folder / "store", manifest, collection))
-        print(f"look-up {repeat + 1} of {repeats}: {ours[-1]:.1f} s, faiss alone {bare[-1]:.1f} s, peak {peaks[-1]:.0f} MB", flush=True)
+        print(
+            f"look-up {repeat + 1} of {repeats}: {ours[-1]:.1f} s, faiss alone {bare[-1]:.1f} s, peak {peaks[-1]:.0f} MB",
+            flush=True,
+        )
     ratios = [(before + after) / 2 / whole for before, after, whole in zip(bare, bare[1:], ours, strict=False)]
     medians = {"seconds": median(ours), "bare_seconds": median(bare), "speed_vs_bare": median(ratios)}
     return {**medians, "peak_mb": max(peaks), "all_speeds_vs_bare": [round(ratio, 3) for ratio in ratios]}
@@ -103,7 +111,12 @@ def main() -> int:
     model.write_text(json.dumps({"embed_dim": args.dim, **ENCODER}), "utf-8")
     fingerprint = Encoder.load(EncoderSpec(str(model), "random", device="cpu")).fingerprint
     manifest = build_version(
-        Store(args.folder / "store"), NAME, VERSION, collection.blocks(), encoder=fingerprint, kinds={"image": "vector", "text": "vector"}
+        Store(args.folder / "store"),
+        NAME,
+        VERSION,
+        collection.blocks(),
+        encoder=fingerprint,
+        kinds={"image": "vector", "text": "vector"},
     )
     report["index"] = {name: manifest.index[name] for name in ("recipe", "probes")}
     report["prepare"] = measure_prepare(args.folder, manifest, collection, args.searches)
@@ -140,7 +153,9 @@ def _bare_search(store: Path, manifest: Manifest, collection: Collection) -> flo
     """Seconds that faiss takes for the same queries, in the same blocks, on the version's own indexes."""
     spent = 0.0
     for side in SIDES:
-        queries = [collection.rows[side][at : at + BLOCK].astype(np.float32) for at in range(0, collection.pairs, BLOCK)]
+        queries = [
+            collection.rows[side][at : at + BLOCK].astype(np.float32) for at in range(0, collection.pairs, BLOCK)
+        ]
         path = store / NAME / VERSION / manifest.shards[0]["folder"] / index_file(side)
         index, lists = flat_index(collection.rows[side]), None
         if path.exists():

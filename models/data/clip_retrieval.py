@@ -62,7 +62,9 @@ def read_layout(folder: Path, *, dim: int, encoder: str, id_column: str | None =
         missing = [number for number in numbers if number not in found[kind]]
         if missing or not numbers:
             which = f"part {missing[0]}" if missing else f"any *{suffix}"
-            raise DataError(f"{folder.name}/{name} lacks {which}, which img_emb, text_emb and metadata must all have: export it again")
+            raise DataError(
+                f"{folder.name}/{name} lacks {which}, which img_emb, text_emb and metadata must all have: export it again"
+            )
     parts = [_part({kind: found[kind][number] for kind in FOLDERS}) for number in numbers]
     for part in parts:
         if part.width != dim:
@@ -72,7 +74,9 @@ def read_layout(folder: Path, *, dim: int, encoder: str, id_column: str | None =
             )
     tables = [part.files["metadata"] for part in parts]
     column = _id_column(tables, id_column)
-    return EmbeddingFolder(folder.name, parts, column, column is None or all(integer_column(table, column) for table in tables))
+    return EmbeddingFolder(
+        folder.name, parts, column, column is None or all(integer_column(table, column) for table in tables)
+    )
 
 
 def embedding_steps(source: EmbeddingFolder, *, seen: set[Id], skip: int = 0) -> Iterator[Step]:
@@ -96,7 +100,12 @@ def embedding_steps(source: EmbeddingFolder, *, seen: set[Id], skip: int = 0) ->
 
 
 def _step(
-    source: EmbeddingFolder, fields: list[dict[str, Any]], ids: list[Id | None], vectors: Mapping[Side, np.ndarray], first: int, seen: set[Id]
+    source: EmbeddingFolder,
+    fields: list[dict[str, Any]],
+    ids: list[Id | None],
+    vectors: Mapping[Side, np.ndarray],
+    first: int,
+    seen: set[Id],
 ) -> Step:
     """The usable rows of one block.  vectors: (R, D) any float.  first: the number of its first row."""
     units: dict[Side, np.ndarray] = {}
@@ -109,7 +118,11 @@ def _step(
         reasons[row] = reasons[row] or _refused(name, seen)
         if name is not None and reasons[row] is None:
             seen.add(name)
-    rejects = [Reject(str(first + row if ids[row] is None else ids[row]), why) for row, why in enumerate(reasons) if why is not None]
+    rejects = [
+        Reject(str(first + row if ids[row] is None else ids[row]), why)
+        for row, why in enumerate(reasons)
+        if why is not None
+    ]
     good = [row for row, why in enumerate(reasons) if why is None]
     if not good:
         return Step(None, len(ids), rejects)
@@ -146,7 +159,11 @@ def _id(source: EmbeddingFolder, row: Mapping[str, Any], number: int) -> Id | No
 def _record(row: dict[str, Any], id_column: str | None) -> dict[str, Any]:
     """The caption and the user's own fields; a caption may be missing, since nothing has to be encoded."""
     caption = row.get("caption")
-    own = {"source_id" if name == "id" else name: value for name, value in row.items() if name not in ("caption", id_column)}
+    own = {
+        "source_id" if name == "id" else name: value
+        for name, value in row.items()
+        if name not in ("caption", id_column)
+    }
     return {**own, "caption": caption.strip() if isinstance(caption, str) else ""}
 
 
@@ -156,7 +173,9 @@ def _numbered(folder: Path, name: str, suffix: str) -> dict[int, Path]:
     for path in (folder / name).glob(f"*{suffix}"):
         numbers = re.findall(r"\d+", path.stem)
         if not numbers or int(numbers[-1]) in found:
-            raise DataError(f"{_shown(path)} has no number of its own, by which parts are put in order: rename or remove it")
+            raise DataError(
+                f"{_shown(path)} has no number of its own, by which parts are put in order: rename or remove it"
+            )
         found[int(numbers[-1])] = path
     return found
 
@@ -168,7 +187,9 @@ def _part(files: dict[str, Path]) -> Part:
         told = ", ".join(f"{_shown(files[kind])} {count}" for kind, count in counts.items())
         raise DataError(f"the parts do not have the same rows ({told}): export them again")
     if image.shape != text.shape:
-        raise DataError(f"{_shown(files['image'])} and {_shown(files['text'])} have the widths {image.shape[1]} and {text.shape[1]}")
+        raise DataError(
+            f"{_shown(files['image'])} and {_shown(files['text'])} have the widths {image.shape[1]} and {text.shape[1]}"
+        )
     return Part(files, len(image), image.shape[1])
 
 
@@ -188,7 +209,9 @@ def _id_column(tables: Sequence[Path], asked: str | None) -> str | None:
     common = set.intersection(*names)
     if asked is not None and asked not in common:
         lacking = next(table for table, columns in zip(tables, names, strict=True) if asked not in columns)
-        raise DataError(f"{_shown(lacking)} has no column {asked!r}, only {', '.join(columns_of(lacking))}: choose --id among these")
+        raise DataError(
+            f"{_shown(lacking)} has no column {asked!r}, only {', '.join(columns_of(lacking))}: choose --id among these"
+        )
     return asked or next((column for column in ID_COLUMNS if column in common), None)
 
 

@@ -41,7 +41,13 @@ def encode_samples(
     seen: ids taken before, added to.
     """
     images = encode_images(
-        unique(samples, seen), encoder, batch=batch, workers=workers, max_pixels=max_pixels, on_reject=on_reject, on_progress=on_progress
+        unique(samples, seen),
+        encoder,
+        batch=batch,
+        workers=workers,
+        max_pixels=max_pixels,
+        on_reject=on_reject,
+        on_progress=on_progress,
     )
     for kept, viewed in images:
         read = encode_texts([sample.caption for sample in kept], encoder)
@@ -105,7 +111,9 @@ def encode_images(
             for reject in rejects:
                 on_reject(reject)
             encoded = encoder.encode(np.stack(pixels), "image").take(rows) if kept else None
-            on_progress(len(chunk))  # before the batch is given out: whoever holds it knows how many items it stands for
+            on_progress(
+                len(chunk)
+            )  # before the batch is given out: whoever holds it knows how many items it stands for
             if encoded is not None:
                 yield kept, encoded
     finally:
@@ -140,10 +148,16 @@ def unstorable(name: str, seen: Collection[Id]) -> str | None:
         size = len(name.encode("utf-8"))
     except UnicodeEncodeError:
         return "its id is not UTF-8"
-    return None if 0 < size <= MAX_ID_BYTES and "\0" not in name else f"its id has {size} bytes: 1 to {MAX_ID_BYTES} without NUL are needed"
+    return (
+        None
+        if 0 < size <= MAX_ID_BYTES and "\0" not in name
+        else f"its id has {size} bytes: 1 to {MAX_ID_BYTES} without NUL are needed"
+    )
 
 
-def _submitted(chunk: list[Sample | Reject], pool: ThreadPoolExecutor, decode: Callable[[bytes], np.ndarray]) -> list[Decoding | Reject]:
+def _submitted(
+    chunk: list[Sample | Reject], pool: ThreadPoolExecutor, decode: Callable[[bytes], np.ndarray]
+) -> list[Decoding | Reject]:
     """The chunk with the decoding of each image begun, once where neighbours share their bytes."""
     begun: list[Decoding | Reject] = []
     last: Decoding | None = None

@@ -32,7 +32,9 @@ def _sample(folder: Path, column: str, row: dict[str, Any], template: str | None
     path = _inside(folder, name)
     caption = said(row.get("caption")) if template is None else filled(template, row)
     told = {"id", "caption"} if given else {"id", "caption", column}
-    return Sample(given or name, b"" if bare else _bytes(path), caption, {field: row[field] for field in row if field not in told})
+    return Sample(
+        given or name, b"" if bare else _bytes(path), caption, {field: row[field] for field in row if field not in told}
+    )
 
 
 def _name(given: object) -> str:

@@ -42,7 +42,11 @@ def parsed(data: bytes, what: str = "json") -> dict[str, Any]:
 
 def metadata(record: Mapping[str, Any]) -> dict[str, Any]:
     """The user's own fields: captions are kept apart, and "id" is the pair's own, so the json's becomes "source_id"."""
-    return {"source_id" if name == "id" else name: value for name, value in record.items() if name not in ("caption", "captions")}
+    return {
+        "source_id" if name == "id" else name: value
+        for name, value in record.items()
+        if name not in ("caption", "captions")
+    }
 
 
 def utf8(data: bytes, what: str) -> str:
@@ -73,6 +77,10 @@ def check_template(template: str | None) -> None:
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None]
     except ValueError as error:
-        raise DataError(f'the caption template {template!r} is malformed ({error}): write it like "a photo of {{class}}"') from error
+        raise DataError(
+            f'the caption template {template!r} is malformed ({error}): write it like "a photo of {{class}}"'
+        ) from error
     if not all(name.isidentifier() for name in names):
-        raise DataError(f'the caption template {template!r} may only name fields, not {names}: write it like "a photo of {{class}}"')
+        raise DataError(
+            f'the caption template {template!r} may only name fields, not {names}: write it like "a photo of {{class}}"'
+        )

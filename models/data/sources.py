@@ -32,7 +32,9 @@ def read_samples(source: Path, *, caption: str | None = None, skip: int = 0) -> 
         return read_folder(table, caption, skip)
     if source.is_file() and source.suffix == ".tar":
         return read_tar(source, caption, skip)
-    raise DataError(f"{source.name} is neither a .tar file nor a folder with one of {', '.join(TABLES)}: give one of these")
+    raise DataError(
+        f"{source.name} is neither a .tar file nor a folder with one of {', '.join(TABLES)}: give one of these"
+    )
 
 
 def read_all(sources: Iterable[Path], *, caption: str | None = None, skip: int = 0) -> Iterator[Sample | Reject]:
@@ -61,4 +63,6 @@ def files_of(source: Path) -> list[Path]:
 
 
 def _beside_a_tar(path: Path) -> bool:
-    return any(path.name.endswith(end) and path.with_name(path.name.removesuffix(end) + ".tar").is_file() for end in SIDECARS)
+    return any(
+        path.name.endswith(end) and path.with_name(path.name.removesuffix(end) + ".tar").is_file() for end in SIDECARS
+    )

@@ -71,7 +71,11 @@ def sample_stream(sources: Sequence[Path], encoding: Encoding, items: int) -> St
             max_pixels=encoding.max_pixels,
         )  # fmt: skip
 
-    identity = [_stamps([file for source in sources for file in files_of(source)]), encoding.caption, encoding.max_pixels]
+    identity = [
+        _stamps([file for source in sources for file in files_of(source)]),
+        encoding.caption,
+        encoding.max_pixels,
+    ]
     return Stream(", ".join(source.name for source in sources), items, identity, steps, sources)
 
 

@@ -22,7 +22,9 @@ def table_of(folder: Path) -> Path | None:
     """The one table of captions in a folder; DataError where there are several, since nothing says which is meant."""
     found = [folder / name for name in TABLES if (folder / name).is_file()]
     if len(found) > 1:
-        raise DataError(f"{folder.resolve().name} holds {' and '.join(path.name for path in found)}: keep the one that is meant")
+        raise DataError(
+            f"{folder.resolve().name} holds {' and '.join(path.name for path in found)}: keep the one that is meant"
+        )
     return found[0] if found else None
 
 

@@ -36,7 +36,9 @@ def _samples(key: str, files: Mapping[str, Member], template: str | None, skip: 
     """The samples of one key, all sharing one bytes object; the first `skip` of them without."""
     image = next((files[kind] for kind in IMAGES if kind in files), None)
     if image is None:
-        raise Unusable(f"no image among its members ({', '.join(sorted(files)) or 'none'}): one of {', '.join(IMAGES)} is needed")
+        raise Unusable(
+            f"no image among its members ({', '.join(sorted(files)) or 'none'}): one of {', '.join(IMAGES)} is needed"
+        )
     record = parsed(files["json"]()) if "json" in files else {}
     said_of = _captions(key, files, record, template)
     data = image() if skip < len(said_of) else b""
@@ -44,7 +46,9 @@ def _samples(key: str, files: Mapping[str, Member], template: str | None, skip: 
     return [Sample(name, data if i >= skip else b"", caption, own) for i, (name, caption) in enumerate(said_of)]
 
 
-def _captions(key: str, files: Mapping[str, Member], record: Mapping[str, object], template: str | None) -> list[tuple[str, str]]:
+def _captions(
+    key: str, files: Mapping[str, Member], record: Mapping[str, object], template: str | None
+) -> list[tuple[str, str]]:
     """(id, caption) of every sample of one key."""
     if template is not None:
         return [(key, filled(template, record))]
@@ -88,7 +92,9 @@ def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, Member | s
     try:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers every member it has seen: a gigabyte per million
-            if member.isreg() and member.offset_data + member.size > size:  # told without reading: a count finds what a build finds
+            if (
+                member.isreg() and member.offset_data + member.size > size
+            ):  # told without reading: a count finds what a build finds
                 yield path.name, f"the archive breaks off in {member.name}: what lay behind is lost"
                 return
             if not member.isdir():

@@ -21,9 +21,15 @@ from models.encoder.text_tower import TrimmedText
 
 __all__ = ["FixedTexts", "Forward", "Replay", "Stage", "as_they_come", "sizes_to"]
 
-Forward = Callable[[Tensor], Sequence[Tensor]]  # (B, …) -> some (B, …), on the device, with the same work whatever the values
+Forward = Callable[
+    [Tensor], Sequence[Tensor]
+]  # (B, …) -> some (B, …), on the device, with the same work whatever the values
 Run = Callable[[np.ndarray], list[np.ndarray]]
-LENGTHS = (8, 16, 32)  # tokens of a text's fixed shapes, and the context length itself: half of all captions are shorter than 16
+LENGTHS = (
+    8,
+    16,
+    32,
+)  # tokens of a text's fixed shapes, and the context length itself: half of all captions are shorter than 16
 WARM = 3  # calls before recording: libraries choose their algorithms and take their workspaces in the first ones
 
 
@@ -70,7 +76,9 @@ class Replay:
     def __init__(self, forward: Forward, item: Tensor, sizes: Sequence[int], stage: Stage) -> None:
         self._stage, self._sizes = stage, tuple(sizes)
         # the largest first: the smaller ones then fit into the memory it took
-        self._shapes = {size: _Shape(forward, item.expand(size, *item.shape), stage) for size in sorted(sizes, reverse=True)}
+        self._shapes = {
+            size: _Shape(forward, item.expand(size, *item.shape), stage) for size in sorted(sizes, reverse=True)
+        }
 
     def __call__(self, batch: np.ndarray) -> list[np.ndarray]:
         """(B, …) -> each of the function's results, (B, …)."""
@@ -88,7 +96,9 @@ class _Shape:
 
     def __init__(self, forward: Forward, example: Tensor, stage: Stage) -> None:
         self._forward, self._stage = forward, stage
-        self._host = example.contiguous().pin_memory() if stage.cuda else example.clone(memory_format=torch.contiguous_format)
+        self._host = (
+            example.contiguous().pin_memory() if stage.cuda else example.clone(memory_format=torch.contiguous_format)
+        )
         self._device = self._host.to(stage.device)  # on the CPU the same memory
         self._graph = self._recorded() if stage.cuda else None
 
@@ -115,7 +125,9 @@ class _Shape:
                 self._forward(self._device)
             self._stage.stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._stage.pool, stream=self._stage.stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._stage.pool, stream=self._stage.stream, capture_error_mode="thread_local"
+        ):
             self._made = self._forward(self._device)
         self._told = [torch.empty(made.shape, dtype=made.dtype, pin_memory=True) for made in self._made]
         return graph

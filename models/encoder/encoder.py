@@ -69,7 +69,10 @@ class Encoded:
 def together(blocks: Sequence[Encoded]) -> Encoded:
     """Several blocks as one."""
     trunks = [block.trunk for block in blocks if block.trunk is not None]
-    return Encoded(np.concatenate([block.vectors for block in blocks]), np.concatenate(trunks) if len(trunks) == len(blocks) else None)
+    return Encoded(
+        np.concatenate([block.vectors for block in blocks]),
+        np.concatenate(trunks) if len(trunks) == len(blocks) else None,
+    )
 
 
 class Encoder:
@@ -150,7 +153,11 @@ class Encoder:
         sizes = sizes_to(self.spec.max_batch)
         with torch.inference_mode():  # a stage for each, so that an image never waits for a list of labels
             see = Replay(image, torch.zeros(3, *self.image_size, dtype=torch.uint8), sizes, Stage(self.device))
-            read = FixedTexts(text, self.context_length, sizes, Stage(self.device)) if isinstance(text, TrimmedText) else eager
+            read = (
+                FixedTexts(text, self.context_length, sizes, Stage(self.device))
+                if isinstance(text, TrimmedText)
+                else eager
+            )
         return see, read
 
 

@@ -9,11 +9,17 @@ from PIL import Image, UnidentifiedImageError
 
 from models.errors import BrokenImage, ImageTooLarge, UnsupportedImage
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # an allow-list: each further decoder is more surface for hostile bytes
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "AVIF",
+)  # an allow-list: each further decoder is more surface for hostile bytes
 MAX_PIXELS = 64_000_000
-FINER = (
-    3  # times the encoder's frame at which a JPEG is decoded at least: from there the vector of a smaller decoding equals the full one's
-)
+FINER = 3  # times the encoder's frame at which a JPEG is decoded at least: from there the vector of a smaller decoding equals the full one's
 _STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 _FAILURES = (
     OSError,
@@ -55,12 +61,16 @@ def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS, frame: tuple[int, i
     _check_size(image, max_pixels)
     try:
         if frame is not None:
-            image.draft(None, (FINER * frame[1], FINER * frame[0]))  # nothing happens to other formats, or where a half would be too small
+            image.draft(
+                None, (FINER * frame[1], FINER * frame[0])
+            )  # nothing happens to other formats, or where a half would be too small
         image.load()
         orientation = _orientation(image)
         rgb = _rgb(image)
     except _FAILURES as error:
-        raise BrokenImage(f"the {image.format} image does not decode ({_reason(error)}): it is cut or damaged, send it again") from error
+        raise BrokenImage(
+            f"the {image.format} image does not decode ({_reason(error)}): it is cut or damaged, send it again"
+        ) from error
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
@@ -99,7 +109,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise UnsupportedImage(f"the {image.format} image has {image.mode!r} pixels, whose white is undefined: send 8 or 16 bits")
+        raise UnsupportedImage(
+            f"the {image.format} image has {image.mode!r} pixels, whose white is undefined: send 8 or 16 bits"
+        )
     return image.convert("RGB")
 
 

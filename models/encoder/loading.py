@@ -52,7 +52,9 @@ def _resolve(model: str, pretrained: str | None) -> tuple[str, str | None]:
     config = STARTER if model == "starter" else Path(model)
     if config.suffix == ".json":
         if not config.is_file():
-            raise EncoderUnavailable(f"no model configuration {config.name}: give an open_clip name, or the path of its .json")
+            raise EncoderUnavailable(
+                f"no model configuration {config.name}: give an open_clip name, or the path of its .json"
+            )
         with _REGISTRY:
             open_clip.add_model_config(config)
         return config.stem, _weights(config.stem, pretrained or str(config.with_suffix(".safetensors")))
@@ -71,8 +73,14 @@ def _weights(name: str, pretrained: str | None) -> str:
     some = ", ".join([*tags[:5], "…"] if len(tags) > 5 else tags)
     if pretrained is not None and (pretrained == "random" or pretrained in tags or Path(pretrained).is_file()):
         return pretrained
-    what = "no weights given for" if pretrained is None else f"{Path(pretrained).name!r} is neither a file nor a hub tag of"
-    remedy = f"give a local .safetensors file, or one of its tags ({some})" if tags else "give a local .safetensors file"
+    what = (
+        "no weights given for"
+        if pretrained is None
+        else f"{Path(pretrained).name!r} is neither a file nor a hub tag of"
+    )
+    remedy = (
+        f"give a local .safetensors file, or one of its tags ({some})" if tags else "give a local .safetensors file"
+    )
     raise EncoderUnavailable(f"{what} {name}: {remedy}")
 
 
@@ -90,7 +98,9 @@ def _create(name: str, weights: str | None) -> tuple[Any, Any, str]:
             model = open_clip.create_model(
                 name,
                 None if random else weights,
-                force_quick_gelu=tag.get("quick_gelu", False),  # open_clip alone would only warn, and give wrong vectors
+                force_quick_gelu=tag.get(
+                    "quick_gelu", False
+                ),  # open_clip alone would only warn, and give wrong vectors
                 require_pretrained=not random,
                 pretrained_text=False,
                 weights_only=True,
@@ -109,7 +119,9 @@ def _hub(asked: bool) -> Iterator[None]:
 
     offline, disabled = constants.HF_HUB_OFFLINE, logging.root.manager.disable
     logging.disable(logging.CRITICAL)
-    constants.HF_HUB_OFFLINE = offline or (asked and not _answers(constants.ENDPOINT))  # what was fetched before is still found
+    constants.HF_HUB_OFFLINE = offline or (
+        asked and not _answers(constants.ENDPOINT)
+    )  # what was fetched before is still found
     try:
         yield
     finally:

@@ -45,11 +45,15 @@ class PackedAttention(nn.Module):
         self._into = PackedLinear(attention.in_proj_weight, attention.in_proj_bias)
         self._out = PackedLinear(attention.out_proj.weight, attention.out_proj.bias)
 
-    def forward(self, query: Tensor, _key: Tensor, _value: Tensor, *, attn_mask: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+    def forward(
+        self, query: Tensor, _key: Tensor, _value: Tensor, *, attn_mask: Tensor | None = None, **_: Any
+    ) -> tuple[Tensor, None]:
         """(B, L, W) -> (B, L, W), or (L, B, W) where the batch is not first. attn_mask: (L, L), added to the scores."""
         x = query if self._batch_first else query.transpose(0, 1)
         batch, length, width = x.shape
-        parts = self._into(x).view(batch, length, 3, self._heads, width // self._heads).permute(2, 0, 3, 1, 4)  # (3, B, H, L, W/H)
+        parts = (
+            self._into(x).view(batch, length, 3, self._heads, width // self._heads).permute(2, 0, 3, 1, 4)
+        )  # (3, B, H, L, W/H)
         q, k, v = parts.unbind()
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         made = self._out(mixed.transpose(1, 2).reshape(batch, length, width))

@@ -26,7 +26,11 @@ def text_encoder(model: Any) -> "Callable[[Tensor], Tensor]":
     """
     tower = getattr(model, "text", model)
     pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
-    if pool not in ("argmax", "eos") or getattr(tower, "cls_emb", None) is not None or not _causal(getattr(tower, "attn_mask", None)):
+    if (
+        pool not in ("argmax", "eos")
+        or getattr(tower, "cls_emb", None) is not None
+        or not _causal(getattr(tower, "attn_mask", None))
+    ):
         return cast("Callable[[Tensor], Tensor]", model.encode_text)
     return TrimmedText(tower, pool, getattr(tower, "text_eos_id", getattr(tower, "eos_id", None)))
 
@@ -48,7 +52,8 @@ class TrimmedText:
         lengths = [place + 1 for place in end[order].tolist()]
         sizes = _sizes(lengths, PASS_TOKENS.get(tokens.device.type, PASS_TOKENS["cuda"]))
         parts = [
-            self.part(tokens[rows, : lengths[last]], end[rows]) for rows, last in zip(torch.split(order, sizes), _last(sizes), strict=True)
+            self.part(tokens[rows, : lengths[last]], end[rows])
+            for rows, last in zip(torch.split(order, sizes), _last(sizes), strict=True)
         ]
         return torch.cat(parts)[order.argsort()]
 

@@ -62,7 +62,9 @@ def _row(planned: Planned, base: np.ndarray, outcomes: Sequence[Outcome]) -> Row
     times = [outcome.seconds for outcome in outcomes if outcome.seconds is not None]
     seconds = float(np.median(times)) if times else None
     shares = [float(each.mean()) for each in right]
-    return Row(planned.claim, planned.setting, shares, float(mean.mean() - base.mean()), low, high, seconds, planned.over)
+    return Row(
+        planned.claim, planned.setting, shares, float(mean.mean() - base.mean()), low, high, seconds, planned.over
+    )
 
 
 def _read(kept: Path, identity: str) -> list[Row]:
@@ -70,7 +72,9 @@ def _read(kept: Path, identity: str) -> list[Row]:
         kept.write_text(json.dumps({"identity": identity}) + "\n", "utf-8")
     first, *rows = [json.loads(line) for line in kept.read_text("utf-8").splitlines()]
     if first != {"identity": identity}:
-        raise DataError(f"{kept.name} holds rows measured on other data, memories or options: name another folder with --out")
+        raise DataError(
+            f"{kept.name} holds rows measured on other data, memories or options: name another folder with --out"
+        )
     return [Row(**row) for row in rows]
 
 
@@ -89,4 +93,6 @@ def markdown(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    return table(("claim", "setting", "top-1 %", "spread over seeds", "gain", "over", "95 % interval", "learned in, s"), cells)
+    return table(
+        ("claim", "setting", "top-1 %", "spread over seeds", "gain", "over", "95 % interval", "learned in, s"), cells
+    )

@@ -56,7 +56,11 @@ def plan(bench: Bench) -> Iterator[Planned]:
         yield fixed("fusion", f"{name}, not learned", Trial(bench.rule(name), memory, both))
     if (served := bench.served) is not None:
         for name in RULES[1:] if served.k != bench.recipe.k else ():
-            yield fixed("fusion", f"{name}, not learned, k {served.k}", Trial(bench.rule(name), memory, replace(both, k=served.k)))
+            yield fixed(
+                "fusion",
+                f"{name}, not learned, k {served.k}",
+                Trial(bench.rule(name), memory, replace(both, k=served.k)),
+            )
         yield fixed("fusion", f"{served.fusion_id}, which serves, k {served.k}", Trial(served, memory, both))
     for name in PRESETS:
         yield seeded("fusion", f"{name}, learned", partial(_learned, bench, name, TERMS))
@@ -105,7 +109,9 @@ def contest(bench: Bench) -> Iterator[Planned]:
     claim, tuning, recipe = f"learned from the same {len(rival.pairs)} pairs", rival.tuning, bench.recipe
     asked = f"default fusion alone, {recipe.steps} x {recipe.batch}"
     yield Planned(claim, asked, lambda seed: bench.fused(rival, seed), True)
-    yield Planned(claim, f"full fine-tuning, {tuning.steps} x {tuning.batch}, no memory, one seed", lambda _: bench.tuned(rival))
+    yield Planned(
+        claim, f"full fine-tuning, {tuning.steps} x {tuning.batch}, no memory, one seed", lambda _: bench.tuned(rival)
+    )
 
 
 def _learned(bench: Bench, preset: str, terms: Sequence[str], seed: int) -> Trial:

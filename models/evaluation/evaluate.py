@@ -30,7 +30,10 @@ TEMPLATES = ("a photo of a {}.",)
 PLAIN = Setting("none")
 NEAREST = 50  # neighbours looked at for five different labels
 BASELINE_PAIRS = 50_000  # a larger memory is not read whole for the class means
-REFERENCES, HUB_NEAREST = 2_000, 128  # memory pairs taken as NNN's reference queries, and how many of the nearest are averaged
+REFERENCES, HUB_NEAREST = (
+    2_000,
+    128,
+)  # memory pairs taken as NNN's reference queries, and how many of the nearest are averaged
 WORST = 10  # confused pairs told
 
 Hits = Mapping[str, np.ndarray]  # by figure, (N,) bool: which queries were right
@@ -77,16 +80,29 @@ class Report:
     details: Details | None = None
     hits: Mapping[str, Hits] = field(default_factory=dict, repr=False)
     nearest: np.ndarray | None = field(default=None, repr=False)  # (N,) the best neighbour's score of each image
-    guesses: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)  # by method, (N,) int, the label each photo is taken for
-    memory_curve: Sequence[tuple[int, float]] = ()  # (pairs, share right) of the best setting over growing parts of the memory
+    guesses: Mapping[str, np.ndarray] = field(
+        default_factory=dict, repr=False
+    )  # by method, (N,) int, the label each photo is taken for
+    memory_curve: Sequence[
+        tuple[int, float]
+    ] = ()  # (pairs, share right) of the best setting over growing parts of the memory
 
     def as_json(self) -> dict[str, object]:
         """The figures without the arrays."""
         lines = {
-            line.method: {each.name: {"share": each.share, "gain": each.gain, "interval": [each.low, each.high]} for each in line.figures}
+            line.method: {
+                each.name: {"share": each.share, "gain": each.gain, "interval": [each.low, each.high]}
+                for each in line.figures
+            }
             for line in self.lines
         }
-        found: dict[str, object] = {"task": self.task, "memory": self.memory, "fusion": self.fusion, "k": self.k, "notes": [*self.notes]}
+        found: dict[str, object] = {
+            "task": self.task,
+            "memory": self.memory,
+            "fusion": self.fusion,
+            "k": self.k,
+            "notes": [*self.notes],
+        }
         found |= {"queries": {each.name: each.queries for each in self.lines[0].figures}, "lines": lines}
         if self.details is not None:
             found |= {"classes": [*self.details.classes], "confused": [*self.details.confused]}
@@ -133,7 +149,12 @@ def answer(reco: Reco, photos: Photos, labels: Labels, snapshot: Snapshot, setti
 
 
 def classify(
-    reco: Reco, photos: Photos, labels: Labels, snapshot: Snapshot, settings: Sequence[Setting], label_field: str = "class"
+    reco: Reco,
+    photos: Photos,
+    labels: Labels,
+    snapshot: Snapshot,
+    settings: Sequence[Setting],
+    label_field: str = "class",
 ) -> Report:
     """Top-1 and top-5 of every setting, beside what one would try without text where the memory's records name the labels."""
     target = labels.target(photos)
@@ -145,9 +166,14 @@ def classify(
         nearest = answers.refined.nearest if setting.enhances("image") else nearest
     hits |= baselines(photos, labels, snapshot, label_field)
     best = max((str(setting) for setting in settings), key=lambda method: hits[method]["top-1"].mean(), default="none")
-    notes = [f"{len(photos.queries)} images, {len(labels.labels)} labels, {len(photos.rejects)} rejected", *excluded(settings)]
+    notes = [
+        f"{len(photos.queries)} images, {len(labels.labels)} labels, {len(photos.rejects)} rejected",
+        *excluded(settings),
+    ]
     details = _details(hits, guesses[best], best, target, labels)
-    return Report("classify", snapshot.ref, reco.fusion_id, reco.k, notes, compared(hits), details, hits, nearest, guesses)
+    return Report(
+        "classify", snapshot.ref, reco.fusion_id, reco.k, notes, compared(hits), details, hits, nearest, guesses
+    )
 
 
 def memory_curve(reco: Reco, photos: Photos, labels: Labels, parts: Parts, setting: Setting) -> list[tuple[int, float]]:
@@ -156,11 +182,15 @@ def memory_curve(reco: Reco, photos: Photos, labels: Labels, parts: Parts, setti
     for share in SHARES:
         part = parts.share(share, seed=0)
         asked = replace(setting, k=min(setting.k or reco.k, len(part)))
-        points.append((len(part), float(top_k_hits(answer(reco, photos, labels, part, asked).scores, target, 1).mean())))
+        points.append(
+            (len(part), float(top_k_hits(answer(reco, photos, labels, part, asked).scores, target, 1).mean()))
+        )
     return points
 
 
-def entities(reco: Reco, photos: Photos, labels: Labels, snapshot: Snapshot, settings: Sequence[Setting], seen: Sequence[str]) -> Report:
+def entities(
+    reco: Reco, photos: Photos, labels: Labels, snapshot: Snapshot, settings: Sequence[Setting], seen: Sequence[str]
+) -> Report:
     """Top-1 among all labels, apart for entities that training saw and those it never did, and the harmonic mean of the two."""
     target = labels.target(photos)
     known = np.isin(np.array(labels.labels), seen)[target]  # (N,)
@@ -170,7 +200,10 @@ def entities(reco: Reco, photos: Photos, labels: Labels, snapshot: Snapshot, set
     for setting in (PLAIN, *settings):
         right = top_k_hits(answer(reco, photos, labels, snapshot, setting).scores, target, 1)
         hits[str(setting)] = {"seen": right[known], "unseen": right[~known]}
-    notes = [f"{len(seen)} entities seen, {len(labels.labels) - len(seen)} unseen, {len(photos.rejects)} rejected", *excluded(settings)]
+    notes = [
+        f"{len(seen)} entities seen, {len(labels.labels) - len(seen)} unseen, {len(photos.rejects)} rejected",
+        *excluded(settings),
+    ]
     lines = [Line(line.method, [*line.figures, _harmonic(hits[line.method], hits["none"])]) for line in compared(hits)]
     return Report("entities", snapshot.ref, reco.fusion_id, reco.k, notes, lines, hits=hits)
 
@@ -190,9 +223,13 @@ def retrieve(reco: Reco, asked: Captioned, snapshot: Snapshot, settings: Sequenc
     hits = dict[str, Hits]()
     for setting in (PLAIN, *settings):
         image, text = (
-            refine(reco, queries, side, snapshot, setting).vectors for side, queries in zip(SIDES, (asked.images, asked.texts), strict=True)
+            refine(reco, queries, side, snapshot, setting).vectors
+            for side, queries in zip(SIDES, (asked.images, asked.texts), strict=True)
         )
-        to_image, to_text = _dehubbed(text, image, snapshot, "text", setting), _dehubbed(image, text, snapshot, "image", setting)
+        to_image, to_text = (
+            _dehubbed(text, image, snapshot, "text", setting),
+            _dehubbed(image, text, snapshot, "image", setting),
+        )
         forward = {f"T2I R@{k}": recall_hits(to_image, own, k) for k in (1, 5, 10)}
         backward = {f"I2T R@{k}": recall_hits(to_text, own.T, k) for k in (1, 5, 10)}
         hits[str(setting)] = {**forward, **backward}
@@ -200,7 +237,9 @@ def retrieve(reco: Reco, asked: Captioned, snapshot: Snapshot, settings: Sequenc
     return Report("retrieve", snapshot.ref, reco.fusion_id, reco.k, notes, compared(hits), hits=hits)
 
 
-def _dehubbed(queries: np.ndarray, candidates: np.ndarray, snapshot: Snapshot, side: Side, setting: Setting) -> np.ndarray:
+def _dehubbed(
+    queries: np.ndarray, candidates: np.ndarray, snapshot: Snapshot, side: Side, setting: Setting
+) -> np.ndarray:
     """(B, C) float32: every query's score with every candidate, less the candidates' hubness where the setting asks for it."""
     scores = queries @ candidates.T
     if setting.dehub:
@@ -224,7 +263,10 @@ def excluded(settings: Sequence[Setting]) -> list[str]:
 def compared(hits: Mapping[str, Hits]) -> list[Line]:
     """Every method against the first, which is plain."""
     plain = next(iter(hits.values()))
-    return [Line(method, [figure(name, plain[name], right) for name, right in found.items()]) for method, found in hits.items()]
+    return [
+        Line(method, [figure(name, plain[name], right) for name, right in found.items()])
+        for method, found in hits.items()
+    ]
 
 
 def figure(name: str, before: np.ndarray, after: np.ndarray) -> Figure:
@@ -249,7 +291,9 @@ def _details(hits: Mapping[str, Hits], guessed: np.ndarray, best: str, target: n
     names, rows = labels.labels, np.bincount(target, minlength=len(labels.labels))
     before, after = (share_per_class(hits[method]["top-1"], target, len(names)) for method in ("none", best))
     classes = [(names[c], int(rows[c]), float(before[c]), float(after[c])) for c in np.flatnonzero(rows)]
-    return Details(classes, [(names[true], names[taken], times) for true, taken, times in worst_pairs(guessed, target, WORST)])
+    return Details(
+        classes, [(names[true], names[taken], times) for true, taken, times in worst_pairs(guessed, target, WORST)]
+    )
 
 
 def baselines(photos: Photos, labels: Labels, snapshot: Snapshot, label_field: str) -> dict[str, Hits]:
@@ -261,7 +305,9 @@ def baselines(photos: Photos, labels: Labels, snapshot: Snapshot, label_field: s
         return {}
     blocks = list(snapshot.blocks())
     index = {label: i for i, label in enumerate(labels.labels)}
-    known = np.array([index.get(str(record.get(label_field)), -1) for block in blocks for record in block.records])  # (N,)
+    known = np.array(
+        [index.get(str(record.get(label_field)), -1) for block in blocks for record in block.records]
+    )  # (N,)
     if not (known >= 0).any():
         return {}
     ids = np.concatenate([block.ids for block in blocks])
@@ -269,14 +315,18 @@ def baselines(photos: Photos, labels: Labels, snapshot: Snapshot, label_field: s
     means = class_means(image[known >= 0], known[known >= 0], len(index))
     column = {name: label for name, label in zip(ids.tolist(), known.tolist(), strict=True) if label >= 0}
     seen = photos.queries.encoded
-    near = snapshot.retrieve(seen.key(snapshot.key_kind("image")), "image", min(NEAREST, len(snapshot)), exclude=photos.queries.own)
+    near = snapshot.retrieve(
+        seen.key(snapshot.key_kind("image")), "image", min(NEAREST, len(snapshot)), exclude=photos.queries.own
+    )
     by_photo = nearest_labels(near.ids, near.scores, near.mask, column, len(index))
     target = labels.target(photos)
     scored = {"(1-NN)": by_photo, "(class means)": seen.vectors @ means.T}
     return {name: {f"top-{k}": top_k_hits(each, target, k) for k in (1, 5)} for name, each in scored.items()}
 
 
-def nearest_labels(ids: np.ndarray, scores: np.ndarray, mask: np.ndarray, column: Mapping[str | int, int], labels: int) -> np.ndarray:
+def nearest_labels(
+    ids: np.ndarray, scores: np.ndarray, mask: np.ndarray, column: Mapping[str | int, int], labels: int
+) -> np.ndarray:
     """(B, C) float32: the score of the nearest neighbour of each label, -inf where none was found. ids, scores, mask: (B, K)."""
     best = np.full((len(ids), labels), -np.inf, np.float32)
     for b, place in zip(*np.nonzero(mask), strict=True):

@@ -38,7 +38,9 @@ def finetuned(encoder: Encoder, samples: Sequence[Sample], tuning: Tuning) -> En
     each other. DataError where there are fewer pairs than a batch takes.
     """
     if len(samples) < tuning.batch:
-        raise DataError(f"{len(samples)} pairs are fewer than one batch of {tuning.batch}: give more sources to tune on")
+        raise DataError(
+            f"{len(samples)} pairs are fewer than one batch of {tuning.batch}: give more sources to tune on"
+        )
     model = copy.deepcopy(encoder.module).float().requires_grad_(True).train()
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):

@@ -97,7 +97,9 @@ def paired_interval(before: np.ndarray, after: np.ndarray, seed: int = 0, resamp
     before, after: (B,) bool or float, one value per query.
     """
     gain = after.astype(np.float64) - before.astype(np.float64)
-    values, rows = np.unique(gain, return_counts=True)  # few distinct gains: a resample of the queries is a draw of their counts
+    values, rows = np.unique(
+        gain, return_counts=True
+    )  # few distinct gains: a resample of the queries is a draw of their counts
     draws = np.random.default_rng(seed).multinomial(len(gain), rows / len(gain), size=resamples)  # (resamples, values)
     low, high = np.percentile(draws @ values / len(gain), [2.5, 97.5])
     return float(low), float(high)

@@ -84,14 +84,18 @@ def encode_photos(
         kept += some
         seen.append(encoded)
     if not kept:
-        raise DataError(f"no image could be read, {len(rejects)} were rejected: check the labels and the field that names them")
+        raise DataError(
+            f"no image could be read, {len(rejects)} were rejected: check the labels and the field that names them"
+        )
     ids = [sample.id for sample in kept]
     return Photos(ids, [sample.caption for sample in kept], Queries(together(seen), [{name} for name in ids]), rejects)
 
 
 def encode_prompts(prompts: Sequence[str], encoder: Encoder) -> Encoded:
     """(N, D) the texts as the encoder gives them, in blocks."""
-    return together([encoder.encode(encoder.tokenize(prompts[at : at + BLOCK]), "text") for at in range(0, len(prompts), BLOCK)])
+    return together(
+        [encoder.encode(encoder.tokenize(prompts[at : at + BLOCK]), "text") for at in range(0, len(prompts), BLOCK)]
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,7 +120,9 @@ def refine(reco: Reco, queries: Queries, side: Side, snapshot: Snapshot, setting
         rows = slice(at, at + BLOCK)
         trunk = queries.encoded.trunk
         some = Encoded(plain[rows], None if trunk is None else trunk[rows])
-        found = reco.enhance(some, side, snapshot, k, max_similarity=limit, exclude=queries.own[rows], route=setting.route)
+        found = reco.enhance(
+            some, side, snapshot, k, max_similarity=limit, exclude=queries.own[rows], route=setting.route
+        )
         vectors[rows] = found.vectors
         if found.neighbors is not None:
             nearest[rows] = found.neighbors.scores[:, 0]

@@ -60,7 +60,9 @@ def best_line(report: Report) -> Line:
     """
     asked = [line for line in report.lines[1:] if not line.method.startswith("(")]
     first, sound = report.lines[0].figures[0].name, [line for line in asked if not lost(line)]
-    return max(sound or asked, key=lambda line: float(report.hits[line.method][first][::2].mean()), default=report.lines[0])
+    return max(
+        sound or asked, key=lambda line: float(report.hits[line.method][first][::2].mean()), default=report.lines[0]
+    )
 
 
 def lost(line: Line) -> list[str]:
@@ -89,7 +91,8 @@ def recommendation(report: Report, settings: Sequence[Setting]) -> str:
     worse = [f"{line.method} in {', '.join(lost(line))}" for line in report.lines[1:] if lost(line)]
     rivals = [line for line in report.lines if line.method.startswith("(") and line.figures[0].share > first.share]
     told += "".join(
-        f" Where every memory item carries its label, {line.method} reaches {100 * line.figures[0].share:.1f} %." for line in rivals
+        f" Where every memory item carries its label, {line.method} reaches {100 * line.figures[0].share:.1f} %."
+        for line in rivals
     )
     return told + (f" These lose against plain: {'; '.join(worse)}." if worse else "")
 
@@ -99,7 +102,9 @@ def plots(report: Report, settings: Sequence[Setting], best: Line) -> list[str]:
     found = list[str]()
     shares = {line.method: line.figures[0].share for line in report.lines}
     for enhance in ("image", "text", "both"):
-        curve = sorted((each.k, 100 * shares[str(each)]) for each in settings if each.enhance == enhance and each.k is not None)
+        curve = sorted(
+            (each.k, 100 * shares[str(each)]) for each in settings if each.enhance == enhance and each.k is not None
+        )
         if len(curve) > 1:
             found.append(line_plot(f"{report.lines[0].figures[0].name} by k, {enhance} enhanced", curve))
     if report.memory_curve:
@@ -113,14 +118,19 @@ def plots(report: Report, settings: Sequence[Setting], best: Line) -> list[str]:
         before, after = report.hits["none"][name], report.hits[best.method][name]
         for title, chosen in (("helped", ~before & after), ("hurt", before & ~after)):
             counts, _ = np.histogram(report.nearest[chosen], bins=20, range=(0, 1))
-            found.append(bar_plot(f"{int(chosen.sum())} {title}: cosine of the nearest neighbour, 0 to 1", counts.tolist()))
+            found.append(
+                bar_plot(f"{int(chosen.sum())} {title}: cosine of the nearest neighbour, 0 to 1", counts.tolist())
+            )
     return found
 
 
 def line_plot(title: str, points: Sequence[tuple[float, float]]) -> str:
     """An inline SVG; x in the order given, evenly spaced."""
     low, high = min(y for _, y in points), max(y for _, y in points)
-    at = [(40 + 300 * i / (len(points) - 1), 130 - 90 * (y - low) / max(high - low, 1e-9)) for i, (_, y) in enumerate(points)]
+    at = [
+        (40 + 300 * i / (len(points) - 1), 130 - 90 * (y - low) / max(high - low, 1e-9))
+        for i, (_, y) in enumerate(points)
+    ]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
     marks = "".join(
         f"<circle cx={x:.1f} cy={y:.1f} r=3 /><text x={x:.1f} y={y - 8:.1f} font-size=10 text-anchor=middle>{value:.1f}</text>"
@@ -141,7 +151,10 @@ def bar_plot(title: str, values: Sequence[float]) -> str:
         f"fill={'#17703b' if value >= 0 else '#a1260d'} />"
         for i, value in enumerate(values)
     )
-    return _svg(title, f"{bars}<line x1=40 x2=340 y1={base} y2={base} stroke=#888 /><text x=2 y=34 font-size=10>{most:.0f}</text>")
+    return _svg(
+        title,
+        f"{bars}<line x1=40 x2=340 y1={base} y2={base} stroke=#888 /><text x=2 y=34 font-size=10>{most:.0f}</text>",
+    )
 
 
 def _svg(title: str, content: str) -> str:

@@ -10,7 +10,10 @@ def terminal(report: Report) -> str:
     names = [figure.name for figure in report.lines[0].figures]
     width = 2 + max(len(line.method) for line in report.lines)
     head = f"{'enhanced':<{width}}" + "".join(f"{name:>32}" for name in names)
-    rows = [f"{line.method:<{width}}" + "".join(f"{_cell(figure, line, report):>32}" for figure in line.figures) for line in report.lines]
+    rows = [
+        f"{line.method:<{width}}" + "".join(f"{_cell(figure, line, report):>32}" for figure in line.figures)
+        for line in report.lines
+    ]
     title = f"{report.task} · {report.memory} · fusion {report.fusion} · k {report.k}"
     return "\n".join([title, *report.notes, head, *rows])
 
@@ -32,9 +35,14 @@ def details(report: Report) -> str:
     """Class by class, then the worst confusions; "" where the task has no classes."""
     if report.details is None:
         return ""
-    classes = [(label, photos, f"{100 * before:.1f}", f"{100 * after:.1f}") for label, photos, before, after in report.details.classes]
+    classes = [
+        (label, photos, f"{100 * before:.1f}", f"{100 * after:.1f}")
+        for label, photos, before, after in report.details.classes
+    ]
     confused = [(label, taken, times) for label, taken, times in report.details.confused]
-    return "\n\n".join([table(("class", "photos", "plain %", "enhanced %"), classes), table(("class", "taken for", "times"), confused)])
+    return "\n\n".join(
+        [table(("class", "photos", "plain %", "enhanced %"), classes), table(("class", "taken for", "times"), confused)]
+    )
 
 
 def _cell(figure: Figure, line: Line, report: Report) -> str:

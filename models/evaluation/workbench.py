@@ -108,7 +108,11 @@ class Bench:
 
         The fusion that serves is left out, since its rows name it.
         """
-        asked = [sorted(zip(self.photos.ids, self.photos.labels, strict=True)), self.labels.labels, self.labels.templates]
+        asked = [
+            sorted(zip(self.photos.ids, self.photos.labels, strict=True)),
+            self.labels.labels,
+            self.labels.templates,
+        ]
         memories = [[snapshot.ref, snapshot.manifest.created] for snapshot in (self.memory, self.taught_by)]
         rival = self.rival and [[sample.id for sample in self.rival.pairs], asdict(self.rival.tuning)]
         content = json.dumps([asked, memories, self.encoder.fingerprint, asdict(self.recipe), rival])
@@ -156,7 +160,9 @@ class Bench:
         fusions = build_fusions(preset, self.encoder.dim, alpha=recipe.alpha)
         rate = recipe.refining_rate if fusions["image"].config.start == "mean" else recipe.learning_rate
         scale, pool = self.encoder.logit_scale, recipe.pool_learning_rate
-        learning = Learning(recipe.steps, recipe.batch, rate, 0.01, seed, scale, terms, drop=0.2, pool_learning_rate=pool)
+        learning = Learning(
+            recipe.steps, recipe.batch, rate, 0.01, seed, scale, terms, drop=0.2, pool_learning_rate=pool
+        )
         learn(fusions, [episode], [np.arange(len(episode))], learning)
         return FusionFile(fusions, recipe.k, f"{preset}-{seed}", {})
 

@@ -56,7 +56,12 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappi
     """One safetensors file, whole or not at all. Equal tensors are written each for itself."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
-        file.write(save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, metadata=dict(header)))
+        file.write(
+            save(
+                {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+                metadata=dict(header),
+            )
+        )
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -73,7 +78,9 @@ def load_fusions(path: Path, *, encoder: str) -> FusionFile:
     try:
         header, tensors = read_tensors(path)
         if header.get("format") != FORMAT:
-            raise IncompatibleFusion(f"{path.name} is format {header.get('format')!r}, this version reads {FORMAT}: train it again")
+            raise IncompatibleFusion(
+                f"{path.name} is format {header.get('format')!r}, this version reads {FORMAT}: train it again"
+            )
         if not same_encoder(header["encoder"], encoder):
             raise IncompatibleFusion(
                 f"{path.name} was trained on {header['encoder']}, this is {encoder}: train a fusion for it, or serve its encoder"
@@ -83,7 +90,9 @@ def load_fusions(path: Path, *, encoder: str) -> FusionFile:
         fusions: dict[Side, Fusion] = {side: layers.get("shared") or layers[side] for side in SIDES}
         return FusionFile(fusions, int(header["k"]), _fusion_id(layers), json.loads(header["card"]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
-        raise IncompatibleFusion(f"{path.name} is not a fusion file ({type(error).__name__}): give the file that training wrote") from error
+        raise IncompatibleFusion(
+            f"{path.name} is not a fusion file ({type(error).__name__}): give the file that training wrote"
+        ) from error
 
 
 def training_free(name: str, dim: int, *, alpha: float = 1.0, k: int = 10) -> FusionFile:
@@ -107,14 +116,20 @@ def fusion_named(name: str, *, encoder: str, dim: int) -> FusionFile:
 
 def _layers(fusions: Mapping[Side, Fusion]) -> dict[str, Fusion]:
     """The distinct layers by the name they are stored under."""
-    return {"shared": fusions["image"]} if fusions["image"] is fusions["text"] else {str(side): fusions[side] for side in SIDES}
+    return (
+        {"shared": fusions["image"]}
+        if fusions["image"] is fusions["text"]
+        else {str(side): fusions[side] for side in SIDES}
+    )
 
 
 def _fill(layers: Mapping[str, Fusion], tensors: Mapping[str, torch.Tensor]) -> None:
     """The weights into the layers; a missing, surplus or misshapen one is a KeyError or RuntimeError."""
     if set(layers) == set(SIDES):
         share_metrics(layers["image"], layers["text"])
-    found = nn.ModuleDict(layers).load_state_dict(tensors, strict=False)  # what both layers share has two names and is stored under one
+    found = nn.ModuleDict(layers).load_state_dict(
+        tensors, strict=False
+    )  # what both layers share has two names and is stored under one
     if found.unexpected_keys or not set(found.missing_keys).isdisjoint(_tensors(layers)):
         raise KeyError(f"{found}")
 
@@ -126,7 +141,9 @@ def _tensors(layers: Mapping[str, Fusion]) -> dict[str, torch.Tensor]:
 
 
 def _fusion_id(layers: Mapping[str, Fusion]) -> str:
-    digest = hashlib.sha256(json.dumps({name: asdict(layer.config) for name, layer in layers.items()}, sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps({name: asdict(layer.config) for name, layer in layers.items()}, sort_keys=True).encode()
+    )
     for name, tensor in sorted(_tensors(layers).items()):
         digest.update(name.encode())
         digest.update(tensor.float().numpy().tobytes())

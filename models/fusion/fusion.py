@@ -53,7 +53,9 @@ class FusionConfig:
 
     def __post_init__(self) -> None:
         if self.dim % self.heads:
-            raise ConfigError(f"a fusion of width {self.dim} cannot have {self.heads} heads: choose a divisor of {self.dim}")
+            raise ConfigError(
+                f"a fusion of width {self.dim} cannot have {self.heads} heads: choose a divisor of {self.dim}"
+            )
         if self.max_k < 1 or self.alpha <= 0:
             raise ConfigError(f"a fusion needs max_k >= 1 and alpha > 0, not {self.max_k} and {self.alpha}")
 
@@ -68,7 +70,17 @@ def preset(name: str, dim: int, *, alpha: float = 1.0) -> FusionConfig:
     heads = next(heads for heads in range(max(1, dim // 64), 0, -1) if dim % heads == 0)  # 64 wide, as in CLIP
     if name in ("default", "corrected"):
         layers: Layers = "none" if name == "default" else "transformer"
-        return FusionConfig(dim, heads, mlp_ratio=1, rank_vectors=False, max_k=100, start="mean", alpha=alpha, metric=True, layers=layers)
+        return FusionConfig(
+            dim,
+            heads,
+            mlp_ratio=1,
+            rank_vectors=False,
+            max_k=100,
+            start="mean",
+            alpha=alpha,
+            metric=True,
+            layers=layers,
+        )
     if name == "paper":
         return FusionConfig(dim, heads, mlp_ratio=4, rank_vectors=True, max_k=10, start="identity")
     if name == "paper-split":
@@ -79,7 +91,15 @@ def preset(name: str, dim: int, *, alpha: float = 1.0) -> FusionConfig:
         start: Start = "identity" if name == "none" else "mean"
         temperature = CORE_TEMPERATURE if name == "core" else 0.0
         return FusionConfig(
-            dim, 1, mlp_ratio=0, rank_vectors=False, max_k=100, start=start, alpha=alpha, temperature=temperature, layers="none"
+            dim,
+            1,
+            mlp_ratio=0,
+            rank_vectors=False,
+            max_k=100,
+            start=start,
+            alpha=alpha,
+            temperature=temperature,
+            layers="none",
         )
     raise ConfigError(f"unknown fusion preset {name!r}: choose one of {', '.join((*PRESETS, *RULES))}")
 
@@ -218,7 +238,9 @@ class Fusion(nn.Module):
         A row without any neighbour is its query, bit for bit.
         """
         if values.shape[1] > self.config.max_k:
-            raise ConfigError(f"{values.shape[1]} neighbours, but this fusion takes at most {self.config.max_k}: ask for a smaller k")
+            raise ConfigError(
+                f"{values.shape[1]} neighbours, but this fusion takes at most {self.config.max_k}: ask for a smaller k"
+            )
         x, weights = query, torch.zeros_like(scores)
         if self.pool is not None:
             x, weights = self.pool(query, values, scores, mask)

@@ -23,7 +23,9 @@ FOLDER = Path(__file__).parent
 CONFIG, FUSION = FOLDER / "clip.json", FOLDER / "fusion.safetensors"
 MEMORY = "grocery"
 VERSIONS = ("fruit-and-vegetables", "all")  # in the order they are built; the last one is served at first
-PACKAGED = frozenset(("Juice", "Milk", "Oatghurt", "Oat Milk", "Sour Cream", "Sour Milk", "Soyghurt", "Soy Milk", "Yoghurt"))
+PACKAGED = frozenset(
+    ("Juice", "Milk", "Oatghurt", "Oat Milk", "Sour Cream", "Sour Milk", "Soyghurt", "Soy Milk", "Yoghurt")
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +46,12 @@ class StarterMemory:
 
     def save(self, folder: Path) -> None:
         """Write both files, each in one move."""
-        arrays = {"label": self.label.astype(np.int16), "image": self.image, "image_key": self.image_key, "text": self.text}
+        arrays = {
+            "label": self.label.astype(np.int16),
+            "image": self.image,
+            "image_key": self.image_key,
+            "text": self.text,
+        }
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "memory.partial")
         (folder / "memory.partial").chmod(0o644)
         (folder / "memory.partial").replace(folder / "memory.safetensors")

@@ -53,7 +53,9 @@ def without_text(known: Photos, photos: Photos, keys: Mapping[str, tuple[np.ndar
     found = {}
     for name, (there, here) in keys.items():
         found[f"1-NN, {name}"] = 100 * float((target[(here @ there.T).argmax(1)] == wanted).mean())
-        found[f"class means, {name}"] = 100 * top_k_accuracy(here @ class_means(there, target, len(labels)).T, wanted, 1)
+        found[f"class means, {name}"] = 100 * top_k_accuracy(
+            here @ class_means(there, target, len(labels)).T, wanted, 1
+        )
     return found
 
 

@@ -23,7 +23,10 @@ __all__ = ["Source", "learn", "project", "pseudo_features"]
 
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 1e-3, 0.1, 40
 MAX_SCALE = 100.0  # CLIP's own ceiling on the inverse temperature
-FEATURE_DROP, WORD_DROP = 0.15, 0.15  # without them the pairs are learned by heart: Flickr8k val I2T R@1 14 instead of 16
+FEATURE_DROP, WORD_DROP = (
+    0.15,
+    0.15,
+)  # without them the pairs are learned by heart: Flickr8k val I2T R@1 14 instead of 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +60,18 @@ def learn(model: Any, sources: Sequence[Source], steps: int, seed: int) -> None:
     projection = model.visual.head.proj
     nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
     nn.init.zeros_(projection.bias)
-    trained = [*projection.parameters(), *(value for name, value in model.named_parameters() if not name.startswith("visual."))]
+    trained = [
+        *projection.parameters(),
+        *(value for name, value in model.named_parameters() if not name.startswith("visual.")),
+    ]
     for value in trained:
         value.requires_grad_(True)
     optimiser = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
     rng, bar = np.random.default_rng(seed), trange(steps, desc="encoder", unit="step")
     for step in bar:
-        optimiser.param_groups[0]["lr"] = LEARNING_RATE * min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimiser.param_groups[0]["lr"] = LEARNING_RATE * min(
+            (step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        )
         features, tokens = (torch.cat(part) for part in zip(*(source.draw(rng) for source in sources), strict=True))
         image = F.normalize(projection(F.dropout((features - centre) / spread, FEATURE_DROP)), dim=-1)  # (B, D)
         text = F.normalize(encode_text(shortened(tokens.flatten(0, 1), WORD_DROP, rng)), dim=-1)  # (2B, D)

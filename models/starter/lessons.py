@@ -33,11 +33,15 @@ class Classroom:
     def __init__(self, reco: Reco, folder: Path) -> None:
         self.reco = reco
         self.folder = folder
-        self._known: dict[str, np.ndarray] = {}  # (D,) of every caption encoded so far: the same ones come back with each kind of key
+        self._known: dict[
+            str, np.ndarray
+        ] = {}  # (D,) of every caption encoded so far: the same ones come back with each kind of key
 
     def classes(self, name: str, photos: Photos, key: KeyKind, naming: Naming, half: int) -> Episode:
         """Half the photos of every class are the memory, the other half the queries.  half: 0 or 1, which of them is the memory."""
-        names = {label: label if naming is None else invented(label, naming) for label in sorted(set(photos.column("class")))}
+        names = {
+            label: label if naming is None else invented(label, naming) for label in sorted(set(photos.column("class")))
+        }
         called = [names[label] for label in photos.column("class")]
         known = np.array([_place(photos.column("class"), row) % 2 == half for row in range(len(photos))])
         memory = self.pairs(photos, [MEMORY_CAPTION.format(label) for label in called], key, np.flatnonzero(known))
@@ -81,7 +85,9 @@ class Classroom:
     def snapshot(self, pairs: Pairs, key: KeyKind) -> Snapshot:
         """The pairs as a memory on disk, opened."""
         store, encoder = Store(self.folder), self.reco.encoder.fingerprint
-        manifest = build_version(store, "lesson", None, [pairs], encoder=encoder, kinds={"image": key, "text": "vector"})
+        manifest = build_version(
+            store, "lesson", None, [pairs], encoder=encoder, kinds={"image": key, "text": "vector"}
+        )
         return store.open("lesson", manifest.version, encoder=encoder)
 
 

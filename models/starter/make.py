@@ -37,7 +37,14 @@ SEED = 0
 STEPS = 800
 NOISE = 1.0  # points on the Grocery test split: a smaller gain is no reason to give the simple rule up
 SENTENCES_KEPT = 300  # photos of Flickr8k val that the encoder never sees, for the lessons of the fusion
-CLASS_CAPTIONS = ("a photo of a {}.", "a photo of {}", "a photo of the {}.", "{}", "a picture of a {}", "a close-up photo of a {}.")
+CLASS_CAPTIONS = (
+    "a photo of a {}.",
+    "a photo of {}",
+    "a photo of the {}.",
+    "{}",
+    "a picture of a {}",
+    "a close-up photo of a {}.",
+)
 
 NAMES = {"rule": "training-free rule", "learned": "learned fusion"}
 VERDICTS = {
@@ -63,11 +70,20 @@ class Everything:
 
 def main() -> None:
     """Parse the command line and make everything."""
-    parser = argparse.ArgumentParser(prog="python -m models.starter.make", description="Make the bundled starter model again.")
-    parser.add_argument(
-        "data", type=Path, help="the folder that holds flickr8k/, grocery/, imagenet_sample/, caltech101/, imagen/, mobilenetv2/"
+    parser = argparse.ArgumentParser(
+        prog="python -m models.starter.make", description="Make the bundled starter model again."
     )
-    parser.add_argument("--work", type=Path, default=Path("var/make_starter"), help="where features are kept, so that a second run goes on")
+    parser.add_argument(
+        "data",
+        type=Path,
+        help="the folder that holds flickr8k/, grocery/, imagenet_sample/, caltech101/, imagen/, mobilenetv2/",
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("var/make_starter"),
+        help="where features are kept, so that a second run goes on",
+    )
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder to write to")
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run kept")
     options = parser.parse_args()
@@ -91,13 +107,17 @@ def make_starter(data: Path, work: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         candidates = teach(encoder, everything, Path(folder))
         snapshots = memories(memory, Path(folder))
-        figures = {name: grocery(encoder, file, everything.grocery_test, snapshots) for name, file in candidates.items()}
+        figures = {
+            name: grocery(encoder, file, everything.grocery_test, snapshots) for name, file in candidates.items()
+        }
     for name, file in candidates.items():
         save_fusions(work / f"{name}.safetensors", file.fusions, encoder=encoder.fingerprint, k=file.k, card=file.card)
     gains = [figures["learned"][key]["both"] - figures["rule"][key]["both"] for key in snapshots]
     shipped = "learned" if min(gains) > NOISE else "rule"
     chosen = candidates[shipped]
-    fusion_id = save_fusions(out / "fusion.safetensors", chosen.fusions, encoder=encoder.fingerprint, k=SERVED_K, card=chosen.card)
+    fusion_id = save_fusions(
+        out / "fusion.safetensors", chosen.fusions, encoder=encoder.fingerprint, k=SERVED_K, card=chosen.card
+    )
     write_card(
         out / "CARD.md",
         encoder=encoder.fingerprint,
@@ -108,7 +128,9 @@ def make_starter(data: Path, work: Path, out: Path) -> None:
         pairs=len(memory.ids),
         seed=SEED,
         retrieval=table(flickr(encoder, everything.flickr_test)),
-        classification=table({f"{NAMES[name]}, {key} keys": found for name in figures for key, found in figures[name].items()}),
+        classification=table(
+            {f"{NAMES[name]}, {key} keys": found for name in figures for key, found in figures[name].items()}
+        ),
         baselines=listed(baselines(encoder, everything)),
     )
 
@@ -147,7 +169,9 @@ def read_all(encoder: Encoder, data: Path, folder: Path) -> Everything:
     split, thing = caltech.column("split"), caltech.column("class") != "BACKGROUND_Google"
     val = read("flickr8k-val", "flickr8k/val-*.tar", None, views=2)
     return Everything(
-        flickr=read("flickr8k-train", "flickr8k/train-*.tar", None, views=2).with_(val.take(range(SENTENCES_KEPT, len(val)))),
+        flickr=read("flickr8k-train", "flickr8k/train-*.tar", None, views=2).with_(
+            val.take(range(SENTENCES_KEPT, len(val)))
+        ),
         flickr_unseen=val.take(range(SENTENCES_KEPT)),
         flickr_test=read("flickr8k-test", "flickr8k/test-*.tar", None),
         imagenet=read("imagenet_sample", "imagenet_sample/*.tar", "{class}", views=2),
@@ -165,10 +189,18 @@ def learn_encoder(encoder: Encoder, everything: Everything, data: Path) -> None:
     number = everything.imagenet.column("class_id")
     photos = torch.from_numpy(everything.imagenet.features)  # (1000, 2, Dt)
     imagined = pseudo_features(rows, photos[:, 0])[number]  # (1000, Dt)
-    with_rows = torch.cat([photos, imagined[:, None], imagined[:, None]], dim=1)  # (1000, 4, Dt): as often imagined as seen
+    with_rows = torch.cat(
+        [photos, imagined[:, None], imagined[:, None]], dim=1
+    )  # (1000, 4, Dt): as often imagined as seen
     caltech = np.unique(everything.caltech.column("class"), return_inverse=True)[1]
     sources = [
-        source(encoder, everything.flickr, torch.from_numpy(everything.flickr.features), np.arange(len(everything.flickr)), 384),
+        source(
+            encoder,
+            everything.flickr,
+            torch.from_numpy(everything.flickr.features),
+            np.arange(len(everything.flickr)),
+            384,
+        ),
         source(encoder, everything.imagenet, with_rows, number, 160),
         source(encoder, everything.caltech, torch.from_numpy(everything.caltech.features), caltech, 48),
     ]
@@ -177,7 +209,9 @@ def learn_encoder(encoder: Encoder, everything: Everything, data: Path) -> None:
 
 def source(encoder: Encoder, photos: Photos, features: Tensor, group: np.ndarray, share: int) -> Source:
     """Photos with their own captions, or with every class caption where they have but one word for it."""
-    captions = [said if len(said) > 1 else [each.format(said[0]) for each in CLASS_CAPTIONS] for said in photos.captions]
+    captions = [
+        said if len(said) > 1 else [each.format(said[0]) for each in CLASS_CAPTIONS] for said in photos.captions
+    ]
     most = min(len(said) for said in captions)
     tokens = torch.from_numpy(np.stack([encoder.tokenize(said[:most]) for said in captions]))  # (N, C, L)
     return Source(features, tokens, group, share)
@@ -187,14 +221,19 @@ def save_half(encoder: Encoder, path: Path) -> None:
     """The whole model in float16, in one move."""
     partial = path.with_suffix(".partial")
     weights = encoder.module.state_dict()
-    save_file({name: (value.half() if value.is_floating_point() else value).contiguous() for name, value in weights.items()}, partial)
+    save_file(
+        {name: (value.half() if value.is_floating_point() else value).contiguous() for name, value in weights.items()},
+        partial,
+    )
     partial.chmod(0o644)
     partial.replace(path)
 
 
 def memory_of(encoder: Encoder, photos: Photos) -> StarterMemory:
     """The Grocery training photos as the bundled memory. Their ids get a folder, because the test photos have the same names."""
-    photos = photos.take(np.random.default_rng(SEED).permutation(len(photos)).tolist())  # of equal captions the first k answer: a mixed lot
+    photos = photos.take(
+        np.random.default_rng(SEED).permutation(len(photos)).tolist()
+    )  # of equal captions the first k answer: a mixed lot
     records = {record["class"]: _record(record["class"], record["coarse_class"]) for record in photos.fields}
     names = sorted(records)
     return StarterMemory(
@@ -229,7 +268,10 @@ def memories(memory: StarterMemory, folder: Path) -> dict[str, Snapshot]:
     """The whole memory by the keys its images are searched with: as it is shipped, and with the CLIP vectors instead."""
     store = Store(folder / "store")
     found = dict[str, Snapshot]()
-    variants: dict[KeyKind, Pairs] = {"trunk": memory.pairs("all"), "vector": replace(memory.pairs("all"), image_key=None)}
+    variants: dict[KeyKind, Pairs] = {
+        "trunk": memory.pairs("all"),
+        "vector": replace(memory.pairs("all"), image_key=None),
+    }
     for key, pairs in variants.items():
         kinds: dict[Side, KeyKind] = {"image": key, "text": "vector"}
         build_version(store, MEMORY, key, [pairs], encoder=memory.encoder, kinds=kinds)
@@ -237,7 +279,9 @@ def memories(memory: StarterMemory, folder: Path) -> dict[str, Snapshot]:
     return found
 
 
-def grocery(encoder: Encoder, file: FusionFile, photos: Photos, snapshots: Mapping[str, Snapshot]) -> dict[str, dict[str, float]]:
+def grocery(
+    encoder: Encoder, file: FusionFile, photos: Photos, snapshots: Mapping[str, Snapshot]
+) -> dict[str, dict[str, float]]:
     """Top-1 on the Grocery test photos, by search key and by the sides that are refined."""
     labels = sorted(set(photos.column("class").tolist()))
     reco = Reco(encoder, file.fusions, file.fusion_id, file.k)

@@ -50,7 +50,9 @@ class Photos:
     def with_(self, others: "Photos") -> "Photos":
         """These photos, then the others."""
         features = np.concatenate([self.features, others.features])
-        return Photos([*self.ids, *others.ids], [*self.captions, *others.captions], [*self.fields, *others.fields], features)
+        return Photos(
+            [*self.ids, *others.ids], [*self.captions, *others.captions], [*self.fields, *others.fields], features
+        )
 
     def column(self, field: str) -> np.ndarray:
         """(N,) one field of every photo."""
@@ -90,21 +92,31 @@ class Reader:
         blocks = [range(at, min(at + BATCH, len(images))) for at in range(0, len(images), BATCH)]
 
         def decoded(rows: range) -> np.ndarray:
-            return np.stack([self._views(name, row, read_image(images[row]), views) for row in rows])  # (B, V, 3, H, W) uint8
+            return np.stack(
+                [self._views(name, row, read_image(images[row]), views) for row in rows]
+            )  # (B, V, 3, H, W) uint8
 
-        with ThreadPoolExecutor(1) as pool, tqdm(total=len(images), unit="photo", desc=name) as bar, torch.inference_mode():
+        with (
+            ThreadPoolExecutor(1) as pool,
+            tqdm(total=len(images), unit="photo", desc=name) as bar,
+            torch.inference_mode(),
+        ):
             ahead = [pool.submit(decoded, rows) for rows in blocks[:2]]
             for number, rows in enumerate(blocks):
                 pixels = torch.from_numpy(ahead.pop(0).result()).flatten(0, 1)  # (B*V, 3, H, W)
                 ahead += [pool.submit(decoded, later) for later in blocks[number + 2 : number + 3]]
-                features = self._trunk(((pixels / 255 - self._mean) / self._std).to(memory_format=torch.channels_last))  # (B*V, Dt)
+                features = self._trunk(
+                    ((pixels / 255 - self._mean) / self._std).to(memory_format=torch.channels_last)
+                )  # (B*V, Dt)
                 yield features.view(len(rows), views, -1).numpy()
                 bar.update(len(rows))
 
     def _views(self, name: str, row: int, image: Image.Image, views: int) -> np.ndarray:
         """(V, 3, H, W) uint8: the view that serving takes, then mirrored random crops holding 50-100 % of the photo."""
         rng = np.random.default_rng([self._seed, zlib.crc32(name.encode()), row])
-        return np.stack([self._encoder.preprocess(view) for view in (image, *(_crop(image, rng) for _ in range(1, views)))])
+        return np.stack(
+            [self._encoder.preprocess(view) for view in (image, *(_crop(image, rng) for _ in range(1, views)))]
+        )
 
 
 def folded(trunk: nn.Module) -> nn.Module:

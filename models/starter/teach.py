@@ -34,7 +34,10 @@ def lessons(classroom: Classroom, objects: Mapping[str, Photos], memory: Photos,
     named, said = list[Episode](), list[Episode]()
     for key in ("trunk", "vector"):
         named += [
-            classroom.classes(name, photos, key, naming, half) for naming in NAMINGS for half in (0, 1) for name, photos in objects.items()
+            classroom.classes(name, photos, key, naming, half)
+            for naming in NAMINGS
+            for half in (0, 1)
+            for name, photos in objects.items()
         ]
         said.append(classroom.sentences("Flickr8k", sentences, classroom.sentence_memory(memory, key), key))
     return list(_mixed(named, said))
@@ -54,7 +57,9 @@ def best_alpha(dim: int, episodes: Sequence[Episode]) -> float:
 
     def grade(alpha: float) -> float:
         rule = build_fusions("mean", dim, alpha=alpha)
-        return float(np.mean([accuracy(rule, nearest(episode, SERVED_K), np.arange(len(episode))) for episode in with_names]))
+        return float(
+            np.mean([accuracy(rule, nearest(episode, SERVED_K), np.arange(len(episode))) for episode in with_names])
+        )
 
     return max(ALPHAS, key=grade)
 
@@ -63,7 +68,9 @@ def learned_fusion(dim: int, episodes: Sequence[Episode], scale: float, seed: in
     """The `default` preset, all of it learned."""
     torch.manual_seed(seed)
     fusions = build_fusions("default", dim)
-    learning = Learning(STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY, seed, scale, drop=DROP, pool_learning_rate=POOL_LEARNING_RATE)
+    learning = Learning(
+        STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY, seed, scale, drop=DROP, pool_learning_rate=POOL_LEARNING_RATE
+    )
     learn(fusions, episodes, [np.arange(len(episode)) for episode in episodes], learning)
     return fusions
 

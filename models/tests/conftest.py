@@ -71,8 +71,13 @@ def reco(encoder: Encoder) -> Reco:
 def photos(tmp_path: Path) -> Path:
     members: list[tuple[str, bytes | Mapping[str, object]]] = []
     for row in range(24):
-        members += [(f"p{row}.jpg", encoded_as(picture(row % 8), "JPEG")), (f"p{row}.json", {"class": f"thing {row % 8}"})]
-    return tar_of(tmp_path / "photos.tar", [*members, ("broken.jpg", b"\xff\xd8\xff no"), ("broken.json", {"class": "none"})])
+        members += [
+            (f"p{row}.jpg", encoded_as(picture(row % 8), "JPEG")),
+            (f"p{row}.json", {"class": f"thing {row % 8}"}),
+        ]
+    return tar_of(
+        tmp_path / "photos.tar", [*members, ("broken.jpg", b"\xff\xd8\xff no"), ("broken.json", {"class": "none"})]
+    )
 
 
 @pytest.fixture
@@ -81,7 +86,9 @@ def recipe(photos: Path, encoder: Encoder, configs: Path, tmp_path: Path, monkey
     samples = read_samples(photos, caption="a photo of {class}")
     block = joined(list(encode_samples(samples, encoder, kinds={"image": "vector", "text": "vector"})))
     store = Store(tmp_path / "store")
-    build_version(store, "things", "v1", [block], encoder=encoder.fingerprint, kinds={"image": "vector", "text": "vector"})
+    build_version(
+        store, "things", "v1", [block], encoder=encoder.fingerprint, kinds={"image": "vector", "text": "vector"}
+    )
     store.activate("things", "v1")
     monkeypatch.setenv("PHOTOS", str(photos.parent))
     path = tmp_path / "recipe.toml"

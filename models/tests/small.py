@@ -34,10 +34,14 @@ def encoded_as(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def memory_of(folder: Path, pairs: Pairs, encoder: str, kinds: Mapping[Side, KeyKind] | None = None, name: str = "m") -> Snapshot:
+def memory_of(
+    folder: Path, pairs: Pairs, encoder: str, kinds: Mapping[Side, KeyKind] | None = None, name: str = "m"
+) -> Snapshot:
     """A finished version of these pairs, opened."""
     store = Store(folder)
-    manifest = build_version(store, name, None, [pairs], encoder=encoder, kinds=kinds or {"image": "vector", "text": "vector"})
+    manifest = build_version(
+        store, name, None, [pairs], encoder=encoder, kinds=kinds or {"image": "vector", "text": "vector"}
+    )
     return store.open(name, manifest.version, encoder=encoder)
 
 

@@ -21,7 +21,9 @@ N = 40
 @pytest.fixture(scope="module")
 def pairs(encoder: Encoder) -> Pairs:
     rng = np.random.default_rng(0)
-    image, text, key = (unit(rng.standard_normal((N, width))) for width in (encoder.dim, encoder.dim, encoder.trunk_dim or 0))
+    image, text, key = (
+        unit(rng.standard_normal((N, width))) for width in (encoder.dim, encoder.dim, encoder.trunk_dim or 0)
+    )
     records = [{"caption": f"caption {i}", "class": f"class {i % 4}"} for i in range(N)]
     return Pairs(np.array([f"id{i}" for i in range(N)]), image, text, records, image_key=key)
 
@@ -49,7 +51,9 @@ def expected(encoded: Encoded, pairs: Pairs, side: Side, k: int, alpha: float = 
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
-def test_embed_is_encode_retrieve_fuse(reco: Reco, snapshot: Snapshot, pairs: Pairs, photos: np.ndarray, side: Side) -> None:
+def test_embed_is_encode_retrieve_fuse(
+    reco: Reco, snapshot: Snapshot, pairs: Pairs, photos: np.ndarray, side: Side
+) -> None:
     batch = photos if side == "image" else reco.encoder.tokenize(["a", "b", "c", "d", "e"])
     encoded = reco.encode(batch, side)
     rows, refined = expected(encoded, pairs, side, k=4)
@@ -103,14 +107,20 @@ def test_excluded_and_too_near_pairs_are_passed_over(reco: Reco, snapshot: Snaps
     assert nobody.memory == snapshot.ref
 
 
-def test_a_memory_of_another_encoder_is_refused_before_any_number(reco: Reco, pairs: Pairs, tmp_path: Path, photos: np.ndarray) -> None:
+def test_a_memory_of_another_encoder_is_refused_before_any_number(
+    reco: Reco, pairs: Pairs, tmp_path: Path, photos: np.ndarray
+) -> None:
     stranger = memory_of(tmp_path, pairs, "other/model@ffffffffffff", {"image": "trunk", "text": "vector"})
-    with pytest.raises(IncompatibleSnapshot, match=r"built by other/model@ffffffffffff, this service encodes with tinyvit/random@"):
+    with pytest.raises(
+        IncompatibleSnapshot, match=r"built by other/model@ffffffffffff, this service encodes with tinyvit/random@"
+    ):
         reco.embed(photos, "image", stranger)
 
 
 @pytest.mark.parametrize("k", [0, -1, 101, np.array([1, 2, 3, 0, 1]), np.array([1, 101, 1, 1, 1])])
-def test_k_outside_the_fusions_range_is_refused(reco: Reco, snapshot: Snapshot, photos: np.ndarray, k: int | np.ndarray) -> None:
+def test_k_outside_the_fusions_range_is_refused(
+    reco: Reco, snapshot: Snapshot, photos: np.ndarray, k: int | np.ndarray
+) -> None:
     with pytest.raises(ConfigError, match="outside 1 to 100"):
         reco.embed(photos, "image", snapshot, k)
 

@@ -25,13 +25,13 @@ from index_store.build.index import FLAT
 from index_store.build.shards import VersionWriter, fill_from
 from index_store.build.source import BuildSource, Done, Step
 from index_store.build.staging import forget_notes, workplace
-from index_store.build.staging import partial as unfinished
 from index_store.errors import PairsRefused
 from index_store.search.hits import Hits
 from index_store.search.shard import keys_file
 from index_store.snapshot import Snapshot
 from index_store.storage.atomic import alone, sync, writing
 from index_store.storage.columns import Column
+from index_store.storage.layout import partial as unfinished
 from index_store.storage.layout import rejects_file
 from index_store.types import SIDES, Id, KeyKind, Side, other, readable
 from models.data.sources import EVERY, flattened
@@ -72,7 +72,9 @@ def prepare_pairs(folder: Path, sources: Sequence[Path], encoding: Encoding) -> 
     sources = flattened(sources)
     names = ", ".join(source.name for source in sources)
     identity = {"streams": [stream.identity for stream in streams_of(sources, encoding, lambda _: EVERY)]}
-    digest = BuildSource(identity, lambda _: ()).digest(encoder=encoding.encoder.fingerprint, kinds=dict(encoding.kinds))
+    digest = BuildSource(identity, lambda _: ()).digest(
+        encoder=encoding.encoder.fingerprint, kinds=dict(encoding.kinds)
+    )
     path, before = folder / "pairs" / digest[:16], None
     if not path.exists():
         streams = streams_of(sources, encoding, partial(count_items, caption=encoding.caption))
@@ -117,7 +119,9 @@ def _opened(path: Path, kinds: Mapping[Side, KeyKind]) -> Prepared:
         ids=readable(_mapped(shard / "ids.npy")),
         captions=captions,
         vectors={side: _mapped(shard / f"{side}.npy") for side in SIDES},
-        trunk={side: None if kinds[side] == "vector" else _mapped(shard / keys_file(side, kinds[side])) for side in SIDES},
+        trunk={
+            side: None if kinds[side] == "vector" else _mapped(shard / keys_file(side, kinds[side])) for side in SIDES
+        },
     )
 
 
@@ -140,12 +144,17 @@ def _search(path: Path, pairs: Prepared, own: Sequence[Sequence[Id]], asking: As
     with alone(work):
         if path.exists():  # another run made it while this one waited
             return len(pairs)
-        blocks = {work / f"{at:012d}.safetensors": slice(at, min(at + BLOCK, len(pairs))) for at in range(0, len(pairs), BLOCK)}
+        blocks = {
+            work / f"{at:012d}.safetensors": slice(at, min(at + BLOCK, len(pairs)))
+            for at in range(0, len(pairs), BLOCK)
+        }
         before = sum(rows.stop - rows.start for file, rows in blocks.items() if file.exists())
         with tqdm(total=len(pairs), initial=before, unit="pair", desc="search", disable=not sys.stderr.isatty()) as bar:
             for file, rows in blocks.items():
                 if not file.exists():
-                    _write_block(file, {side: asking.find(pairs.encoded(side, rows), side, own[rows]) for side in SIDES})
+                    _write_block(
+                        file, {side: asking.find(pairs.encoded(side, rows), side, own[rows]) for side in SIDES}
+                    )
                     bar.update(rows.stop - rows.start)
         for side in SIDES:
             _write_lookup(work, side, stacked([_read_block(file, side) for file in blocks]), asking.snapshot)

@@ -76,7 +76,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.preset in PRESETS, "preset", self.preset, f"one of {', '.join(PRESETS)}")
-        _require(bool(self.terms) and set(self.terms) <= set(TERMS), "terms", list(self.terms), f"some of {', '.join(TERMS)}")
+        _require(
+            bool(self.terms) and set(self.terms) <= set(TERMS), "terms", list(self.terms), f"some of {', '.join(TERMS)}"
+        )
         _require(self.steps >= 1, "steps", self.steps, "at least 1")
         _require(self.batch >= 2, "batch", self.batch, "at least 2: a loss needs something to tell apart")
         _require(self.clip > 0, "clip", self.clip, "above 0")
@@ -125,7 +127,9 @@ def _checked(kind: type, table: Mapping[str, Any], where: str) -> dict[str, Any]
     for key in table:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(f"unknown key {where}{key!r}: {f'did you mean {near[0]!r}' if near else 'the keys are ' + ', '.join(known)}")
+            raise ConfigError(
+                f"unknown key {where}{key!r}: {f'did you mean {near[0]!r}' if near else 'the keys are ' + ', '.join(known)}"
+            )
     for name, item in known.items():
         if name not in table and item.default is MISSING:
             raise ConfigError(f"{where}{name} is missing: set it")
@@ -133,7 +137,11 @@ def _checked(kind: type, table: Mapping[str, Any], where: str) -> dict[str, Any]
 
 
 def _typed(key: str, value: Any, wanted: Any) -> Any:
-    choices = [choice for choice in (get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)) if choice is not NoneType]
+    choices = [
+        choice
+        for choice in (get_args(wanted) if isinstance(wanted, UnionType) else (wanted,))
+        if choice is not NoneType
+    ]
     if get_origin(choices[0]) is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{key} is {value!r}: it must be an array")

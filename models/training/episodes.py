@@ -129,13 +129,18 @@ def covariance(episodes: Sequence[Episode], side: Side) -> Tensor:
     """(D, D) float32: how the vectors of one modality vary, those that ask and those that are found, every episode counting alike."""
     found = []
     for episode in episodes:
-        both = (episode.lookups[side].query, episode.lookups[other(side)].known)  # (M, D), (U, D): what is found is on the other side
+        both = (
+            episode.lookups[side].query,
+            episode.lookups[other(side)].known,
+        )  # (M, D), (U, D): what is found is on the other side
         seen = np.concatenate([vectors[:: 1 + len(vectors) // SPREAD] for vectors in both]).astype(np.float32)
         found.append(torch.from_numpy(seen).T.cov(correction=0))
     return torch.stack(found).mean(0)
 
 
-def look_up(name: str, pairs: Pairs, snapshot: Snapshot, reco: Reco, k: int, max_similarity: Mapping[Side, float | None]) -> Episode:
+def look_up(
+    name: str, pairs: Pairs, snapshot: Snapshot, reco: Reco, k: int, max_similarity: Mapping[Side, float | None]
+) -> Episode:
     """Ask the memory once for each training pair, all of them in memory; `prepared` does it on disk.
 
     A pair never finds itself: its own id, the other captions of its photo (ids that differ after "#") and, where `max_similarity`
@@ -148,7 +153,10 @@ def look_up(name: str, pairs: Pairs, snapshot: Snapshot, reco: Reco, k: int, max
     for side in SIDES:
         vectors, trunk = pairs.values(side), pairs.keys(side) if pairs.has_own_keys(side) else None
         blocks = [slice(start, start + BLOCK) for start in range(0, len(pairs), BLOCK)]
-        found = [asking.find(Encoded(vectors[rows], None if trunk is None else trunk[rows]), side, own[rows]) for rows in blocks]
+        found = [
+            asking.find(Encoded(vectors[rows], None if trunk is None else trunk[rows]), side, own[rows])
+            for rows in blocks
+        ]
         lookups[side] = Lookup.of(vectors, stacked(found), snapshot, side)
     return Episode(name, lookups, photo, numbered([str(record["caption"]) for record in pairs.records]))
 
@@ -179,7 +187,11 @@ def compacted(found: Hits) -> tuple[np.ndarray, np.ndarray]:
 
 def joined(blocks: Sequence[Pairs]) -> Pairs:
     """Several blocks as one."""
-    own = {f"{side}_key": np.concatenate([block.keys(side) for block in blocks]) for side in SIDES if blocks[0].has_own_keys(side)}
+    own = {
+        f"{side}_key": np.concatenate([block.keys(side) for block in blocks])
+        for side in SIDES
+        if blocks[0].has_own_keys(side)
+    }
     return Pairs(
         ids=np.concatenate([block.ids for block in blocks]),
         image=np.concatenate([block.image for block in blocks]),

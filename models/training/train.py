@@ -48,7 +48,9 @@ class Summary:
     after: Mapping[str, float]
 
     def __str__(self) -> str:
-        gains = " · ".join(f"{name} {100 * self.before[name]:.1f} → {100 * after:.1f} %" for name, after in self.after.items())
+        gains = " · ".join(
+            f"{name} {100 * self.before[name]:.1f} → {100 * after:.1f} %" for name, after in self.after.items()
+        )
         loss = f"loss {self.first_loss:.3f} → {self.last_loss:.3f}"
         return f"{self.output}: fusion {self.fusion_id}, {self.steps} steps in {self.seconds:.0f} s, {loss}, held-out accuracy {gains}"
 
@@ -63,20 +65,28 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
     output = Path(config.output)
     episodes = [_episode(episode, config, reco, output.parent / "prepared") for episode in config.episodes]
     splits = [episode.split(config.held_out, config.seed) for episode in episodes]
-    before = {episode.name: accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)}
+    before = {
+        episode.name: accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)
+    }
     learning = _learning(config, encoder.logit_scale)
 
     def watch() -> float:
-        return float(np.mean([accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)]))
+        return float(
+            np.mean([accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)])
+        )
 
     folder = output.with_suffix(".run")
     board = _board(folder / "tensorboard") if config.tensorboard else None
-    loop = Loop(fusions, episodes, [learned for learned, _ in splits], learning, watch=watch, folder=folder, on_line=board)
+    loop = Loop(
+        fusions, episodes, [learned for learned, _ in splits], learning, watch=watch, folder=folder, on_line=board
+    )
     if not (resume and loop.resume()):
         shutil.rmtree(folder, ignore_errors=True)
     losses = loop.run().losses
     draw(folder)
-    after = {episode.name: accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)}
+    after = {
+        episode.name: accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)
+    }
     card = {"trained": True, "config": asdict(config), "before": before, "after": after, "steps": len(losses)}
     card |= {"data": [episode.digest() for episode in episodes], "commit": _commit()}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +121,9 @@ def _episode(episode: EpisodeConfig, config: TrainConfig, reco: Reco, folder: Pa
     name, _, version = episode.memory.partition("@")
     snapshot = Store(Path(config.store)).open(name, version or None, encoder=reco.encoder.fingerprint)
     if config.k > len(snapshot):
-        raise ConfigError(f"k is {config.k}, but {snapshot.ref} holds {len(snapshot)} pairs: choose a smaller k, or a larger memory")
+        raise ConfigError(
+            f"k is {config.k}, but {snapshot.ref} holds {len(snapshot)} pairs: choose a smaller k, or a larger memory"
+        )
     kinds: dict[Side, KeyKind] = {side: snapshot.key_kind(side) for side in SIDES}
     limits: dict[Side, float | None] = {"image": episode.max_image_similarity, "text": episode.max_text_similarity}
     sources = [expanded(source) for source in episode.sources]
@@ -124,7 +136,10 @@ def accuracy(fusions: Mapping[Side, Fusion], episode: Episode, rows: np.ndarray)
     rows = rows[:EVALUATED]
     device = next(fusions["image"].parameters()).device.type
     with torch.inference_mode():
-        image, text = (fusions[side](*episode.lookups[side].batch(rows, _everything(episode, side, rows), device)) for side in SIDES)
+        image, text = (
+            fusions[side](*episode.lookups[side].batch(rows, _everything(episode, side, rows), device))
+            for side in SIDES
+        )
     nearest = (image @ text.T).argmax(1).cpu().numpy()  # (B,)
     return float(episode.same(rows)[np.arange(len(rows)), nearest].mean())
 
@@ -154,12 +169,16 @@ def _board(folder: Path) -> Callable[[Mapping[str, Any]], None]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ConfigError("tensorboard is not installed: pip install 'reco-serve[tensorboard]', or set tensorboard = false") from error
+        raise ConfigError(
+            "tensorboard is not installed: pip install 'reco-serve[tensorboard]', or set tensorboard = false"
+        ) from error
     writers = list[SummaryWriter]()
 
     def write(line: Mapping[str, Any]) -> None:
         if not writers:
-            writers.append(SummaryWriter(str(folder), purge_step=line["step"]))  # a run gone on with: its steps are written again
+            writers.append(
+                SummaryWriter(str(folder), purge_step=line["step"])
+            )  # a run gone on with: its steps are written again
         for name in line.keys() - {"step"}:
             writers[0].add_scalar(name, line[name], line["step"])
         writers[0].flush()

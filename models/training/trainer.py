@@ -89,7 +89,9 @@ class Loop:
         turn_metrics(fusions, lambda side: covariance(episodes, side))
         self._layers = nn.ModuleDict({str(side): fusion for side, fusion in fusions.items()})
         self._refine = {side: torch.compile(fusion) if learning.compile else fusion for side, fusion in fusions.items()}
-        self._scale = nn.Parameter(torch.tensor(math.log(learning.scale), device=self._device), requires_grad=learning.learn_scale)
+        self._scale = nn.Parameter(
+            torch.tensor(math.log(learning.scale), device=self._device), requires_grad=learning.learn_scale
+        )
         self._optimiser = _optimiser(self._layers, self._scale, learning)
         self._peaks = [group["lr"] for group in self._optimiser.param_groups]
         self._best = _copied(self._layers)
@@ -99,7 +101,9 @@ class Loop:
     def run(self, until: int | None = None) -> Progress:
         """To the end, or to step `until`; leaves the best fusions seen where `watch` was given and patience asked for them."""
         last = self._learning.steps if until is None else min(until, self._learning.steps)
-        with tqdm(total=last, initial=self.progress.step, desc="fusion", unit="step", disable=not sys.stderr.isatty()) as bar:
+        with tqdm(
+            total=last, initial=self.progress.step, desc="fusion", unit="step", disable=not sys.stderr.isatty()
+        ) as bar:
             while self.progress.step < last and not self._stopped():
                 self._step()
                 bar.update()
@@ -115,7 +119,9 @@ class Loop:
             return False
         header, tensors = read_tensors(path)
         if header.get("identity") != self._identity:
-            raise ConfigError(f"{path.name} was written by another configuration or other data: give another output, or train anew")
+            raise ConfigError(
+                f"{path.name} was written by another configuration or other data: give another output, or train anew"
+            )
         self._layers.load_state_dict(_under(tensors, "layers"))
         self._best = _under(tensors, "best")
         moments: dict[int, dict[str, Tensor]] = {}
@@ -189,7 +195,9 @@ class Loop:
         moments = self._optimiser.state_dict()["state"]
         tensors = {f"layers.{name}": value for name, value in self._layers.state_dict().items()}
         tensors |= {f"best.{name}": value for name, value in self._best.items()}
-        tensors |= {f"optimiser.{number}.{name}": value for number, each in moments.items() for name, value in each.items()}
+        tensors |= {
+            f"optimiser.{number}.{name}": value for number, each in moments.items() for name, value in each.items()
+        }
         tensors |= {"scale": self._scale.data, "rng": torch.get_rng_state()}
         write_tensors(path, tensors, {"identity": self._identity, "progress": json.dumps(asdict(self.progress))})
 
@@ -197,10 +205,14 @@ class Loop:
         """Which good state a failed run leaves behind, in words."""
         if self._folder is None or not (self._folder / CHECKPOINT).exists():
             return ""
-        return f"; the last good checkpoint is of step {self.progress.step // self._learning.every * self._learning.every}"
+        return (
+            f"; the last good checkpoint is of step {self.progress.step // self._learning.every * self._learning.every}"
+        )
 
 
-def learn(fusions: Mapping[Side, Fusion], episodes: Sequence[Episode], learned: Sequence[np.ndarray], learning: Learning) -> list[float]:
+def learn(
+    fusions: Mapping[Side, Fusion], episodes: Sequence[Episode], learned: Sequence[np.ndarray], learning: Learning
+) -> list[float]:
     """Train the fusions in place; the loss of every step."""
     return Loop(fusions, episodes, learned, learning).run().losses
 
@@ -227,7 +239,9 @@ def _optimiser(layers: nn.Module, scale: nn.Parameter, learning: Learning) -> to
     pool, others = ([value for name, value in named if (".pool." in name) is wanted] for wanted in (True, False))
     groups = [{"params": others, "lr": learning.learning_rate, "weight_decay": learning.weight_decay}]
     numbers = [{"params": pool, "lr": learning.pool_learning_rate, "weight_decay": 0.0}] if pool else []
-    return torch.optim.AdamW([*groups, *numbers, *([{"params": [scale], "lr": 1e-3, "weight_decay": 0.0}] if learning.learn_scale else [])])
+    return torch.optim.AdamW(
+        [*groups, *numbers, *([{"params": [scale], "lr": 1e-3, "weight_decay": 0.0}] if learning.learn_scale else [])]
+    )
 
 
 def _step_loss(
@@ -240,13 +254,18 @@ def _step_loss(
     device: str,
 ) -> Tensor:
     """The loss of one batch, each side refined with a random part of its neighbours."""
-    batches = {side: episode.lookups[side].batch(rows, _some(episode, side, rows, learning.drop, rng), device) for side in SIDES}
+    batches = {
+        side: episode.lookups[side].batch(rows, _some(episode, side, rows, learning.drop, rng), device)
+        for side in SIDES
+    }
     with torch.autocast(device, torch.bfloat16, enabled=learning.precision == "bf16"):
         image, text = (refine[side](*batches[side]).float() for side in SIDES)
     both, image_only, text_only = (term in learning.terms for term in TERMS)
     same = torch.from_numpy(episode.same(rows)).to(device)
     plain_image, plain_text = (batches[side][0] for side in SIDES)
-    return reco_loss(image, text, plain_image, plain_text, scale, both=both, image_only=image_only, text_only=text_only, same=same)
+    return reco_loss(
+        image, text, plain_image, plain_text, scale, both=both, image_only=image_only, text_only=text_only, same=same
+    )
 
 
 def _some(episode: Episode, side: Side, rows: np.ndarray, drop: float, rng: np.random.Generator) -> np.ndarray:

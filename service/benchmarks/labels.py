@@ -20,8 +20,8 @@ import numpy as np
 
 from index_store.benchmarks.synthetic import Collection
 from models.encoder.encoder import Encoder, EncoderSpec
-from service.label_index import LIKENESS, LabelIndex
-from service.ranking import Ranked, rank
+from service.labels.index import LIKENESS, LabelIndex
+from service.labels.scoring import Ranked, rank
 
 TOP_K = 5
 ASKED = 16  # images of each repeat
@@ -87,7 +87,9 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def main() -> None:
     """Make the labels, measure, print."""
-    parser = argparse.ArgumentParser(prog="python -m service.benchmarks.labels", description="A million labels beside one image.")
+    parser = argparse.ArgumentParser(
+        prog="python -m service.benchmarks.labels", description="A million labels beside one image."
+    )
     parser.add_argument("--labels", type=int, default=1_000_000)
     parser.add_argument("--model", default="ViT-B-32", help="an open_clip model, with random weights")
     parser.add_argument("--device", default="cpu")

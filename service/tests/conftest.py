@@ -45,7 +45,7 @@ def _environ(given: dict[str, str]) -> dict[str, str]:
 
 def reco(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """One command, as a process."""
-    command = [sys.executable, "-m", "service.cli", *args]
+    command = [sys.executable, "-m", "service.cli.main", *args]
     return subprocess.run(command, cwd=ROOT, env=_environ(environ), capture_output=True, text=True, timeout=240)
 
 
@@ -61,7 +61,7 @@ def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
 @contextmanager
 def serving(store: Path, *flags: str, **environ: str) -> Iterator[Server]:
     """`reco serve` on a free port, killed at the end if it still runs."""
-    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--store", str(store), *flags]
+    command = [sys.executable, "-m", "service.cli.main", "serve", "--port", "0", "--store", str(store), *flags]
     process = subprocess.Popen(
         command, cwd=ROOT, env=_environ(environ), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=1
     )
@@ -147,10 +147,12 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
     """Settings, the starter's Reco and its store, loaded in this process: what an Engine is made of."""
     from index_store import Store
     from models.starter import install_starter
-    from service.loading import load_reco
+    from service.pipeline.load import load_reco
     from service.settings import read
 
-    chosen = read({"store": tmp_path_factory.mktemp("store"), "device": "cpu", "stall_s": 1.0, "max_batch": 2}, environ={})
+    chosen = read(
+        {"store": tmp_path_factory.mktemp("store"), "device": "cpu", "stall_s": 1.0, "max_batch": 2}, environ={}
+    )
     store = Store(chosen.store)
     install_starter(store)
     return chosen, load_reco(chosen), store
@@ -160,6 +162,6 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
 def engine(opened: tuple[Any, Any, Any]) -> Any:
     """An engine in this process, not yet running (`inside.scenario`)."""
     from service.engine import Engine
-    from service.metrics import Metrics
+    from service.observability.metrics import Metrics
 
     return Engine(*opened, Metrics(version="0", torch="0", faiss="0"))

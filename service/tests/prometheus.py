@@ -19,7 +19,8 @@ FOLDER = Path(__file__).parents[2] / "deploy/prometheus"
 RULES = yaml.safe_load((FOLDER / "rules.yml").read_text())
 
 binaries = pytest.mark.skipif(
-    not (shutil.which("prometheus") and shutil.which("promtool")), reason="needs Debian's prometheus package (prometheus, promtool)"
+    not (shutil.which("prometheus") and shutil.which("promtool")),
+    reason="needs Debian's prometheus package (prometheus, promtool)",
 )
 
 
@@ -34,7 +35,11 @@ def prometheus(folder: Path, target: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    flags = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'tsdb'}", f"--web.listen-address={address}"]
+    flags = [
+        f"--config.file={folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={folder / 'tsdb'}",
+        f"--web.listen-address={address}",
+    ]
     process = subprocess.Popen(["prometheus", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield f"http://{address}"

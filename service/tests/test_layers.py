@@ -36,6 +36,50 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+# Rooms of each package, lowest first: a module imports from its own room and from rooms above it in this list only.
+ROOMS = {
+    "index_store": [
+        "errors", "neighbors", "float16", "types", "storage", "search", "snapshot", "memory", "edits", "store",
+        "build", "compaction", "editor",
+    ],
+    "models": ["errors", "encoder", "fusion", "reco", "data", "training", "evaluation", "starter"],
+    "service": [
+        "batching", "observability", "errors", "settings", "labels", "pipeline", "memories", "engine", "api", "app", "server",
+        "client", "cli",
+    ],
+}  # fmt: skip
+BESIDE = {"benchmarks", "page", "configs"}  # folders that nothing of the package imports
+
+
+def room(name: str) -> str:
+    return name.split(".")[1]
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_downward_only(package: str) -> None:
+    for path in modules(package):
+        parts = path.relative_to(ROOT / package).with_suffix("").parts
+        if parts[0] in BESIDE or parts == ("__init__",):
+            continue
+        own = ROOMS[package].index(parts[0])
+        for name in imported(path):
+            if name.startswith(f"{package}.") and room(name) in ROOMS[package]:
+                assert ROOMS[package].index(room(name)) <= own, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_every_module_has_a_room_of_at_most_ten(package: str) -> None:
+    top = {
+        path.stem if path.suffix else path.name
+        for path in (ROOT / package).iterdir()
+        if path.suffix == ".py" or path.is_dir()
+    }
+    assert top - BESIDE - {"__init__", "__pycache__", "tests"} == set(ROOMS[package])
+    for folder in [ROOT / package, *(path for path in (ROOT / package).rglob("*") if path.is_dir())]:
+        files = [path for path in folder.glob("*.py") if path.name not in ("__init__.py", "conftest.py")]
+        assert len(files) <= 10, f"{folder.relative_to(ROOT)} holds {len(files)} modules"
+
+
 @pytest.mark.parametrize("package", RANK)
 def test_imports_go_down_the_list_only(package: str) -> None:
     files = modules(package)
@@ -54,14 +98,16 @@ def test_packages_leave_alone_what_is_not_theirs(package: str) -> None:
 
 def test_only_two_modules_import_open_clip() -> None:
     users = {
-        path.name for path in [*modules("models"), *modules("service")] if any(n.partition(".")[0] == "open_clip" for n in imported(path))
+        path.name
+        for path in [*modules("models"), *modules("service")]
+        if any(n.partition(".")[0] == "open_clip" for n in imported(path))
     }
-    assert users == {"hub.py", "towers.py"}
+    assert users == {"loading.py", "image_tower.py"}
 
 
 def test_the_batcher_needs_the_standard_library_alone() -> None:
-    names = {name for file in ("batcher.py", "tickets.py", "workers.py", "threads.py") for name in imported(ROOT / "service" / file)}
-    others = {name.partition(".")[0] for name in names if not name.startswith(("service.tickets", "service.workers", "service.threads"))}
+    names = {name for path in (ROOT / "service/batching").glob("*.py") for name in imported(path)}
+    others = {name.partition(".")[0] for name in names if not name.startswith("service.batching.")}
     assert others <= sys.stdlib_module_names
 
 
@@ -80,19 +126,23 @@ def test_no_cycles_inside_a_package(package: str) -> None:
 @pytest.mark.parametrize("package", RANK)
 def test_each_package_name_has_one_owner(package: str) -> None:
     """Another distribution with a top-level `models` would shadow ours, or be shadowed: both fail far from here."""
-    assert set(packages_distributions().get(package, ["reco-serve"])) == {"reco-serve"}  # an editable install declares no top level
+    assert set(packages_distributions().get(package, ["reco-serve"])) == {
+        "reco-serve"
+    }  # an editable install declares no top level
     assert Path(str(import_module(package).__file__)).parent == ROOT / package
 
 
 @pytest.mark.parametrize(
     ("code", "absent"),
     [
-        ("import service.cli", {"torch", "faiss", "fastapi", "open_clip", "numpy"}),
+        ("import service.cli.main", {"torch", "faiss", "fastapi", "open_clip", "numpy"}),
         ("import index_store", {"torch", "fastapi", "open_clip"}),
-        ("import service.commands", {"torch", "open_clip", "fastapi"}),
+        ("import service.cli.commands", {"torch", "open_clip", "fastapi"}),
     ],
 )
 def test_light_imports_stay_light(code: str, absent: set[str]) -> None:
     script = f"{code}\nimport sys\nprint(' '.join({absent!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
     assert done.stdout.split() == []

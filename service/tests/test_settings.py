@@ -23,7 +23,9 @@ def test_keys_are_split_and_never_shown() -> None:
     assert "-key" not in repr(found)
 
 
-@pytest.mark.parametrize(("name", "value"), [("PORT", "70000"), ("DEVICE", "tpu"), ("MAX_BATCH", "0"), ("MAX_QUEUE", "5")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("PORT", "70000"), ("DEVICE", "tpu"), ("MAX_BATCH", "0"), ("MAX_QUEUE", "5")]
+)
 def test_a_wrong_value_is_named_with_its_place(name: str, value: str) -> None:
     with pytest.raises(UsageError, match=name.lower()) as caught:
         read({}, None, {f"RECO_{name}": value})

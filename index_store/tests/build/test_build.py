@@ -11,7 +11,16 @@ from index_store.build.build import build_version
 from index_store.build.tuning import Point
 from index_store.errors import PairsRefused, RecallTooLow, RecipeRefused, StoreBusy, StoreError, VersionExists
 from index_store.store import Store
-from index_store.tests.small import ENCODER, TRUNKS, VECTORS, built, nothing_there, opened, some_pairs, unit_rows
+from index_store.tests.support.small import (
+    ENCODER,
+    TRUNKS,
+    VECTORS,
+    built,
+    nothing_there,
+    opened,
+    some_pairs,
+    unit_rows,
+)
 from index_store.types import Pairs
 
 
@@ -23,13 +32,24 @@ def test_the_manifest_tells_what_was_built(tmp_path: Path) -> None:
         said.append("read")
 
     manifest = build_version(
-        Store(tmp_path), "things", None, blocks(), encoder=ENCODER, kinds=TRUNKS, parent="things@v0", source=lambda: {"events": list(said)}
+        Store(tmp_path),
+        "things",
+        None,
+        blocks(),
+        encoder=ENCODER,
+        kinds=TRUNKS,
+        parent="things@v0",
+        source=lambda: {"events": list(said)},
     )
     assert manifest == Store(tmp_path).manifest("things", manifest.version)
     assert (manifest.pairs, manifest.dim, manifest.encoder, manifest.parent) == (30, 16, ENCODER, "things@v0")
     assert manifest.keys == {"image": {"kind": "trunk", "dim": 12}, "text": {"kind": "vector", "dim": 16}}
     assert manifest.shards == [{"folder": "shard-0000", "pairs": 30}]
-    assert {key: manifest.index[key] for key in ("asked", "recipe", "probes")} == {"asked": "auto", "recipe": "Flat", "probes": 0}
+    assert {key: manifest.index[key] for key in ("asked", "recipe", "probes")} == {
+        "asked": "auto",
+        "recipe": "Flat",
+        "probes": 0,
+    }
     assert [(point["recipe"], point["recall"]) for point in manifest.index["curve"]] == [("Flat", 1.0)]
     assert manifest.recall == {"k": 10, "floor": 0.99, "image": 1.0, "text": 1.0}
     assert manifest.source == {"events": ["read"]}
@@ -49,7 +69,9 @@ def test_one_pair_is_a_memory(tmp_path: Path) -> None:
 def test_auto_takes_lists_where_the_memory_is_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("index_store.build.index.FLAT_PAIRS", 1000)
     monkeypatch.setattr("index_store.build.index.SMALL_SHARD", 100)
-    monkeypatch.setattr("index_store.build.index.flat_point", lambda *_: Point("Flat", 0, {"image": 1.0, "text": 1.0}, 1.0, 1e6))
+    monkeypatch.setattr(
+        "index_store.build.index.flat_point", lambda *_: Point("Flat", 0, {"image": 1.0, "text": 1.0}, 1.0, 1e6)
+    )
     centres = unit_rows(40, 16, 3)[np.arange(2050) % 40]
     rows = (centres + 0.05 * unit_rows(2050, 16, 4)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -80,11 +102,27 @@ REFUSED: dict[str, tuple[list[Pairs], dict[str, Any], str]] = {
     "a number twice": ([some_pairs(5, ints=True), some_pairs(1, first=2, ints=True)], {}, "id 2 comes twice"),
     "numbers among words": ([some_pairs(5), some_pairs(5, ints=True)], {}, "id_kind"),
     "another width": ([some_pairs(5), some_pairs(5, 8, first=5)], {}, "dim 8, those before it 16"),
-    "another key width": ([some_pairs(5, key_width=8), some_pairs(5, first=5, key_width=9)], {"kinds": TRUNKS}, "a block has keys"),
+    "another key width": (
+        [some_pairs(5, key_width=8), some_pairs(5, first=5, key_width=9)],
+        {"kinds": TRUNKS},
+        "a block has keys",
+    ),
     "trunk without keys": ([some_pairs(5)], {"kinds": TRUNKS}, "compare trunk keys, but own keys are not given"),
-    "keys without trunk": ([some_pairs(5, key_width=8)], {"kinds": VECTORS}, "compare vector keys, but own keys are given"),
-    "not json": ([replace(some_pairs(1), records=[{"caption": "", "x": {1, 2}}])], {}, "record of id 'pair-0' is not JSON"),
-    "nan in json": ([replace(some_pairs(1), records=[{"caption": "", "x": float("nan")}])], {}, "record of id 'pair-0' is not JSON"),
+    "keys without trunk": (
+        [some_pairs(5, key_width=8)],
+        {"kinds": VECTORS},
+        "compare vector keys, but own keys are given",
+    ),
+    "not json": (
+        [replace(some_pairs(1), records=[{"caption": "", "x": {1, 2}}])],
+        {},
+        "record of id 'pair-0' is not JSON",
+    ),
+    "nan in json": (
+        [replace(some_pairs(1), records=[{"caption": "", "x": float("nan")}])],
+        {},
+        "record of id 'pair-0' is not JSON",
+    ),
 }
 
 
@@ -106,17 +144,23 @@ def test_a_recipe_that_faiss_does_not_know(tmp_path: Path, recipe: str) -> None:
 
 
 def test_a_recipe_that_numbers_rows_itself_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(RecipeRefused, match="'IDMap,Flat' numbers its rows itself, which a shard does already: leave IDMap out"):
+    with pytest.raises(
+        RecipeRefused, match="'IDMap,Flat' numbers its rows itself, which a shard does already: leave IDMap out"
+    ):
         built(tmp_path, some_pairs(20), index="IDMap,Flat")
     assert nothing_there(tmp_path)
 
 
 def test_a_recipe_that_cannot_be_searched_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise RuntimeError("Error in void faiss::search() at /build/x.cpp:7: Error: 'params' failed: not supported\nmore")
+        raise RuntimeError(
+            "Error in void faiss::search() at /build/x.cpp:7: Error: 'params' failed: not supported\nmore"
+        )
 
     monkeypatch.setattr("index_store.build.tuning.measure", refuse)
-    with pytest.raises(RecipeRefused, match=r"^SQ8 cannot be filled or searched \('params' failed: not supported\): try auto") as refused:
+    with pytest.raises(
+        RecipeRefused, match=r"^SQ8 cannot be filled or searched \('params' failed: not supported\): try auto"
+    ) as refused:
         built(tmp_path, some_pairs(20), index="SQ8")
     assert "\n" not in str(refused.value)
     assert nothing_there(tmp_path)

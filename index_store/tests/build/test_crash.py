@@ -16,11 +16,11 @@ import pytest
 
 from index_store.errors import StoreBusy, StoreError, StoreUnwritable
 from index_store.store import Store
-from index_store.tests.nursery import ROOT, Nursery, kills, tiny_disk
-from index_store.tests.small import ENCODER, built, nothing_there, opened, some_pairs
+from index_store.tests.support.nursery import ROOT, Nursery, kills, tiny_disk
+from index_store.tests.support.small import ENCODER, built, nothing_there, opened, some_pairs
 
 BUILD = """
-from index_store.tests.small import built, part, some_pairs
+from index_store.tests.support.small import built, part, some_pairs
 pairs = some_pairs(1500, 32)
 blocks = [part(pairs, slice(i, i + 100)) for i in range(0, 1500, 100)]
 def build(root):
@@ -74,7 +74,9 @@ def test_two_processes_that_build_one_version(tmp_path: Path, nursery: Nursery) 
     nursery.begin(store.root)
     while not (store.root / "things" / ".v1.partial" / "shard-0000").exists():
         time.sleep(0.001)
-    with pytest.raises(StoreBusy, match="things@v1 is being built by another process: wait for it, or choose another version"):
+    with pytest.raises(
+        StoreBusy, match="things@v1 is being built by another process: wait for it, or choose another version"
+    ):
         built(store.root, some_pairs(5))
     assert nursery.end() == 0
     assert len(store.open("things", "v1", encoder=ENCODER)) == 1500
@@ -108,7 +110,9 @@ def test_the_leftover_of_a_dead_builder_is_cleared(tmp_path: Path) -> None:
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if "partial" in str(path)) == []
 
 
-def test_every_new_name_on_the_way_to_a_version_is_synced_before_the_build_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_new_name_on_the_way_to_a_version_is_synced_before_the_build_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A power cut may otherwise take away the folder of a memory, and with it a version that was reported as built."""
     synced: list[int] = []
     real = os.fsync
@@ -155,14 +159,16 @@ def test_a_full_disk(full_disk: Path, recipe: str) -> None:
 
 
 def limited(code: str, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, str(root), *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code, str(root), *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+    )
 
 
 FULL = """
 import resource, sys
 from pathlib import Path
 from index_store.errors import StoreUnwritable
-from index_store.tests.small import built, some_pairs
+from index_store.tests.support.small import built, some_pairs
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 try:
     built(Path(sys.argv[1]), some_pairs(900, 32), index=sys.argv[3])
@@ -171,7 +177,9 @@ except StoreUnwritable as error:
 """
 
 
-@pytest.mark.parametrize(("room", "recipe", "file"), [(40_000, "Flat", "shard-0000"), (80_000, "IVF8,Flat", "shard-0000/image.faiss")])
+@pytest.mark.parametrize(
+    ("room", "recipe", "file"), [(40_000, "Flat", "shard-0000"), (80_000, "IVF8,Flat", "shard-0000/image.faiss")]
+)
 def test_a_file_that_may_not_grow(tmp_path: Path, room: int, recipe: str, file: str) -> None:
     """A quota on the size of a file: works without root, where a full disk cannot be had."""
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
@@ -186,7 +194,7 @@ import os, sys
 from pathlib import Path
 from index_store.errors import StoreUnwritable
 from index_store.store import Store
-from index_store.tests.small import built, some_pairs
+from index_store.tests.support.small import built, some_pairs
 pairs = some_pairs(5)
 Store(Path(sys.argv[1])).open("things", "v1", encoder="@0123456789ab")  # everything imported before the rights are given up
 if os.geteuid() == 0:
@@ -216,6 +224,8 @@ def test_no_permission_to_write(tmp_path: Path) -> None:
         folder.chmod(0o755)
     lines = done.stdout.splitlines()
     assert len(lines) == 4, done.stderr
-    assert all(line.startswith("cannot write ") and "Permission denied" in line and str(root) not in line for line in lines[:3])
+    assert all(
+        line.startswith("cannot write ") and "Permission denied" in line and str(root) not in line for line in lines[:3]
+    )
     assert lines[3] == "things@v1"
     assert sorted(path.name for path in root.rglob("*") if path.is_dir()) == ["probes", "shard-0000", "things", "v1"]

@@ -3,11 +3,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from index_store.build.build import dedup
+from index_store.build import dedup
 from index_store.build.dedup import Deduplicator
 from index_store.build.source import Kept, Reject, Step
 from index_store.errors import PairsRefused
-from index_store.tests.small import part, some_pairs, unit, unit_rows
+from index_store.tests.support.small import part, some_pairs, unit, unit_rows
 from index_store.types import Pairs
 
 
@@ -38,7 +38,9 @@ def brute_force(pairs: Pairs, cosine: float) -> tuple[list[str], dict[str, str]]
     for row in range(len(pairs)):
         both = np.minimum(image[kept] @ image[row], text[kept] @ text[row])
         if len(kept) and both.max() >= cosine - dedup.ROUNDING:
-            dropped[pairs.ids[row]] = f"near-duplicate of {pairs.ids[kept[int(both.argmax())]]} (cosine {min(both.max(), 1):.3f})"
+            dropped[pairs.ids[row]] = (
+                f"near-duplicate of {pairs.ids[kept[int(both.argmax())]]} (cosine {min(both.max(), 1):.3f})"
+            )
         else:
             kept.append(row)
     return [pairs.ids[row] for row in kept], dropped
@@ -55,7 +57,9 @@ def test_as_brute_force_keeps_and_drops(cosine: float, size: int) -> None:
     assert {reject.item: reject.reason for reject in rejects if reject.reason != "no caption"} == dropped
     assert 20 < len(dropped) < 380
     assert sum(step.items for step in found) == 400 + len(found)
-    assert [reject.item for reject in rejects if reject.reason == "no caption"] == [f"bad-{start}" for start in range(0, 400, size)]
+    assert [reject.item for reject in rejects if reject.reason == "no caption"] == [
+        f"bad-{start}" for start in range(0, 400, size)
+    ]
 
 
 def test_equal_pairs_reach_a_cosine_of_one() -> None:
@@ -89,7 +93,9 @@ def test_what_was_restored_counts_as_kept() -> None:
     whole = list(Deduplicator(0.95).filter(steps(pairs, 50)))
     second = Deduplicator(0.95)
     second.restore(
-        Kept(step.pairs.ids, step.pairs.image.astype(np.float16), step.pairs.text.astype(np.float16)) for step in whole[:3] if step.pairs
+        Kept(step.pairs.ids, step.pairs.image.astype(np.float16), step.pairs.text.astype(np.float16))
+        for step in whole[:3]
+        if step.pairs
     )
     rest = list(second.filter(list(steps(pairs, 50))[3:]))
     assert [step.rejects for step in rest] == [step.rejects for step in whole[3:]]

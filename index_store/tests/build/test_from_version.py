@@ -8,7 +8,7 @@ from index_store.build.source import Step
 from index_store.editor import Editor
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, PairsRefused
 from index_store.store import Store
-from index_store.tests.small import ENCODER, TRUNKS, VECTORS, built, some_pairs
+from index_store.tests.support.small import ENCODER, TRUNKS, VECTORS, built, some_pairs
 from index_store.types import Id, Pairs
 
 
@@ -30,7 +30,9 @@ def test_every_pair_comes_back(tmp_path: Path, ints: bool) -> None:
     assert [name for block in found for name in block.ids.tolist()] == pairs.ids.tolist()
     assert [record for block in found for record in block.records] == pairs.records
     for field in ("image", "text", "image_key"):
-        np.testing.assert_array_equal(np.concatenate([getattr(block, field) for block in found]), getattr(pairs, field).astype(np.float16))
+        np.testing.assert_array_equal(
+            np.concatenate([getattr(block, field) for block in found]), getattr(pairs, field).astype(np.float16)
+        )
     built(tmp_path, found, "v2", shard_pairs=20)
     first, second = Store(tmp_path).manifest("things", "v1"), Store(tmp_path).manifest("things", "v2")
     assert first.files == second.files
@@ -47,7 +49,12 @@ def test_ids_that_are_taken_are_rejected_and_rows_passed_over_are_taken(tmp_path
     built(tmp_path, some_pairs(10), shard_pairs=4)
     path, seen = Store(tmp_path).path("things", "v1"), set[Id]({"pair-7"})
     found = stored(path, seen=seen, skip=5)
-    assert [name for step in found if step.pairs for name in step.pairs.ids.tolist()] == ["pair-5", "pair-6", "pair-8", "pair-9"]
+    assert [name for step in found if step.pairs for name in step.pairs.ids.tolist()] == [
+        "pair-5",
+        "pair-6",
+        "pair-8",
+        "pair-9",
+    ]
     assert [reject.item for step in found for reject in step.rejects] == ["pair-7"]
     assert sum(step.items for step in found) == 5
     assert seen == {f"pair-{i}" for i in range(10)}

@@ -7,8 +7,8 @@ import faiss
 import numpy as np
 import pytest
 
-from index_store.build.build import index as indexing
-from index_store.build.build import tuning as curve
+from index_store.build import index as indexing
+from index_store.build import tuning as curve
 from index_store.build.index import candidates, check_recipe
 from index_store.build.tuning import Clock, Point
 from index_store.errors import RecipeRefused
@@ -16,7 +16,7 @@ from index_store.search.probes import Probes
 from index_store.search.shard import Shard
 from index_store.search.sharded import ShardedIndex
 from index_store.storage.manifest import Manifest
-from index_store.tests.small import built, opened, some_pairs, unit, unit_rows
+from index_store.tests.support.small import built, opened, some_pairs, unit, unit_rows
 from index_store.types import SIDES, Pairs
 
 
@@ -50,7 +50,10 @@ def test_both_widths_must_suit() -> None:
 def clustered(n: int, width: int = 32) -> Pairs:
     """n pairs around 60 centres."""
     rng = np.random.default_rng(0)
-    rows = [unit(unit_rows(60, width, seed)[rng.integers(60, size=n)] + 0.4 * unit_rows(n, width, seed + 1)) for seed in (5, 7)]
+    rows = [
+        unit(unit_rows(60, width, seed)[rng.integers(60, size=n)] + 0.4 * unit_rows(n, width, seed + 1))
+        for seed in (5, 7)
+    ]
     return replace(some_pairs(n, width), image=rows[0], text=rows[1])
 
 
@@ -132,7 +135,9 @@ def test_a_slower_minute_makes_no_search_dearer(tmp_path: Path, monkeypatch: pyt
     assert clock.ms("image", lambda queries: work(3)) == pytest.approx(3 * block)
 
 
-def test_lists_that_are_no_faster_are_not_kept(tmp_path: Path, small_is_large: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_that_are_no_faster_are_not_kept(
+    tmp_path: Path, small_is_large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(indexing, "flat_point", lambda *_: Point("Flat", 0, {"image": 1.0, "text": 1.0}, 1.0, 0.0))
     snapshot = opened(tmp_path, clustered(2500), shard_pairs=1500)
     assert (snapshot.manifest.index["recipe"], snapshot.manifest.index["probes"]) == ("Flat", 0)

@@ -22,8 +22,8 @@ from index_store.errors import PairsRefused, RecallTooLow, StoreBusy, StoreUnwri
 from index_store.storage.manifest import Manifest
 from index_store.store import Store
 from index_store.tests.build.test_crash import limited
-from index_store.tests.nursery import Nursery, kills
-from index_store.tests.small import ENCODER, TRUNKS, VECTORS, some_pairs
+from index_store.tests.support.nursery import Nursery, kills
+from index_store.tests.support.small import ENCODER, TRUNKS, VECTORS, some_pairs
 from index_store.types import Pairs
 
 BLOCK = 50  # items of one step, one of them a reject
@@ -67,7 +67,9 @@ def build(root: Path, job: BuildSource, version: str | None = "v1", **options: A
 
 
 def rejects(root: Path, version: str = "v1") -> list[str]:
-    return [json.loads(line)["item"] for line in (root / "things" / f"rejects-{version}.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["item"] for line in (root / "things" / f"rejects-{version}.jsonl").read_text().splitlines()
+    ]
 
 
 def same(one: Path, two: Path, version: str = "v1") -> None:
@@ -78,7 +80,9 @@ def same(one: Path, two: Path, version: str = "v1") -> None:
     assert replace(first, created=second.created, index=second.index) == second  # the index tells milliseconds too
     assert rejects(one, version) == rejects(two, version)
     left = {path.name for path in (two / "things" / version).iterdir()}
-    assert left - set(NOTES) == {path.name for path in (one / "things" / version).iterdir()}  # a kill may spare the notes
+    assert left - set(NOTES) == {
+        path.name for path in (one / "things" / version).iterdir()
+    }  # a kill may spare the notes
     Store(one).open("things", version, encoder=ENCODER).prove()
 
 
@@ -122,7 +126,9 @@ def test_what_was_kept_is_given_back(tmp_path: Path) -> None:
     source.stop_at = None
     build(tmp_path, replace(source.job(), steps=steps))
     ids, image, text = seen[0]
-    expected = [some_pairs(BLOCK - 1, 16, seed=start, first=start) for start in range(0, 900, BLOCK) if start != 2 * BLOCK]
+    expected = [
+        some_pairs(BLOCK - 1, 16, seed=start, first=start) for start in range(0, 900, BLOCK) if start != 2 * BLOCK
+    ]
     assert ids == [name for block in expected for name in block.ids.tolist()]
     np.testing.assert_array_equal(image, np.concatenate([block.image for block in expected]).astype(np.float16))
     np.testing.assert_array_equal(text, np.concatenate([block.text for block in expected]).astype(np.float16))
@@ -164,7 +170,9 @@ def test_another_job_begins_anew_and_says_so(tmp_path: Path, change: str, caplog
     assert "things: an interrupted build of 800 items is forgotten" in caplog.text
 
 
-@pytest.mark.parametrize("file", [".progress.json", ".ids.jsonl", ".rejects.jsonl", "shard-0001/text.npy", "shard-0001/records.jsonl"])
+@pytest.mark.parametrize(
+    "file", [".progress.json", ".ids.jsonl", ".rejects.jsonl", "shard-0001/text.npy", "shard-0001/records.jsonl"]
+)
 @pytest.mark.parametrize("harm", ["cut", "gone"])
 def test_a_damaged_leftover_is_not_gone_on_from(tmp_path: Path, file: str, harm: str) -> None:
     build(tmp_path / "whole", Source().job())
@@ -236,7 +244,9 @@ def test_no_valid_pair_says_how_many_were_rejected_and_leaves_only_their_list(tm
     assert rejects(tmp_path) == ["a.jpg", "b\udcff.jpg"]
     assert [path.name for path in (tmp_path / "things").iterdir()] == ["rejects-v1.jsonl"]
     build(tmp_path, BuildSource({}, lambda done: [Step(some_pairs(9), 9)]))
-    assert [path.name for path in (tmp_path / "things").iterdir()] == ["v1"]  # a list of another run's rejects would mislead
+    assert [path.name for path in (tmp_path / "things").iterdir()] == [
+        "v1"
+    ]  # a list of another run's rejects would mislead
 
 
 def test_a_leftover_held_by_the_living_is_not_gone_on_from(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from index_store.edits.changes import Change, Delete, Put, decode, put_of, stored_ids
 from index_store.errors import PairsRefused
-from index_store.tests.small import built, some_pairs
+from index_store.tests.support.small import built, some_pairs
 from index_store.types import Id, Pairs
 
 
@@ -48,10 +48,16 @@ def test_bytes_that_are_no_change(tmp_path_factory: pytest.TempPathFactory) -> N
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        (some_pairs(2, 8), "things@v1 holds image vectors of width 16 and compares vector keys of width 16, not vectors of width 8"),
+        (
+            some_pairs(2, 8),
+            "things@v1 holds image vectors of width 16 and compares vector keys of width 16, not vectors of width 8",
+        ),
         (some_pairs(2, key_width=24), "compares vector keys of width 16, not vectors of width 16 and own keys of 24"),
         (some_pairs(2, ints=True), "id 0 is not one that things@v1 can hold: its ids are strings, write it as one"),
-        (Pairs(np.array(["a", "a"]), some_pairs(2).image, some_pairs(2).text, some_pairs(2).records), "id 'a' comes twice"),
+        (
+            Pairs(np.array(["a", "a"]), some_pairs(2).image, some_pairs(2).text, some_pairs(2).records),
+            "id 'a' comes twice",
+        ),
         (
             Pairs(np.array(["a"]), some_pairs(1).image, some_pairs(1).text, [{"caption": "", "x": float("nan")}]),
             "record of id 'a' is not JSON",

@@ -14,9 +14,9 @@ import pytest
 from index_store.editor import Editor
 from index_store.snapshot import Snapshot
 from index_store.store import Store
-from index_store.tests.nursery import kills
-from index_store.tests.oracle import Oracle
-from index_store.tests.small import ENCODER, built, some_pairs, unit_rows
+from index_store.tests.support.nursery import kills
+from index_store.tests.support.oracle import Oracle
+from index_store.tests.support.small import ENCODER, built, some_pairs, unit_rows
 from index_store.types import Id, Pairs
 
 ROOT = Path(__file__).parents[3]
@@ -72,7 +72,11 @@ class Nursery:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # a fork must not inherit half a thread pool
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+            },  # a fork must not inherit half a thread pool
         )
 
     def kill(self, root: Path, kind: str, after_s: float) -> list[int]:
@@ -114,7 +118,11 @@ def nursery() -> Iterator[Nursery]:
 
 
 def contents(snapshot: Snapshot) -> dict[Id, str]:
-    return {name: record["caption"] for block in snapshot.blocks() for name, record in zip(block.ids.tolist(), block.records, strict=True)}
+    return {
+        name: record["caption"]
+        for block in snapshot.blocks()
+        for name, record in zip(block.ids.tolist(), block.records, strict=True)
+    }
 
 
 @pytest.mark.parametrize("kind", ["putting", "compacting"])

@@ -18,7 +18,7 @@ import pytest
 
 from index_store.edits.journal import HEAD, RECORD, Journal, read_records
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, StoreBusy, StoreUnwritable
-from index_store.tests.nursery import tiny_disk
+from index_store.tests.support.nursery import tiny_disk
 
 SEAL, OTHER = "5e" * 32, "0d" * 32
 PAYLOADS = [b"first" * 7, b"", b"third, a longer one" * 5, b"last" * 4]
@@ -78,7 +78,9 @@ def test_cut_at_every_byte_of_the_last_record(path: Path, caplog: pytest.LogCapt
             journal = Journal.open(path, SEAL)
         torn = size - start
         assert [record.getMessage() for record in caplog.records] == (
-            [f"{path.parent.name}/v1.journal: the last {torn} bytes were no whole record, dropped: 3 edits stand"] if torn else []
+            [f"{path.parent.name}/v1.journal: the last {torn} bytes were no whole record, dropped: 3 edits stand"]
+            if torn
+            else []
         )
         journal.append(b"after")
         journal.close()
@@ -155,7 +157,9 @@ def test_a_writer_that_was_refused_keeps_no_lock(path: Path, monkeypatch: pytest
         whole = written(path)
         path.write_bytes(whole[: HEAD.size] + b"?" + whole[HEAD.size + 1 :])
     else:
-        monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        monkeypatch.setattr(
+            os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
     for _ in range(2):
         with pytest.raises((DamagedVersion, StoreUnwritable)) as found:
             Journal.open(path, SEAL)

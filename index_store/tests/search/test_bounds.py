@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from index_store.search.bounds import SHARE, Sketch, products
-from index_store.tests.small import unit, unit_rows
+from index_store.tests.support.small import unit, unit_rows
 
 
 def rows_of(kind: str, n: int = 600, width: int = 64) -> np.ndarray:
@@ -10,7 +10,9 @@ def rows_of(kind: str, n: int = 600, width: int = 64) -> np.ndarray:
         return unit_rows(n, width, 1)
     if kind == "few directions":
         rng = np.random.default_rng(2)
-        return unit(rng.standard_normal((n, 6)) @ rng.standard_normal((6, width)) + 0.05 * rng.standard_normal((n, width)))
+        return unit(
+            rng.standard_normal((n, 6)) @ rng.standard_normal((6, width)) + 0.05 * rng.standard_normal((n, width))
+        )
     return np.repeat(unit_rows(1, width, 3), n, axis=0)
 
 
@@ -38,7 +40,9 @@ def test_narrow_rows(width: int) -> None:
     assert (sketch.of(rows) @ sketch.of(rows).T >= rows @ rows.T - 1e-6).all()
 
 
-@pytest.mark.parametrize(("n", "width", "queries"), [(0, 8, 2), (5, 8, 0), (1000, 65, 1), (1023, 512, 33), (40, 9000, 70)])
+@pytest.mark.parametrize(
+    ("n", "width", "queries"), [(0, 8, 2), (5, 8, 0), (1000, 65, 1), (1023, 512, 33), (40, 9000, 70)]
+)
 def test_products_in_blocks(n: int, width: int, queries: int) -> None:
     rows, asked = unit_rows(n, width, 0), unit_rows(queries, width, 1)
     found = products(rows, asked)

@@ -10,11 +10,16 @@ import pytest
 from index_store.edits.changes import Delete, put_of, stored_ids
 from index_store.edits.overlay import SKETCHED_ROWS, Overlay
 from index_store.snapshot import Snapshot
-from index_store.tests.oracle import Oracle
-from index_store.tests.small import opened, part, some_pairs, unit, unit_rows
+from index_store.tests.support.oracle import Oracle
+from index_store.tests.support.small import opened, part, some_pairs, unit, unit_rows
 from index_store.types import Id, Pairs, Side
 
-LIST: list[dict[str, Any]] = [{"index": "Flat"}, {"index": "Flat", "shard_pairs": 25}, {"index": "IVF4,Flat"}, {"index": "SQfp16"}]
+LIST: list[dict[str, Any]] = [
+    {"index": "Flat"},
+    {"index": "Flat", "shard_pairs": 25},
+    {"index": "IVF4,Flat"},
+    {"index": "SQfp16"},
+]
 
 
 def put(overlay: Overlay, pairs: Pairs) -> Snapshot:
@@ -61,7 +66,15 @@ def test_a_tail_with_sketches_is_exact(tmp_path: Path, spread: float) -> None:
     snapshot = delete(overlay, ["pair-1200", "pair-4"])
     for queries in (1, 40):
         oracle.agrees(snapshot, unit(keys[:queries] + 0.01), "image", 10, probes=4)
-        oracle.agrees(snapshot, unit_rows(queries, 40, 7), "image", 10, probes=4, max_similarity=0.3, exclude=[["pair-3"]] * queries)
+        oracle.agrees(
+            snapshot,
+            unit_rows(queries, 40, 7),
+            "image",
+            10,
+            probes=4,
+            max_similarity=0.3,
+            exclude=[["pair-3"]] * queries,
+        )
         oracle.agrees(snapshot, unit_rows(queries, 32, 7), "text", 400, probes=4)
 
 
@@ -72,7 +85,12 @@ def test_a_snapshot_never_changes(tmp_path: Path) -> None:
     states: list[tuple[Snapshot, dict[Id, object]]] = [(overlay.snapshot, dict(oracle.there))]
     for step in range(30):
         more = some_pairs(60, seed=step, first=37 * step)
-        named = Pairs(np.array([name + "x" * (step // 10) * 20 for name in more.ids.tolist()]), more.image, more.text, more.records)
+        named = Pairs(
+            np.array([name + "x" * (step // 10) * 20 for name in more.ids.tolist()]),
+            more.image,
+            more.text,
+            more.records,
+        )
         for pairs in (more, named) if step % 10 == 9 else (more,):
             oracle.put(pairs)
             snapshot = put(overlay, pairs)
@@ -135,7 +153,9 @@ def test_a_crowd_of_the_dead_is_passed_by(tmp_path: Path) -> None:
         oracle.delete(ids)
         snapshot = delete(overlay, ids)
         oracle.agrees(snapshot, image[:2], "image", 10, probes=4)
-        oracle.agrees(snapshot, image[:2], "image", 3, probes=4, max_similarity=0.5, exclude=[[ids[0]], [str(base.ids[-1])]])
+        oracle.agrees(
+            snapshot, image[:2], "image", 3, probes=4, max_similarity=0.5, exclude=[[ids[0]], [str(base.ids[-1])]]
+        )
 
 
 def test_nothing_left(tmp_path: Path) -> None:
@@ -158,7 +178,9 @@ def test_rows_are_found_by_id(tmp_path: Path, ints: bool) -> None:
     base = opened(tmp_path, shuffled, shard_pairs=120)
     stored = stored_ids(shuffled.ids.tolist(), base.id_kind, "")
     assert base.rows_of(stored).tolist() == list(range(500))
-    strange: list[Id] = [-21, 480, 2**63 - 1, -(2**63)] if ints else ["", "pair", "pair-", "pair-4999", "zz", "pair-7" + "x" * 90, "ä"]
+    strange: list[Id] = (
+        [-21, 480, 2**63 - 1, -(2**63)] if ints else ["", "pair", "pair-", "pair-4999", "zz", "pair-7" + "x" * 90, "ä"]
+    )
     assert base.rows_of(stored_ids(strange, base.id_kind, "")).tolist() == [-1] * len(strange)
     assert base.rows_of(stored[:0]).tolist() == []
 

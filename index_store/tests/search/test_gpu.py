@@ -13,7 +13,7 @@ from index_store.errors import DeviceRefused
 from index_store.search.gpu import HOST, Clone, Owner
 from index_store.snapshot import Snapshot
 from index_store.store import Store
-from index_store.tests.small import ENCODER, built, some_pairs, unit_rows
+from index_store.tests.support.small import ENCODER, built, some_pairs, unit_rows
 
 RECIPES: dict[str, dict[str, Any]] = {
     "flat": {"index": "Flat"},
@@ -29,14 +29,22 @@ RECIPES: dict[str, dict[str, Any]] = {
 def pair_of(root: Path, **options: Any) -> tuple[Snapshot, Snapshot]:
     """The same version, mapped and cloned."""
     built(root, some_pairs(200), **options)
-    return Store(root).open("things", "v1", encoder=ENCODER), Store(root).open("things", "v1", encoder=ENCODER, devices=[HOST, HOST])
+    return Store(root).open("things", "v1", encoder=ENCODER), Store(root).open(
+        "things", "v1", encoder=ENCODER, devices=[HOST, HOST]
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_clones_answer_as_the_originals(tmp_path: Path, recipe: str) -> None:
     plain, cloned = pair_of(tmp_path, **RECIPES[recipe])
     asked = unit_rows(9, 16, 5)
-    limits: list[dict[str, Any]] = [{}, {"probes": 1}, {"probes": 4}, {"max_similarity": 0.3}, {"exclude": [["pair-3"]] * 9}]
+    limits: list[dict[str, Any]] = [
+        {},
+        {"probes": 1},
+        {"probes": 4},
+        {"max_similarity": 0.3},
+        {"exclude": [["pair-3"]] * 9},
+    ]
     for options in limits:
         for k in (1, 10, 200, 205):
             one, two = plain.retrieve(asked, "image", k, **options), cloned.retrieve(asked, "image", k, **options)
@@ -80,7 +88,9 @@ def test_more_rows_than_a_gpu_returns_are_scanned(tmp_path: Path) -> None:
     cloned = Store(tmp_path).open("things", "v1", encoder=ENCODER, devices=[HOST])
     asked = unit_rows(2, 16, 5)
     found = cloned.retrieve(asked, "image", 2100, probes=1)
-    np.testing.assert_array_equal(found.ids, pairs.ids[np.argsort(-(asked @ pairs.image.T), axis=1, kind="stable")[:, :2100]])
+    np.testing.assert_array_equal(
+        found.ids, pairs.ids[np.argsort(-(asked @ pairs.image.T), axis=1, kind="stable")[:, :2100]]
+    )
 
 
 def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
@@ -91,6 +101,8 @@ def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
 
 def test_an_index_that_cannot_be_cloned(tmp_path: Path) -> None:
     built(tmp_path, some_pairs(200), index="L2norm,Flat")
-    with pytest.raises(DeviceRefused, match=r"an index of 200 rows cannot be put on device -1 \(clone not supported") as refused:
+    with pytest.raises(
+        DeviceRefused, match=r"an index of 200 rows cannot be put on device -1 \(clone not supported"
+    ) as refused:
         Store(tmp_path).open("things", "v1", encoder=ENCODER, devices=[HOST])
     assert "\n" not in str(refused.value)

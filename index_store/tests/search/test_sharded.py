@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from index_store.errors import QueryRefused
 from index_store.search.filters import FEW
 from index_store.snapshot import Snapshot
-from index_store.tests.small import opened, some_pairs, unit, unit_rows
+from index_store.tests.support.small import opened, some_pairs, unit, unit_rows
 from index_store.types import Id, Pairs
 
 N, D = 400, 8
@@ -52,7 +52,9 @@ def test_k_neighbours_come_back_where_k_remain(memory: tuple[Pairs, Snapshot], d
     batch, k = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 5, 20, N]))
     some = st.lists(st.integers(0, N - 1), max_size=30).map(lambda rows: pairs.ids[rows].tolist())
     exclude = data.draw(st.none() | st.lists(some, min_size=batch, max_size=batch))
-    ceilings = data.draw(st.lists(st.sampled_from([np.inf, 0.9999, 0.97, 0.4, -0.2, -2.0]), min_size=batch, max_size=batch))
+    ceilings = data.draw(
+        st.lists(st.sampled_from([np.inf, 0.9999, 0.97, 0.4, -0.2, -2.0]), min_size=batch, max_size=batch)
+    )
     floor = data.draw(st.none() | st.sampled_from([0.95, 0.1, -0.5]))
     near = data.draw(st.booleans())
     queries = unit(pairs.image[:batch] + 0.001) if near else unit_rows(batch, D, data.draw(st.integers(0, 50)))
@@ -60,7 +62,9 @@ def test_k_neighbours_come_back_where_k_remain(memory: tuple[Pairs, Snapshot], d
         queries, "image", k, probes=4, exclude=exclude, max_similarity=np.array(ceilings, np.float32), min_score=floor
     )
     for b in range(batch):
-        ids, scores, close = expected(pairs, queries[b], k, ceilings[b], -9.0 if floor is None else floor, exclude[b] if exclude else ())
+        ids, scores, close = expected(
+            pairs, queries[b], k, ceilings[b], -9.0 if floor is None else floor, exclude[b] if exclude else ()
+        )
         if close:
             continue
         count = len(ids)
@@ -69,12 +73,16 @@ def test_k_neighbours_come_back_where_k_remain(memory: tuple[Pairs, Snapshot], d
         assert (np.diff(found.scores[b, :count]) <= 0).all()
         assert not found.scores[b, count:].any()
         assert not found.values[b, count:].any()
-        distinct = [i for i in range(count) if np.sum(np.abs(scores - scores[i]) < 4e-6) == 1 and scores[i] - scores[-1] > 4e-6]
+        distinct = [
+            i for i in range(count) if np.sum(np.abs(scores - scores[i]) < 4e-6) == 1 and scores[i] - scores[-1] > 4e-6
+        ]
         assert [found.ids[b, i] for i in distinct] == [ids[i] for i in distinct]
         assert len(set(found.ids[b, :count].tolist())) == count
         assert not set(found.ids[b, :count].tolist()) & set(exclude[b] if exclude else ())
         of = {name: row for row, name in enumerate(pairs.ids.tolist())}
-        np.testing.assert_array_equal(found.values[b, :count], pairs.text[[of[name] for name in found.ids[b, :count].tolist()]])
+        np.testing.assert_array_equal(
+            found.values[b, :count], pairs.text[[of[name] for name in found.ids[b, :count].tolist()]]
+        )
 
 
 def test_one_threshold_for_all_or_one_for_each(memory: tuple[Pairs, Snapshot]) -> None:
@@ -134,7 +142,12 @@ def test_ids_that_are_not_here_exclude_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "limits",
-    [{"exclude": [["a"]]}, {"max_similarity": np.zeros(3)}, {"max_similarity": np.zeros((2, 1))}, {"max_similarity": float("nan")}],
+    [
+        {"exclude": [["a"]]},
+        {"max_similarity": np.zeros(3)},
+        {"max_similarity": np.zeros((2, 1))},
+        {"max_similarity": float("nan")},
+    ],
 )
 def test_limits_that_do_not_fit_the_queries(memory: tuple[Pairs, Snapshot], limits: dict[str, object]) -> None:
     with pytest.raises(QueryRefused, match="2 queries"):

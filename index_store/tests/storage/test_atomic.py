@@ -12,7 +12,11 @@ from index_store.storage.atomic import BLOCK_BYTES, digest, first_difference, re
 def test_digest_of_a_file(tmp_path: Path) -> None:
     data = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(data)
-    assert digest(tmp_path / "file") == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}
+    assert digest(tmp_path / "file") == {
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": len(data),
+        "crc32": f"{zlib.crc32(data):08x}",
+    }
     (tmp_path / "file").write_bytes(b"")
     assert digest(tmp_path / "file") == {"sha256": hashlib.sha256(b"").hexdigest(), "bytes": 0, "crc32": ""}
 
@@ -28,7 +32,14 @@ def test_a_large_file_has_a_sum_for_each_block(tmp_path: Path) -> None:
     ("found", "blocks"),
     [
         *(("abc", None), ("Abc", (0, 0)), ("aBc", (1, 1)), ("aBC", (1, 2)), ("AbC", (0, 0)), ("ABC", (0, 2))),
-        *(("ab", (2, 2)), ("a", (1, 2)), ("", (0, 2)), ("abcd", (3, 3)), ("Ab", (0, 0)), ("aB", (1, 2))),  # cut, or longer
+        *(
+            ("ab", (2, 2)),
+            ("a", (1, 2)),
+            ("", (0, 2)),
+            ("abcd", (3, 3)),
+            ("Ab", (0, 0)),
+            ("aB", (1, 2)),
+        ),  # cut, or longer
     ],
 )
 def test_the_first_run_of_wrong_blocks(found: str, blocks: tuple[int, int] | None) -> None:
@@ -47,7 +58,10 @@ def test_replace_text_leaves_no_trace(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError(28, "No space left on device", "/secret/place"), "cannot write the rows: No space left on device; free some room"),
+        (
+            OSError(28, "No space left on device", "/secret/place"),
+            "cannot write the rows: No space left on device; free some room",
+        ),
         (OSError("odd"), "cannot write the rows: odd; free some room"),
         (
             RuntimeError("Error in virtual size_t F() at /build/io.cpp:170: Error: 'wrote' failed\nmore"),

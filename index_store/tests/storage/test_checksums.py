@@ -15,8 +15,8 @@ from index_store.storage import checksums as verified
 from index_store.storage.checksums import Sight, record, record_path, verify
 from index_store.storage.manifest import Manifest
 from index_store.store import Store
-from index_store.tests.small import ENCODER, built, some_pairs
 from index_store.tests.storage.test_damage import DAMAGE, flip
+from index_store.tests.support.small import ENCODER, built, some_pairs
 
 
 @pytest.fixture
@@ -63,7 +63,9 @@ def test_small_files_are_always_read(version: Path, read: list[str], monkeypatch
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("file", ["shard-0000/image.npy", "shard-0000/text.faiss", "shard-0000/records.jsonl", "probes/image.npy"])
+@pytest.mark.parametrize(
+    "file", ["shard-0000/image.npy", "shard-0000/text.faiss", "shard-0000/records.jsonl", "probes/image.npy"]
+)
 def test_every_write_is_noticed(version: Path, file: str, damage: str) -> None:
     DAMAGE[damage](version / file)
     with pytest.raises(DamagedVersion, match=file):
@@ -130,7 +132,9 @@ def test_rot_that_stat_does_not_show_is_found_by_verifying_in_the_background(ver
     forget_nothing(version, manifest)
     serving = opened(version)  # trusted, as its stat has not changed
     assert read == []
-    with pytest.raises(DamagedVersion, match=r"/image.faiss differs in .*; shard-0000/records.jsonl differs in bytes 0-") as found:
+    with pytest.raises(
+        DamagedVersion, match=r"/image.faiss differs in .*; shard-0000/records.jsonl differs in bytes 0-"
+    ) as found:
         verify(store.path("things", "v1"), serving.manifest, threads=1)
     assert "\n" not in str(found.value)
     with pytest.raises(DamagedVersion):  # and nobody trusts it again
@@ -155,7 +159,9 @@ def test_the_first_wrong_range_is_named(version: Path, monkeypatch: pytest.Monke
     )
 
 
-def test_nothing_is_recorded_of_files_that_may_still_change_unseen(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_recorded_of_files_that_may_still_change_unseen(
+    version: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = opened(version).manifest
     record_path(version).unlink()
     ahead = 10**18  # the clock of a file server runs ahead of ours: a write after the look could leave the same ctime
@@ -173,7 +179,9 @@ def test_a_change_while_reading_is_not_recorded(version: Path) -> None:
     assert not record_path(version).exists()
 
 
-def test_a_store_that_may_not_be_written_opens_all_the_same(version: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_may_not_be_written_opens_all_the_same(
+    version: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     record_path(version).unlink()
 
     def refuse(*_: object) -> None:

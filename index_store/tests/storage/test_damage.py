@@ -15,7 +15,7 @@ from index_store.snapshot import Snapshot
 from index_store.storage.atomic import digest
 from index_store.storage.manifest import FILE_NAME, Manifest
 from index_store.store import Store
-from index_store.tests.small import ENCODER, built, opened, some_pairs
+from index_store.tests.support.small import ENCODER, built, opened, some_pairs
 
 FILES = [
     FILE_NAME,
@@ -104,7 +104,9 @@ def small_blocks(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file != FILE_NAME])
-def test_verifying_names_the_first_wrong_bytes_of_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+def test_verifying_names_the_first_wrong_bytes_of_every_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
     small_blocks(monkeypatch)
     built(tmp_path, some_pairs(80, key_width=20), index="IVF2,Flat", shard_pairs=40)
     path = tmp_path / "things" / "v1" / file
@@ -114,7 +116,8 @@ def test_verifying_names_the_first_wrong_bytes_of_every_file(tmp_path: Path, mon
         with pytest.raises(DamagedVersion) as refused:
             Store(tmp_path).verify("things", "v1")
         found = re.search(
-            rf"^things@v1: {file} (?:has \d+ bytes, the manifest says {len(whole)}, and )?differs in bytes (\d+)-(\d+):", str(refused.value)
+            rf"^things@v1: {file} (?:has \d+ bytes, the manifest says {len(whole)}, and )?differs in bytes (\d+)-(\d+):",
+            str(refused.value),
         )
         assert found is not None, refused.value
         return int(found[1]), int(found[2])
@@ -136,7 +139,10 @@ def forge(version: Path, file: str, change: Callable[[np.ndarray], np.ndarray]) 
 
 CONTRADICTIONS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "an id too few": ("shard-0000/ids.npy", lambda rows: rows[:-1]),
-    "ids of another kind": ("shard-0001/ids.npy", lambda rows: rows.astype("f4") if rows.dtype.kind != "S" else np.zeros(len(rows))),
+    "ids of another kind": (
+        "shard-0001/ids.npy",
+        lambda rows: rows.astype("f4") if rows.dtype.kind != "S" else np.zeros(len(rows)),
+    ),
     "a row too many": ("shard-0000/image.npy", lambda rows: np.vstack([rows, rows[:1]])),
     "another width": ("shard-0001/text.npy", lambda rows: rows[:, :-1]),
     "another precision": ("shard-0000/text.npy", lambda rows: rows.astype(np.float32)),
@@ -162,9 +168,13 @@ def test_counts_that_disagree(version: Path, case: str) -> None:
 
 def test_an_index_of_other_rows(version: Path, tmp_path: Path) -> None:
     built(tmp_path / "other", some_pairs(81, key_width=20), index="IVF2,Flat", shard_pairs=41)
-    shutil.copy(tmp_path / "other" / "things" / "v1" / "shard-0000" / "image.faiss", version / "shard-0000" / "image.faiss")
+    shutil.copy(
+        tmp_path / "other" / "things" / "v1" / "shard-0000" / "image.faiss", version / "shard-0000" / "image.faiss"
+    )
     reseal(version)
-    with pytest.raises(DamagedVersion, match=r"shard-0000/image.faiss holds 41 rows of width 20, the manifest says 40 of 20"):
+    with pytest.raises(
+        DamagedVersion, match=r"shard-0000/image.faiss holds 41 rows of width 20, the manifest says 40 of 20"
+    ):
         Snapshot.open(version, encoder=ENCODER)
 
 
@@ -191,7 +201,9 @@ def test_a_newer_format_is_refused_before_anything_is_read(version: Path) -> Non
     shutil.rmtree(version / "shard-0000")
     fields = json.loads((version / FILE_NAME).read_text())
     (version / FILE_NAME).write_text(json.dumps({**fields, "format": 7, "more": True}))
-    with pytest.raises(IncompatibleSnapshot, match=r"things@v1: manifest.json has format 7, this program reads format 2"):
+    with pytest.raises(
+        IncompatibleSnapshot, match=r"things@v1: manifest.json has format 7, this program reads format 2"
+    ):
         Snapshot.open(version, encoder=ENCODER)
 
 

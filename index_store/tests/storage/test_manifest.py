@@ -42,7 +42,11 @@ def test_round_trip() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.dictionaries(st.text(), st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5)))
+@given(
+    st.dictionaries(
+        st.text(), st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5)
+    )
+)
 def test_any_json_survives_as_source(source: dict[str, object]) -> None:
     text = replace(PLAIN, source=source).to_json()
     assert Manifest.from_json(text).to_json() == text
@@ -57,7 +61,9 @@ def test_no_flipped_bit_passes(position: int, bit: int) -> None:
         Manifest.from_json(bytes(data).decode())
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"format": 2}', '{"format": "1"}', '{"format": NaN}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", '{"format": 2}', '{"format": "1"}', '{"format": NaN}', "[" * 100_000]
+)
 def test_what_is_no_manifest_is_damaged(text: str) -> None:
     with pytest.raises(DamagedVersion) as refused:
         Manifest.from_json(text)

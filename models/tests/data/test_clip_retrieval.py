@@ -23,15 +23,23 @@ def rows_of(n: int, seed: int) -> np.ndarray:
     return unit(np.random.default_rng(seed).standard_normal((n, D))).astype(np.float16)
 
 
-def part(folder: Path, number: int, n: int, *, image: np.ndarray | None = None, columns: Mapping[str, Any] | None = None) -> None:
+def part(
+    folder: Path, number: int, n: int, *, image: np.ndarray | None = None, columns: Mapping[str, Any] | None = None
+) -> None:
     """One numbered part, as clip-retrieval writes it."""
     for name in ("img_emb", "text_emb", "metadata"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     np.save(folder / "img_emb" / f"img_emb_{number}.npy", rows_of(n, number) if image is None else image)
     np.save(folder / "text_emb" / f"text_emb_{number}.npy", rows_of(n, 100 + number))
     names = [f"{number}-{i}" for i in range(n)]
-    table = {"caption": [f"caption {name}" for name in names], "image_path": [f"/in/{name}.jpg" for name in names], "key": names}
-    parquet.write_table(pa.table(dict(table if columns is None else columns)), folder / "metadata" / f"metadata_{number}.parquet")
+    table = {
+        "caption": [f"caption {name}" for name in names],
+        "image_path": [f"/in/{name}.jpg" for name in names],
+        "key": names,
+    }
+    parquet.write_table(
+        pa.table(dict(table if columns is None else columns)), folder / "metadata" / f"metadata_{number}.parquet"
+    )
 
 
 def steps(folder: Path, skip: int = 0, seen: set[Id] | None = None, **options: Any) -> list[Step]:
@@ -65,8 +73,13 @@ def test_ids_are_a_column_or_the_number_of_the_row(tmp_path: Path) -> None:
     assert step.pairs is not None
     assert step.pairs.ids.dtype == np.int64
     assert step.pairs.ids.tolist() == [5, 9]
-    assert step.pairs.records == [{"caption": "a", "url": "u0", "source_id": "x"}, {"caption": "", "url": "u1", "source_id": "y"}]
-    with pytest.raises(DataError, match=r"metadata/metadata_0\.parquet has no column 'isbn', only caption, url, sku, id"):
+    assert step.pairs.records == [
+        {"caption": "a", "url": "u0", "source_id": "x"},
+        {"caption": "", "url": "u1", "source_id": "y"},
+    ]
+    with pytest.raises(
+        DataError, match=r"metadata/metadata_0\.parquet has no column 'isbn', only caption, url, sku, id"
+    ):
         steps(tmp_path, id_column="isbn")
     part(tmp_path, 0, 2, columns={"caption": ["a", "b"]})
     part(tmp_path, 1, 2, columns={"caption": ["c", "d"]})
@@ -155,7 +168,9 @@ def test_a_folder_that_does_not_fit_together_is_refused_in_one_line(tmp_path: Pa
 
 def test_the_width_must_be_the_encoders(tmp_path: Path) -> None:
     part(tmp_path, 0, 4)
-    with pytest.raises(DataError, match=r"img_emb/img_emb_0\.npy holds rows of width 16, tiny/test@0123456789ab gives 512"):
+    with pytest.raises(
+        DataError, match=r"img_emb/img_emb_0\.npy holds rows of width 16, tiny/test@0123456789ab gives 512"
+    ):
         read_layout(tmp_path, dim=512, encoder=ENCODER)
 
 

@@ -50,7 +50,9 @@ def test_rejects_are_counted_and_never_stop_the_rest(encoder: Encoder) -> None:
     ]
     rejects: list[Reject] = []
     progress: list[int] = []
-    blocks = encode_samples(samples, encoder, kinds=KINDS, batch=4, max_pixels=9_999, on_reject=rejects.append, on_progress=progress.append)
+    blocks = encode_samples(
+        samples, encoder, kinds=KINDS, batch=4, max_pixels=9_999, on_reject=rejects.append, on_progress=progress.append
+    )
     assert [name for block in blocks for name in block.ids] == ["id0", "id1"]
     assert {reject.item for reject in rejects} == {"earlier", "words", "cut", "large", "id0", "i" * 300, "\udcff", ""}
     assert sum(progress) == len(samples)
@@ -60,10 +62,18 @@ def test_rejects_are_counted_and_never_stop_the_rest(encoder: Encoder) -> None:
 
 
 def test_duplicate_keys_of_a_tar_are_rejected(encoder: Encoder, tmp_path: Path) -> None:
-    members = [(f"{key}.{kind}", data) for key in "abab" for kind, data in (("jpg", encoded_as(picture(0), "JPEG")), ("txt", b"c"))]
+    members = [
+        (f"{key}.{kind}", data)
+        for key in "abab"
+        for kind, data in (("jpg", encoded_as(picture(0), "JPEG")), ("txt", b"c"))
+    ]
     members += members[-2:]  # and twice in a row
     rejects: list[Reject] = []
-    blocks = list(encode_samples(read_samples(tar_of(tmp_path / "s.tar", members)), encoder, kinds=KINDS, on_reject=rejects.append))
+    blocks = list(
+        encode_samples(
+            read_samples(tar_of(tmp_path / "s.tar", members)), encoder, kinds=KINDS, on_reject=rejects.append
+        )
+    )
     assert [name for block in blocks for name in block.ids] == ["a", "b"]
     assert [reject.item for reject in rejects] == ["a", "b", "b"]
 

@@ -196,7 +196,9 @@ def test_a_folder_is_read_by_its_captions_csv(tmp_path: Path) -> None:
 
 def test_ids_and_templates_come_from_columns(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "f", "filepath,id,class\na.jpg,sku-1,pear\n", a=JPG)
-    assert samples(source, "a photo of a {class}") == [Sample("sku-1", JPG, "a photo of a pear", {"filepath": "a.jpg", "class": "pear"})]
+    assert samples(source, "a photo of a {class}") == [
+        Sample("sku-1", JPG, "a photo of a pear", {"filepath": "a.jpg", "class": "pear"})
+    ]
 
 
 def test_a_csv_without_its_columns_is_refused(tmp_path: Path) -> None:
@@ -235,7 +237,9 @@ def test_a_csv_in_another_encoding_is_refused(tmp_path: Path) -> None:
 
 def test_reading_is_a_stream(tmp_path: Path) -> None:
     """The first sample comes before the rest is read: a tar of a million pairs must not fill memory."""
-    source = tar_of(tmp_path / "s.tar", [(f"{i}.{kind}", data) for i in range(3) for kind, data in (("jpg", JPG), ("txt", b"c"))])
+    source = tar_of(
+        tmp_path / "s.tar", [(f"{i}.{kind}", data) for i in range(3) for kind, data in (("jpg", JPG), ("txt", b"c"))]
+    )
     stream = read_samples(source)
     assert isinstance(next(iter(stream)), Sample)
     assert not isinstance(stream, list | io.IOBase)
@@ -246,7 +250,11 @@ def test_reading_is_a_stream(tmp_path: Path) -> None:
 DATA = Path(os.environ.get("RECO_DATA", Path(__file__).parents[4] / "shared" / "data"))
 
 
-TARS = [("grocery/iconic.tar", "{class}", 81), ("flickr8k/test-000.tar", None, 5000), ("imagen/imagen.tar", "{class}", 1000)]
+TARS = [
+    ("grocery/iconic.tar", "{class}", 81),
+    ("flickr8k/test-000.tar", None, 5000),
+    ("imagen/imagen.tar", "{class}", 1000),
+]
 
 
 @pytest.mark.parametrize(("tar", "caption", "count"), TARS)

@@ -100,7 +100,9 @@ def test_parquet_becomes_plain_json(tmp_path: Path) -> None:
 
 
 def test_tables_that_cannot_be_read_are_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"captions\.parquet of f has the columns \['name'\]: file \(or filepath\) and caption"):
+    with pytest.raises(
+        DataError, match=r"captions\.parquet of f has the columns \['name'\]: file \(or filepath\) and caption"
+    ):
         list(read_samples(parquet_of(tmp_path / "f", {"name": ["a"]})))
     (folder_of(tmp_path / "g") / "captions.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(DataError, match="not a readable parquet file") as refused:
@@ -113,7 +115,14 @@ def test_tables_that_cannot_be_read_are_refused_in_one_line(tmp_path: Path) -> N
 
 
 def test_what_img2dataset_writes_is_read_by_folder_or_by_glob(tmp_path: Path) -> None:
-    record = {"url": "https://x/1.jpg", "key": "000000000", "status": "success", "error_message": None, "exif": "{}", "sha256": "ab"}
+    record = {
+        "url": "https://x/1.jpg",
+        "key": "000000000",
+        "status": "success",
+        "error_message": None,
+        "exif": "{}",
+        "sha256": "ab",
+    }
     for shard in ("00000", "00001"):
         tar_of(
             tmp_path / f"{shard}.tar",
@@ -154,7 +163,10 @@ def test_items_passed_over_are_the_same_items_without_their_images(tmp_path: Pat
     with tarfile.open(tar) as whole_tar:
         end = whole_tar.getmembers()[-1].offset_data
     os.truncate(tar, end + 512)  # the archive breaks off after its last member
-    sources = [tar, jsonl_of(tmp_path / "f", {"file": "a.jpg", "caption": "c"}, "[]", {"file": "b.jpg", "caption": "d"})]
+    sources = [
+        tar,
+        jsonl_of(tmp_path / "f", {"file": "a.jpg", "caption": "c"}, "[]", {"file": "b.jpg", "caption": "d"}),
+    ]
     whole, rest = list(read_all(sources)), list(read_all(sources, skip=skip))
     assert len(whole) >= 9
     assert [getattr(item, "id", None) for item in rest] == [getattr(item, "id", None) for item in whole]

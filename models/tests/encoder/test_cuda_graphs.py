@@ -119,7 +119,8 @@ def test_a_tower_that_reads_its_padding_is_served_as_it_comes(tmp_path: Path) ->
     text = {**VIT["text_cfg"], "no_causal_mask": True, "pool_type": "last"}  # type: ignore[dict-item]
     (tmp_path / "twoway.json").write_text(json.dumps({**VIT, "text_cfg": text, "custom_text": True}))
     plain, fixed = (
-        Encoder.load(EncoderSpec(str(tmp_path / "twoway.json"), "random", device="cpu", fixed_shapes=shapes)) for shapes in ("off", "on")
+        Encoder.load(EncoderSpec(str(tmp_path / "twoway.json"), "random", device="cpu", fixed_shapes=shapes))
+        for shapes in ("off", "on")
     )
     tokens = plain.tokenize(TEXTS)
     np.testing.assert_array_equal(fixed.encode(tokens, "text").vectors, plain.encode(tokens, "text").vectors)

@@ -18,7 +18,12 @@ from models.encoder.image_io import read_image
 from models.errors import ConfigError, EncoderUnavailable
 from models.tests.small import encoded_as, picture
 
-TEXTS = ["a photo of a cat.", "", "two dogs on a beach, one of them with a very long tail that goes on and on and on", "naïve café 🍎"]
+TEXTS = [
+    "a photo of a cat.",
+    "",
+    "two dogs on a beach, one of them with a very long tail that goes on and on and on",
+    "naïve café 🍎",
+]
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
 
 
@@ -59,7 +64,9 @@ def test_preprocessing_is_open_clips(tower: tuple[Encoder, Any], size: tuple[int
 def test_a_large_jpeg_decoded_small_has_the_vector_of_the_whole() -> None:
     """With trained weights: random ones would see no difference."""
     encoder = Encoder.load(EncoderSpec(device="cpu"))
-    retina, *others = (Image.fromarray(getattr(data, name)()) for name in ("retina", "astronaut", "chelsea", "coffee", "rocket"))
+    retina, *others = (
+        Image.fromarray(getattr(data, name)()) for name in ("retina", "astronaut", "chelsea", "coffee", "rocket")
+    )
     tiles = [photo.resize((480, 480)) for photo in others]
     busy = Image.new("RGB", (1920, 1920))
     for place in range(16):
@@ -141,7 +148,9 @@ def test_threads_share_one_encoder(encoder: Encoder) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_stays_near_and_keeps_the_fingerprint(tower: tuple[Encoder, Any], configs: Path, precision: str) -> None:
+def test_half_precision_stays_near_and_keeps_the_fingerprint(
+    tower: tuple[Encoder, Any], configs: Path, precision: str
+) -> None:
     encoder = tower[0]
     half = Encoder.load(spec(configs, encoder.fingerprint.split("/")[0], precision=precision))
     assert half.fingerprint == encoder.fingerprint
@@ -287,5 +296,7 @@ def test_a_device_that_is_not_there_is_refused(configs: Path) -> None:
 
 
 def test_importing_the_module_brings_neither_torch_nor_open_clip() -> None:
-    code = "import sys, models.encoder.encoder; sys.exit(bool({'torch', 'open_clip', 'torchvision'} & set(sys.modules)))"
+    code = (
+        "import sys, models.encoder.encoder; sys.exit(bool({'torch', 'open_clip', 'torchvision'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -132,9 +132,13 @@ def test_truncated_images_are_broken(kind: str, share: float) -> None:
         read_image(data[: max(12, int(len(data) * share))])
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", b"<svg xmlns='x'/>", b"%PDF-1.4", b"RIFF\0\0\0\0WAVEfmt ", b"\0" * 100])
+@pytest.mark.parametrize(
+    "data", [b"", b"hello", b"<svg xmlns='x'/>", b"%PDF-1.4", b"RIFF\0\0\0\0WAVEfmt ", b"\0" * 100]
+)
 def test_what_is_no_image_is_unsupported(data: bytes) -> None:
-    with pytest.raises(UnsupportedImage, match=f"{len(data)} bytes are not an image of a type read here: send JPEG, PNG"):
+    with pytest.raises(
+        UnsupportedImage, match=f"{len(data)} bytes are not an image of a type read here: send JPEG, PNG"
+    ):
         read_image(data)
 
 
@@ -168,7 +172,9 @@ def test_flipped_bits_never_escape_as_another_error() -> None:
         (20_000, 200, (20_000, 200)),
     ],
 )
-def test_a_jpeg_far_larger_than_the_frame_is_decoded_at_a_smaller_scale(width: int, height: int, read: tuple[int, int]) -> None:
+def test_a_jpeg_far_larger_than_the_frame_is_decoded_at_a_smaller_scale(
+    width: int, height: int, read: tuple[int, int]
+) -> None:
     photo = encoded_as(picture(5, width, height), "JPEG")
     assert read_image(photo, frame=(224, 224)).size == read
     assert read_image(photo).size == (width, height)

@@ -59,7 +59,10 @@ def test_vectors_are_those_of_the_model_as_it_came(name: str, tmp_path: Path) ->
             assert mine.trunk is not None
             assert least_cosine(mine.trunk, own.trunk) > 0.99999
     for rows in (1, len(texts)):
-        assert least_cosine(ours.encode(texts[:rows], "text").vectors, theirs.encode(texts[:rows], "text").vectors) > 0.99999
+        assert (
+            least_cosine(ours.encode(texts[:rows], "text").vectors, theirs.encode(texts[:rows], "text").vectors)
+            > 0.99999
+        )
 
 
 def test_attention_of_a_clip_tower_is_packed_whole(tmp_path: Path) -> None:
@@ -73,7 +76,10 @@ def test_half_precisions_stay_as_near_as_they_are_unpacked(precision: str, tmp_p
     exact = loaded(tmp_path, "vit", packed=False)
     pixels = np.stack([exact.preprocess(picture(seed, 90, 70)) for seed in range(3)])
     wanted = exact.encode(pixels, "image").vectors
-    assert least_cosine(loaded(tmp_path, "vit", packed=True, precision=precision).encode(pixels, "image").vectors, wanted) > 0.999
+    assert (
+        least_cosine(loaded(tmp_path, "vit", packed=True, precision=precision).encode(pixels, "image").vectors, wanted)
+        > 0.999
+    )
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -12,7 +12,14 @@ from models.encoder.encoder import STARTER, Encoder, EncoderSpec
 from models.encoder.text_tower import TrimmedText, text_encoder
 from models.tests.conftest import VIT
 
-TEXTS = ["a cat", "", "two dogs on a beach with a very long tail that goes on and on", "naïve café 🍎", "lemon", "x " * 100]
+TEXTS = [
+    "a cat",
+    "",
+    "two dogs on a beach with a very long tail that goes on and on",
+    "naïve café 🍎",
+    "lemon",
+    "x " * 100,
+]
 TOWERS: dict[str, tuple[bool, dict[str, Any], dict[str, Any]]] = {
     "plain": (True, {}, {}),
     "custom": (True, {}, {"custom_text": True}),
@@ -63,7 +70,9 @@ def test_long_texts_do_not_lengthen_short_ones(tower: tuple[bool, Any]) -> None:
         pytest.skip("this tower reads its padding")
     tokens = open_clip.tokenize(["a cat"] * 20 + ["word " * 30] * 2, context_length=16)
     seen: list[tuple[int, ...]] = []
-    getattr(model, "text", model).transformer.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[:2])))
+    getattr(model, "text", model).transformer.register_forward_pre_hook(
+        lambda _, inputs: seen.append(tuple(inputs[0].shape[:2]))
+    )
     with torch.inference_mode():
         text_encoder(model)(tokens)
     assert seen == [(20, 4), (2, 16)]

@@ -33,17 +33,32 @@ def world(encoder: Encoder, folder: Path) -> tuple[Photos, Labels, Pairs, Pairs]
 
     of = np.arange(60) % CLASSES
     records = [{"caption": names[i], "class": names[i]} for i in of]
-    memory, taught_by = (Pairs(np.array([f"{name}{i}" for i in range(60)]), near(of), said[of], records) for name in "mt")
+    memory, taught_by = (
+        Pairs(np.array([f"{name}{i}" for i in range(60)]), near(of), said[of], records) for name in "mt"
+    )
     asked = np.arange(30) % CLASSES
-    photos = Photos([str(i) for i in range(30)], [names[i] for i in asked], Queries(Encoded(near(asked), None), [()] * 30), [])
+    photos = Photos(
+        [str(i) for i in range(30)], [names[i] for i in asked], Queries(Encoded(near(asked), None), [()] * 30), []
+    )
     return photos, labels, memory, taught_by
 
 
 def test_every_claim_becomes_a_row_and_a_second_run_measures_nothing(encoder: Encoder, tmp_path: Path) -> None:
     photos, labels, memory, taught_by = world(encoder, tmp_path)
-    one, two = (memory_of(tmp_path / name, pairs, encoder.fingerprint) for name, pairs in (("m", memory), ("t", taught_by)))
+    one, two = (
+        memory_of(tmp_path / name, pairs, encoder.fingerprint) for name, pairs in (("m", memory), ("t", taught_by))
+    )
     served = training_free("core", encoder.dim, alpha=40.0, k=5)
-    bench = Bench(encoder, photos, labels, one, two, Recipe(steps=2, batch=16, k=3, alpha=50.0, seeds=(0, 1)), tmp_path, served=served)
+    bench = Bench(
+        encoder,
+        photos,
+        labels,
+        one,
+        two,
+        Recipe(steps=2, batch=16, k=3, alpha=50.0, seeds=(0, 1)),
+        tmp_path,
+        served=served,
+    )
     rows = ablate(bench, tmp_path / "rows.jsonl")
     by_name = {(row.claim, row.setting): row for row in rows}
     assert len(by_name) == len(rows) > 30
@@ -65,7 +80,10 @@ def test_every_claim_becomes_a_row_and_a_second_run_measures_nothing(encoder: En
 
 def test_more_of_the_memory_is_right_more_often(encoder: Encoder, tmp_path: Path) -> None:
     photos, labels, pairs, _ = world(encoder, tmp_path)
-    memory, rule = memory_of(tmp_path / "m", pairs, encoder.fingerprint), training_free("core", encoder.dim, alpha=50.0, k=3)
+    memory, rule = (
+        memory_of(tmp_path / "m", pairs, encoder.fingerprint),
+        training_free("core", encoder.dim, alpha=50.0, k=3),
+    )
     reco = Reco(encoder, rule.fusions, rule.fusion_id, rule.k)
     points = memory_curve(reco, photos, labels, Parts(memory, tmp_path / "parts"), Setting("image"))
     assert [pairs for pairs, _ in points] == [2, 3, 6, 15, 30, 60]
@@ -76,7 +94,10 @@ def test_parts_are_of_the_same_pairs_and_keys(encoder: Encoder, tmp_path: Path) 
     _, _, pairs, _ = world(encoder, tmp_path)
     keys = unit(np.random.default_rng(1).standard_normal((60, 9)))
     memory = memory_of(
-        tmp_path / "m", dataclasses.replace(pairs, image_key=keys), encoder.fingerprint, {"image": "trunk", "text": "vector"}
+        tmp_path / "m",
+        dataclasses.replace(pairs, image_key=keys),
+        encoder.fingerprint,
+        {"image": "trunk", "text": "vector"},
     )
     parts = Parts(memory, tmp_path / "parts")
     assert parts.share(1.0, 0) is memory

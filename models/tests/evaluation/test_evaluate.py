@@ -21,7 +21,11 @@ from models.tests.small import encoded_as, memory_of, picture, tar_of, unit
 
 LABELS = ["red", "green", "blue", "grey", "pink", "white"]
 EACH = 4
-SIDES = [Setting("image", 2, image_limit=None), Setting("text", 2, image_limit=None), Setting("both", 2, image_limit=None)]
+SIDES = [
+    Setting("image", 2, image_limit=None),
+    Setting("text", 2, image_limit=None),
+    Setting("both", 2, image_limit=None),
+]
 
 
 def photo(label: int, i: int) -> bytes:
@@ -59,16 +63,25 @@ def ruled(encoder: Encoder, alpha: float = 2.0) -> Reco:
 
 def counts(report: Report, name: str) -> dict[str, int]:
     """How many were right, by method."""
-    return {line.method: round(figure.share * figure.queries) for line in report.lines for figure in line.figures if figure.name == name}
+    return {
+        line.method: round(figure.share * figure.queries)
+        for line in report.lines
+        for figure in line.figures
+        if figure.name == name
+    }
 
 
 def test_classify_against_a_memory_that_knows(encoder: Encoder, photos: Photos, snapshot: Snapshot) -> None:
     reco = ruled(encoder, alpha=100.0)  # what is found drowns what random weights saw
     labels = Labels(LABELS, ["a photo of a {}."], encoder)
-    report = classify(reco, photos, labels, snapshot, [Setting("image", 3, image_limit=None), Setting("both", 3, image_limit=None)])
+    report = classify(
+        reco, photos, labels, snapshot, [Setting("image", 3, image_limit=None), Setting("both", 3, image_limit=None)]
+    )
     right = counts(report, "top-1")
     assert list(right) == ["none", "image, k 3", "both, k 3", "(1-NN)", "(class means)"]
-    assert right["(1-NN)"] == right["(class means)"] == right["image, k 3"] == 24  # the captions found are the labels themselves
+    assert (
+        right["(1-NN)"] == right["(class means)"] == right["image, k 3"] == 24
+    )  # the captions found are the labels themselves
     assert right["none"] < 24  # random weights know nothing
     gain = {line.method: line.figures[0] for line in report.lines}["image, k 3"]
     assert gain.low > 0
@@ -96,7 +109,9 @@ def test_no_image_finds_itself_nor_its_double(reco: Reco, encoder: Encoder, tmp_
     data = photo(0, 0)
     labels = Labels(LABELS, ["{}"], encoder)
     for name in ("self", "copy"):
-        (pairs,) = encode_samples([Sample(name, data, "blue", {"class": "blue"})], encoder, kinds={"image": "vector", "text": "vector"})
+        (pairs,) = encode_samples(
+            [Sample(name, data, "blue", {"class": "blue"})], encoder, kinds={"image": "vector", "text": "vector"}
+        )
         snapshot = memory_of(tmp_path / name, pairs, encoder.fingerprint)
         asked = encode_photos([Sample("self", data, "red", {})], encoder)
         report = classify(reco, asked, labels, snapshot, [Setting("image", 1)])
@@ -114,7 +129,9 @@ def test_one_label_tells_nothing_apart(encoder: Encoder) -> None:
         Labels(["red"], ["{}"], encoder)
 
 
-def test_baselines_are_left_out_where_the_memory_names_no_label(reco: Reco, encoder: Encoder, photos: Photos, tmp_path: Path) -> None:
+def test_baselines_are_left_out_where_the_memory_names_no_label(
+    reco: Reco, encoder: Encoder, photos: Photos, tmp_path: Path
+) -> None:
     rows = unit(np.random.default_rng(0).standard_normal((5, encoder.dim)))
     snapshot = memory_of(tmp_path, Pairs(np.arange(5), rows, rows, [{"caption": "c"}] * 5), encoder.fingerprint)
     report = classify(reco, photos, Labels(LABELS, ["{}"], encoder), snapshot, SIDES)
@@ -135,7 +152,11 @@ def test_entities_are_counted_apart(encoder: Encoder, photos: Photos, snapshot: 
     labels = Labels(LABELS, ["a photo of a {}."], encoder)
     report = entities(reco, photos, labels, snapshot, [Setting("image", 3, image_limit=None)], ["red", "blue"])
     line = report.lines[1]
-    assert [(each.name, each.queries, each.share) for each in line.figures] == [("seen", 8, 1), ("unseen", 16, 1), ("harmonic mean", 24, 1)]
+    assert [(each.name, each.queries, each.share) for each in line.figures] == [
+        ("seen", 8, 1),
+        ("unseen", 16, 1),
+        ("harmonic mean", 24, 1),
+    ]
     with pytest.raises(DataError, match="parts the labels"):
         entities(reco, photos, labels, snapshot, [], LABELS)
 
@@ -149,7 +170,12 @@ def world(tmp_path: Path, encoder: Encoder) -> tuple[Captioned, Snapshot]:
     def near(rows: np.ndarray, spread: float = 0.05) -> np.ndarray:
         return unit(rows + spread * rng.standard_normal(rows.shape))
 
-    pairs = Pairs(np.array([f"m{i}" for i in range(36)]), near(np.tile(seen, (3, 1))), near(np.tile(said, (3, 1))), [{"caption": "c"}] * 36)
+    pairs = Pairs(
+        np.array([f"m{i}" for i in range(36)]),
+        near(np.tile(seen, (3, 1))),
+        near(np.tile(said, (3, 1))),
+        [{"caption": "c"}] * 36,
+    )
     photo_of = np.repeat(np.arange(12), 2)
     images, texts = near(seen), near(said[photo_of])
 
@@ -163,14 +189,21 @@ def world(tmp_path: Path, encoder: Encoder) -> tuple[Captioned, Snapshot]:
 
 def test_retrieval_in_both_directions(encoder: Encoder, world: tuple[Captioned, Snapshot]) -> None:
     asked, snapshot = world
-    report = retrieve(ruled(encoder, 1.0), asked, snapshot, [Setting("image", 3, image_limit=None), Setting("both", 3, image_limit=None)])
+    report = retrieve(
+        ruled(encoder, 1.0),
+        asked,
+        snapshot,
+        [Setting("image", 3, image_limit=None), Setting("both", 3, image_limit=None)],
+    )
     for name in ("T2I R@1", "I2T R@1"):
         right = counts(report, name)
         assert right["none"] < right["image, k 3"] == right["both, k 3"] == (24 if name[0] == "T" else 12)
     assert [figure.queries for figure in report.lines[0].figures] == [24, 24, 24, 12, 12, 12]
 
 
-@pytest.mark.parametrize(("search", "fuse", "helps"), [("uni", "cross", True), ("uni", "uni", False), ("cross", "cross", False)])
+@pytest.mark.parametrize(
+    ("search", "fuse", "helps"), [("uni", "cross", True), ("uni", "uni", False), ("cross", "cross", False)]
+)
 def test_only_the_papers_route_crosses_over(
     encoder: Encoder, world: tuple[Captioned, Snapshot], search: str, fuse: str, helps: bool
 ) -> None:
@@ -192,7 +225,9 @@ def test_both_fusions_bring_twice_the_neighbours(encoder: Encoder, world: tuple[
 
 def test_the_table_shows_shares_with_gain_and_interval() -> None:
     plain, better = np.zeros(100, bool), np.arange(100) < 40
-    report = Report("classify", "m@1", "abc", 10, ["100 images"], compared({"none": {"top-1": plain}, "both": {"top-1": better}}))
+    report = Report(
+        "classify", "m@1", "abc", 10, ["100 images"], compared({"none": {"top-1": plain}, "both": {"top-1": better}})
+    )
     title, note, _, first, second = terminal(report).splitlines()
     assert (title, note) == ("classify · m@1 · fusion abc · k 10", "100 images")
     assert first.split() == ["none", "0.0", "%", "of", "100"]

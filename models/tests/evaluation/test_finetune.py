@@ -28,7 +28,11 @@ def coloured(numbers: range) -> list[Sample]:
     for i in numbers:
         name = list(COLOURS)[i % 3]
         mixed = np.asarray(picture(i), np.float32) / 4 + np.array(COLOURS[name]) * 0.75
-        found.append(Sample(f"{name}-{i}", encoded_as(Image.fromarray(mixed.astype(np.uint8)), "PNG"), f"a photo of a {name}.", {}))
+        found.append(
+            Sample(
+                f"{name}-{i}", encoded_as(Image.fromarray(mixed.astype(np.uint8)), "PNG"), f"a photo of a {name}.", {}
+            )
+        )
     return found
 
 
@@ -55,9 +59,14 @@ def test_too_few_pairs_for_a_batch(encoder: Encoder) -> None:
         finetuned(encoder, coloured(range(5)), Tuning(batch=24))
 
 
-def test_the_table_sets_it_against_the_fusion_alone(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_sets_it_against_the_fusion_alone(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("models.evaluation.ablation.plan", lambda _: ())
-    pairs, asked = coloured(range(48)), [replace(sample, caption=sample.id.split("-")[0]) for sample in coloured(range(48, 60))]
+    pairs, asked = (
+        coloured(range(48)),
+        [replace(sample, caption=sample.id.split("-")[0]) for sample in coloured(range(48, 60))],
+    )
     labels = Labels(list(COLOURS), ["a photo of a {}."], encoder)
     known = joined(list(encode_samples(pairs, encoder, kinds={"image": "vector", "text": "vector"})))
     memory = memory_of(tmp_path / "m", known, encoder.fingerprint)

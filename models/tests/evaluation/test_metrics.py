@@ -76,7 +76,9 @@ def test_the_interval_of_a_paired_gain() -> None:
     same = paired_interval(before, before)
     assert same == (0.0, 0.0)  # paired: the spread of the queries themselves does not matter
     after = before.copy()
-    after[np.flatnonzero(~before)[:50]] = True  # 50 of 1000 won, none lost: a binomial of mean 0.05 and deviation 0.0069
+    after[np.flatnonzero(~before)[:50]] = (
+        True  # 50 of 1000 won, none lost: a binomial of mean 0.05 and deviation 0.0069
+    )
     low, high = paired_interval(before, after)
     assert low == pytest.approx(0.05 - 1.96 * 0.0069, abs=0.002)
     assert high == pytest.approx(0.05 + 1.96 * 0.0069, abs=0.002)

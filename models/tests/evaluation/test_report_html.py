@@ -34,7 +34,10 @@ def test_the_recommendation_follows_the_figures() -> None:
 
 def test_what_loses_anywhere_is_not_recommended() -> None:
     def both_ways(shares: dict[str, tuple[float, float]]) -> Report:
-        hits = {method: {"R@1": np.arange(100) < 100 * one, "R@10": np.arange(100) < 100 * ten} for method, (one, ten) in shares.items()}
+        hits = {
+            method: {"R@1": np.arange(100) < 100 * one, "R@10": np.arange(100) < 100 * ten}
+            for method, (one, ten) in shares.items()
+        }
         return Report("retrieve", "m@1", "abc", 10, [], compared(hits), None, hits)
 
     mixed = both_ways({"none": (0.2, 0.6), "both, k 1": (0.4, 0.6), "both, k 10": (0.6, 0.3)})

@@ -19,7 +19,9 @@ def test_what_is_saved_is_loaded(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in fusions["text"].parameters():
             parameter.add_(torch.randn_like(parameter))
-    fusion_id = save_fusions(tmp_path / "f.safetensors", fusions, encoder=ENCODER, k=7, card={"steps": 3, "on": ["a", "é"]})
+    fusion_id = save_fusions(
+        tmp_path / "f.safetensors", fusions, encoder=ENCODER, k=7, card={"steps": 3, "on": ["a", "é"]}
+    )
     file = load_fusions(tmp_path / "f.safetensors", encoder=ENCODER)
     assert (file.k, file.card, file.fusion_id) == (7, {"steps": 3, "on": ["a", "é"]}, fusion_id)
     assert len(fusion_id) == 12
@@ -51,7 +53,9 @@ def test_the_label_of_an_encoder_may_change_but_not_its_digest(tmp_path: Path) -
     path = tmp_path / "f.safetensors"
     save_fusions(path, build_fusions("default", 32), encoder=ENCODER, k=10, card={})
     load_fusions(path, encoder="renamed/elsewhere@0123456789ab")
-    with pytest.raises(IncompatibleFusion, match=r"trained on tiny/random@0123456789ab, this is tiny/random@ffffffffffff: .*\bencoder$"):
+    with pytest.raises(
+        IncompatibleFusion, match=r"trained on tiny/random@0123456789ab, this is tiny/random@ffffffffffff: .*\bencoder$"
+    ):
         load_fusions(path, encoder="tiny/random@ffffffffffff")
 
 
@@ -84,7 +88,9 @@ def broken(path: Path, how: str) -> None:
         save_file(tensors, path, metadata={**header, "configs": json.dumps(configs)})
 
 
-@pytest.mark.parametrize("how", ["missing", "cut", "a pickle", "no header", "a tensor less", "another width", "an unknown option"])
+@pytest.mark.parametrize(
+    "how", ["missing", "cut", "a pickle", "no header", "a tensor less", "another width", "an unknown option"]
+)
 def test_a_bad_file_is_one_line_without_a_path(how: str, tmp_path: Path) -> None:
     path = tmp_path / "f.safetensors"
     save_fusions(path, build_fusions("default", 32), encoder=ENCODER, k=10, card={})

@@ -33,14 +33,20 @@ def trained(config: FusionConfig, seed: int = 1) -> Fusion:
 
 
 def parameters(name: str, dim: int) -> int:
-    distinct = {id(parameter): parameter.numel() for fusion in build_fusions(name, dim).values() for parameter in fusion.parameters()}
+    distinct = {
+        id(parameter): parameter.numel()
+        for fusion in build_fusions(name, dim).values()
+        for parameter in fusion.parameters()
+    }
     return sum(distinct.values())
 
 
 def test_presets_have_the_papers_parameter_counts() -> None:
     assert parameters("paper", 512) == 3_158_016  # one layer for both sides, 11 rank vectors
     assert parameters("paper-split", 512) == 3_155_968  # one layer per side
-    assert parameters("default", 512) == 2 * 512 + 2 * 3  # a factor per direction of each modality, three numbers of pooling per side
+    assert (
+        parameters("default", 512) == 2 * 512 + 2 * 3
+    )  # a factor per direction of each modality, three numbers of pooling per side
     assert parameters("corrected", 512) == 3_155_968 + 2 * 512 + 2 * 3
     without_ranks = FusionConfig(512, 8, mlp_ratio=4, rank_vectors=False, max_k=10, start="identity")
     assert sum(parameter.numel() for parameter in Fusion(without_ranks).parameters()) == 3_152_384
@@ -50,13 +56,17 @@ def test_the_mlp_is_as_large_as_the_papers_layer_and_blind_to_neighbours() -> No
     assert abs(parameters("mlp", 512) / parameters("paper-split", 512) - 1) < 0.002
     query, values, scores, mask = batch(5)
     fusion = trained(preset("mlp", D))
-    torch.testing.assert_close(fusion(query, values, scores, mask), fusion(query, -values, -scores, mask), rtol=0, atol=0)
+    torch.testing.assert_close(
+        fusion(query, values, scores, mask), fusion(query, -values, -scores, mask), rtol=0, atol=0
+    )
     assert (fusion(query, values, scores, mask) - query).norm(dim=1).min() > 0.1
 
 
 def test_the_rules_are_what_their_formulas_say() -> None:
     query, values, scores, mask = batch(5)
-    plain, mean, core = (Fusion(preset(name, D, alpha=2.0)).fuse(query, values, scores, mask) for name in ("none", "mean", "core"))
+    plain, mean, core = (
+        Fusion(preset(name, D, alpha=2.0)).fuse(query, values, scores, mask) for name in ("none", "mean", "core")
+    )
     assert torch.equal(plain.vectors, query)
     assert not plain.weights.any()
     torch.testing.assert_close(mean.vectors, F.normalize(query + 2 * values.mean(1), dim=-1))
@@ -204,7 +214,9 @@ def test_default_attends_by_score_once_it_has_learned_to() -> None:
 def test_a_metric_stretches_both_modalities_along_their_directions() -> None:
     """Against the matrix written out: the query by its own modality's, the values by the other's, each unit again before they meet."""
     fusions = build_fusions("default", D, alpha=2.0)
-    turn_metrics(fusions, lambda side: torch.cov(torch.randn(D, 500, generator=torch.Generator().manual_seed(len(side)))))
+    turn_metrics(
+        fusions, lambda side: torch.cov(torch.randn(D, 500, generator=torch.Generator().manual_seed(len(side))))
+    )
     image, text = (fusions[side].pool for side in SIDES)
     assert image is not None
     assert text is not None
@@ -212,11 +224,15 @@ def test_a_metric_stretches_both_modalities_along_their_directions() -> None:
     assert image.other is not None
     assert (image.own, image.other) == (text.other, text.own)
     query, values, scores, mask = batch(5)
-    torch.testing.assert_close(fusions["image"](query, values, scores, mask), F.normalize(query + 2 * values.mean(1), dim=-1))
+    torch.testing.assert_close(
+        fusions["image"](query, values, scores, mask), F.normalize(query + 2 * values.mean(1), dim=-1)
+    )
     with torch.no_grad():
         for metric in (image.own, image.other):
             metric.stretch.copy_(torch.randn(D, generator=torch.Generator().manual_seed(9)))
-    own, other = (metric.basis @ torch.diag(metric.stretch.exp()) @ metric.basis.T for metric in (image.own, image.other))
+    own, other = (
+        metric.basis @ torch.diag(metric.stretch.exp()) @ metric.basis.T for metric in (image.own, image.other)
+    )
     turned, known = F.normalize(query @ own, dim=-1), F.normalize(values @ other, dim=-1)
     expected = F.normalize(turned + 2 * known.mean(1), dim=-1)
     torch.testing.assert_close(fusions["image"](query, values, scores, mask), expected, atol=1e-6, rtol=0)

@@ -48,7 +48,11 @@ def test_rows_that_say_the_same_do_not_repel() -> None:
 
 def test_the_three_terms_add_up_and_switch_off() -> None:
     fused_image, fused_text, image, text = (unit_rows(seed) for seed in range(4))
-    both, left, right = info_nce(fused_image, fused_text, 9.0), info_nce(fused_image, text, 9.0), info_nce(image, fused_text, 9.0)
+    both, left, right = (
+        info_nce(fused_image, fused_text, 9.0),
+        info_nce(fused_image, text, 9.0),
+        info_nce(image, fused_text, 9.0),
+    )
     batch = (fused_image, fused_text, image, text, 9.0)
     torch.testing.assert_close(reco_loss(*batch), both + left + right)
     torch.testing.assert_close(reco_loss(*batch, both=False), left + right)

@@ -40,7 +40,14 @@ def test_the_weights_are_small_and_half_precision() -> None:
 def test_the_card_tells_what_a_user_must_know() -> None:
     card = (FOLDER / "CARD.md").read_text(encoding="utf-8")
     assert not re.search(r"\{\w", card)  # every place of CARD.in.md is filled in
-    for needed in ("not for production", "WACV 2019", "CC BY 4.0", "python -m models.starter.make", "1-NN", StarterMemory.load().encoder):
+    for needed in (
+        "not for production",
+        "WACV 2019",
+        "CC BY 4.0",
+        "python -m models.starter.make",
+        "1-NN",
+        StarterMemory.load().encoder,
+    ):
         assert needed in card
 
 
@@ -63,7 +70,10 @@ def test_the_versions_differ_by_the_packaged_goods(tmp_path: Path) -> None:
     assert len(everything) == len(memory.ids) > len(fresh) > 1000
     rows = np.flatnonzero([memory.classes[label]["coarse_class"] == "Milk" for label in memory.label])[:3]
     queries = memory.image_key[rows].astype(np.float32)
-    found = [{record["coarse_class"] for record in snapshot.retrieve(queries, "image", 5).records(0)} for snapshot in (fresh, everything)]
+    found = [
+        {record["coarse_class"] for record in snapshot.retrieve(queries, "image", 5).records(0)}
+        for snapshot in (fresh, everything)
+    ]
     assert "Milk" not in found[0]
     assert "Milk" in found[1]
     assert everything.key_kind("image") == "trunk"
@@ -101,7 +111,10 @@ def mobile(configs: Path) -> Encoder:
 def test_features_are_those_of_the_encoder(mobile: Encoder, tmp_path: Path) -> None:
     members: list[tuple[str, bytes | dict[str, object]]] = []
     for row in range(5):
-        members += [(f"{row}.jpg", encoded_as(picture(row), "PNG")), (f"{row}.json", {"captions": [f"one {row}", f"two {row}"]})]
+        members += [
+            (f"{row}.jpg", encoded_as(picture(row), "PNG")),
+            (f"{row}.json", {"captions": [f"one {row}", f"two {row}"]}),
+        ]
     tar = tar_of(tmp_path / "photos.tar", members)
     photos = Reader(mobile, mobile.module.visual.trunk, tmp_path / "kept", 0).read("photos", [tar], views=2)
     assert photos.captions[3] == ["one 3", "two 3"]
@@ -110,7 +123,9 @@ def test_features_are_those_of_the_encoder(mobile: Encoder, tmp_path: Path) -> N
     assert expected.trunk is not None
     assert (photos.keys * expected.trunk).sum(1).min() > 0.9999
     assert (project(mobile.module, photos.features[:, 0]) * expected.vectors).sum(1).min() > 0.9999
-    again = Reader(mobile, torch.nn.Identity(), tmp_path / "kept", 0).read("photos", [tar], views=2)  # kept: no network is asked
+    again = Reader(mobile, torch.nn.Identity(), tmp_path / "kept", 0).read(
+        "photos", [tar], views=2
+    )  # kept: no network is asked
     np.testing.assert_array_equal(again.features, photos.features)
 
 

@@ -42,7 +42,8 @@ def deadly(work, calls):
 def steps(streams, done):
     yield from map(deadly(lambda step: step, 2 if done.items == 0 else 99), chained(streams, done))
 
-train.Encoding, prepared.BuildSource, prepared.BLOCK = partial(train.Encoding, batch=8), partial(prepared.BuildSource, every_pairs=1, least_s=0.0), 8
+train.Encoding, prepared.BLOCK = partial(train.Encoding, batch=8), 8
+prepared.BuildSource = partial(prepared.BuildSource, every_pairs=1, least_s=0.0)
 chained, prepared.chained = prepared.chained, steps
 prepared._write_block = deadly(prepared._write_block, 1)
 for _ in range(2):
@@ -63,13 +64,19 @@ def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file by the name of its folder and its own; a digest names the former."""
-    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        f"{path.parent.name}/{path.name}": path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 @pytest.mark.usefixtures("_small_steps")
-def test_killed_while_encoding_and_while_searching_it_goes_on(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_while_encoding_and_while_searching_it_goes_on(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     single = {**os.environ, "OMP_NUM_THREADS": "1"}  # a fork must not inherit half a thread pool
-    killed = subprocess.run([sys.executable, "-c", SMALL_STEPS, recipe], cwd=ROOT, env=single, capture_output=True, text=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", SMALL_STEPS, recipe], cwd=ROOT, env=single, capture_output=True, text=True
+    )
     assert killed.stdout.split() == [str(-signal.SIGKILL)] * 2
     assert "pairs encoded of photos.tar: 8 now, 16 by an earlier run" in killed.stderr
     config = TrainConfig.read(recipe)
@@ -82,7 +89,9 @@ def test_killed_while_encoding_and_while_searching_it_goes_on(recipe: Path, tmp_
     assert contents(tmp_path / "made" / "prepared") == contents(tmp_path / "whole" / "prepared")
 
 
-def test_another_learning_rate_prepares_nothing_anew(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_learning_rate_prepares_nothing_anew(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = TrainConfig.read(recipe)
     train.train(config)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "made" / "prepared").rglob("*")}
@@ -105,7 +114,9 @@ def test_another_limit_searches_anew_and_encodes_nothing(recipe: Path, capsys: p
     assert "neighbours found in things@v1: 24 now" in told
 
 
-def test_other_photos_under_the_same_name_are_encoded(recipe: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_photos_under_the_same_name_are_encoded(
+    recipe: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train.train(TrainConfig.read(recipe))
     photos.write_bytes(photos.read_bytes() + bytes(512))
     capsys.readouterr()
@@ -114,9 +125,13 @@ def test_other_photos_under_the_same_name_are_encoded(recipe: Path, photos: Path
 
 
 @pytest.mark.usefixtures("_small_steps")
-def test_on_disk_and_in_memory_the_same_is_found(recipe: Path, photos: Path, encoder: Encoder, reco: Reco, tmp_path: Path) -> None:
+def test_on_disk_and_in_memory_the_same_is_found(
+    recipe: Path, photos: Path, encoder: Encoder, reco: Reco, tmp_path: Path
+) -> None:
     snapshot = Store(Path(TrainConfig.read(recipe).store)).open("things", encoder=encoder.fingerprint)
-    pairs = prepare_pairs(tmp_path, [photos], Encoding(encoder, {"image": "vector", "text": "vector"}, "a photo of {class}"))
+    pairs = prepare_pairs(
+        tmp_path, [photos], Encoding(encoder, {"image": "vector", "text": "vector"}, "a photo of {class}")
+    )
     episode = look_up_prepared(tmp_path, pairs, Asking(snapshot, reco, 4, {"image": 0.9}))
     records = [{"caption": str(number)} for number in pairs.captions]
     in_memory = Pairs(pairs.ids, np.array(pairs.vectors["image"]), np.array(pairs.vectors["text"]), records)
@@ -128,7 +143,9 @@ def test_on_disk_and_in_memory_the_same_is_found(recipe: Path, photos: Path, enc
     np.testing.assert_array_equal(episode.same(np.arange(24)), expected.same(np.arange(24)))
 
 
-def test_a_finished_version_can_be_learned_from(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_version_can_be_learned_from(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = TrainConfig.read(recipe)
     train.train(dataclasses.replace(config, episodes=(EpisodeConfig((f"{tmp_path}/store/things/v1",), "things"),)))
     assert "pairs encoded of v1: 24 now" in capsys.readouterr().err

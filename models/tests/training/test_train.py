@@ -60,7 +60,10 @@ def dressed(rows: int, seed: int, dim: int, prefix: str, world: int) -> Pairs:
     rng, classes, fashion = (np.random.default_rng(each) for each in (seed, world, 5))
     seen, said = unit(classes.standard_normal((CLASSES, dim))), unit(classes.standard_normal((CLASSES, dim)))
     label, loud = np.arange(rows) % CLASSES, fashion.standard_normal((2, 3, dim)) / dim**0.5
-    image, text = (unit(of[label] + 2 * rng.standard_normal((rows, 3)) @ noise) for of, noise in zip((seen, said), loud, strict=True))
+    image, text = (
+        unit(of[label] + 2 * rng.standard_normal((rows, 3)) @ noise)
+        for of, noise in zip((seen, said), loud, strict=True)
+    )
     ids = np.array([f"{prefix}{row}" for row in range(rows)])
     return Pairs(ids, image, text, [{"caption": f"class {number}"} for number in label])
 
@@ -104,7 +107,11 @@ def test_a_pair_never_finds_itself_nor_its_other_captions(reco: Reco, tmp_path: 
     episode = look_up("itself", pairs, snapshot, reco, 4, {})
     for side in ("image", "text"):
         assert episode.lookups[side].scores.max() < 0.99
-    assert episode.same(np.array([0, 1, 2])).tolist() == [[True, True, False], [True, True, False], [False, False, True]]
+    assert episode.same(np.array([0, 1, 2])).tolist() == [
+        [True, True, False],
+        [True, True, False],
+        [False, False, True],
+    ]
 
 
 def test_near_duplicates_are_passed_over(reco: Reco, tmp_path: Path) -> None:
@@ -127,7 +134,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(episode: Episode, reco: Reco) -
         taught(episode, reco.encoder.dim, seed=0, scale=float("nan"), steps=2)
 
 
-def test_a_configuration_becomes_a_checkpoint(recipe: Path, encoder: Encoder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_configuration_becomes_a_checkpoint(
+    recipe: Path, encoder: Encoder, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = TrainConfig.read(recipe)
     summary = train(config)
     made = load_fusions(Path(config.output), encoder=encoder.fingerprint)
@@ -149,7 +158,9 @@ def test_tensorboard_shows_the_curve(recipe: Path) -> None:
     shown.Reload()
     curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
     assert [event.step for event in shown.Scalars("loss")] == [line["step"] for line in curve]
-    np.testing.assert_allclose([event.value for event in shown.Scalars("loss")], [line["loss"] for line in curve], rtol=1e-6)
+    np.testing.assert_allclose(
+        [event.value for event in shown.Scalars("loss")], [line["loss"] for line in curve], rtol=1e-6
+    )
     assert "held_out" in shown.Tags()["scalars"]
 
 
@@ -194,13 +205,20 @@ def test_sources_that_give_nothing_are_named(recipe: Path, tmp_path: Path) -> No
     ("before", "after", "error", "named"),
     [
         ("k = 3", "k = 25", ConfigError, r"k is 25, but things@v1 holds 24 pairs"),
-        ("a photo of {class}", "a thing", DataError, "things@v1: of 24 photos, 18 pairs to learn from have 1 different captions"),
+        (
+            "a photo of {class}",
+            "a thing",
+            DataError,
+            "things@v1: of 24 photos, 18 pairs to learn from have 1 different captions",
+        ),
         ("held_out = 0.25", "held_out = 0.97", DataError, "1 pairs to learn from"),
         ('pretrained = "random"', 'pretrained = "laion2b"', EncoderUnavailable, "laion2b"),
         ("tinyvit.json", "tinymobile.json", IncompatibleSnapshot, "things@v1.*tinyvit"),
     ],
 )
-def test_what_cannot_teach_is_refused_in_one_line(recipe: Path, before: str, after: str, error: type[Exception], named: str) -> None:
+def test_what_cannot_teach_is_refused_in_one_line(
+    recipe: Path, before: str, after: str, error: type[Exception], named: str
+) -> None:
     text = recipe.read_text()
     assert before in text
     recipe.write_text(text.replace(before, after, 1))

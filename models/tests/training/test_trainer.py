@@ -14,7 +14,9 @@ from models.tests.training.test_train import strangers
 from models.training.episodes import Episode, look_up
 from models.training.trainer import Learning, Loop
 
-LEARNING = Learning(steps=12, batch=16, learning_rate=3e-3, weight_decay=0.01, seed=0, scale=20.0, every=4, learn_scale=True)
+LEARNING = Learning(
+    steps=12, batch=16, learning_rate=3e-3, weight_decay=0.01, seed=0, scale=20.0, every=4, learn_scale=True
+)
 
 
 @pytest.fixture
@@ -82,7 +84,9 @@ def test_no_step_is_longer_than_the_clip_allows(episode: Episode) -> None:
     before = {name: value.clone() for name, value in weights(free).items()}
     free.run()
     clipped.run()
-    moved = [max(float((weights(loop)[name] - before[name]).abs().max()) for name in before) for loop in (free, clipped)]
+    moved = [
+        max(float((weights(loop)[name] - before[name]).abs().max()) for name in before) for loop in (free, clipped)
+    ]
     assert moved[1] < 0.2 * moved[0]
 
 

@@ -1,0 +1,76 @@
+"""What route handlers depend on: the engine, the deadline of the request, and its cancellation when the caller leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Coroutine
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Request
+from starlette.requests import ClientDisconnect
+
+from index_store import Snapshot
+from service.api.schemas import Options
+from service.engine import Engine
+from service.errors import InvalidValue
+from service.pipeline.stages import Query
+
+T = TypeVar("T")
+
+
+# Dependencies are async although they wait for nothing: FastAPI sends any other function through a thread, a millisecond on a busy machine.
+
+
+def engine_of(request: Request) -> Engine:
+    """The engine of the application that answers `request`."""
+    engine: Engine = request.app.state.engine
+    return engine
+
+
+async def _engine_of(request: Request) -> Engine:
+    return engine_of(request)
+
+
+EngineDep = Annotated[Engine, Depends(_engine_of)]
+
+
+def query_of(engine: Engine, options: Options, snapshot: Snapshot | None) -> Query:
+    """The query that a request's options describe, with `snapshot` pinned. Raises InvalidValue for k."""
+    ceiling = math.inf if options.max_similarity is None else options.max_similarity
+    return engine.query(
+        snapshot, k=options.k, max_similarity=ceiling, exclude=frozenset(options.exclude), neighbors=options.neighbors
+    )
+
+
+def deadline(request: Request, engine: Engine) -> float:
+    """A `time.monotonic()` instant: the caller's X-Request-Timeout-Ms, at most the operator's own."""
+    given = request.headers.get("x-request-timeout-ms")
+    if given is None:
+        return time.monotonic() + engine.settings.timeout_s
+    try:
+        allowed_s = float(given) / 1000
+    except ValueError as error:
+        raise InvalidValue(f"X-Request-Timeout-Ms = {given[:40]!r}: send milliseconds") from error
+    if not math.isfinite(allowed_s) or allowed_s <= 0:
+        raise InvalidValue(f"X-Request-Timeout-Ms = {given[:40]!r}: send a positive number of milliseconds")
+    return time.monotonic() + min(allowed_s, engine.settings.timeout_s)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the caller hangs up; its items that still wait then leave the queue."""
+    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((doing, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise ClientDisconnect
+        return doing.result()
+    finally:
+        doing.cancel()
+        leaving.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

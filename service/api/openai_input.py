@@ -1,0 +1,88 @@
+"""The OpenAI shape of a request: one `input` of texts, images, or both -> a part for each tower, and the order to join them in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from index_store import Side
+from service.api.requests import counted, read_image, read_json, read_text
+from service.api.schemas import OpenAIOptions
+from service.errors import BadRequest, InvalidValue, ItemRefused
+from service.observability.metrics import Modality
+from service.pipeline.stages import Answered, EmbeddedItem, Items, slowest
+from service.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """What a caller sent. parts: at most one per tower, none empty; places[p][i]: where item i of part p stands in `input`."""
+
+    parts: Sequence[Items]
+    places: Sequence[Sequence[int]]
+    options: OpenAIOptions
+
+    @property
+    def modality(self) -> Modality:
+        """Of the request, for its metrics."""
+        return "mixed" if len(self.parts) > 1 else self.parts[0].side
+
+    def join(self, answers: Sequence[Answered]) -> Answered:
+        """The parts' answers as one, in the order of `input`; a refusal is called by its place there."""
+        rows: dict[int, EmbeddedItem | ItemRefused] = {}
+        for places, answered in zip(self.places, answers, strict=True):
+            rows.update((place, _placed(row, place)) for place, row in zip(places, answered.rows, strict=True))
+        return Answered(
+            [rows[place] for place in sorted(rows)], slowest(answers), sum(answered.tokens for answered in answers)
+        )
+
+
+async def read_input(request: Request, settings: Settings) -> Mixed:
+    """`input`: a text, texts, data URIs (with modality=image), or objects {"text": …} and {"image": …} in any order."""
+    body = await read_json(request)
+    if "input" not in body:
+        raise BadRequest("send input: a string, a list of strings, or a list of {text} and {image} objects", "input")
+    rest = {
+        name: value for name, value in body.items() if name != "input" and value is not None
+    }  # clients send null for "not given"
+    options = OpenAIOptions.read(request.query_params.multi_items(), rest)
+    items = body["input"] if isinstance(body["input"], list) else [body["input"]]
+    sides = [_side(item, i, options.modality) for i, item in enumerate(items)]
+    counted(items, "input", settings)
+    parts, places = [], []
+    for side in dict.fromkeys(sides):
+        there = [i for i, each in enumerate(sides) if each == side]
+        parts.append(_part(side, {i: items[i] for i in there}, settings))
+        places.append(there)
+    return Mixed(parts, places, options)
+
+
+def _side(item: object, index: int, modality: Side) -> Side:
+    """Which tower an item of `input` goes through."""
+    if isinstance(item, str):
+        return modality
+    if isinstance(item, int) or (isinstance(item, list) and all(isinstance(token, int) for token in item)):
+        raise BadRequest(
+            f"input[{index}] is made of token ids, and theirs is another vocabulary: send the text itself",
+            f"input[{index}]",
+        )
+    if isinstance(item, dict) and len(item) == 1 and item.keys() <= {"text", "image"}:
+        return "text" if "text" in item else "image"
+    raise InvalidValue(
+        f"input[{index}] is a {type(item).__name__}: send a string, {{text}} or {{image}}", f"input[{index}]"
+    )
+
+
+def _part(side: Side, items: Mapping[int, Any], settings: Settings) -> Items:
+    """The items of one tower. items: by their place in `input`."""
+    bare = {i: item[side] if isinstance(item, dict) else item for i, item in items.items()}
+    if side == "text":
+        return Items([], [read_text(item, f"input[{i}]", settings) for i, item in bare.items()])
+    return Items([read_image(item, i, settings) for i, item in bare.items()], [])
+
+
+def _placed(row: EmbeddedItem | ItemRefused, place: int) -> EmbeddedItem | ItemRefused:
+    return ItemRefused(f"input[{place}]", row.cause) if isinstance(row, ItemRefused) else row

@@ -1,0 +1,191 @@
+"""A request's body in any of its shapes -> items and options. Limits on bytes and counts are applied here, on pixels in `decode`."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import orjson
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from service.api.schemas import Options, PairsBody
+from service.errors import BadRequest, InvalidValue, ItemRefused, ServiceError, TooLarge, UnsupportedType
+from service.memories.edits import NewPair
+from service.pipeline.stages import Items
+from service.settings import Settings
+
+O = TypeVar("O", bound=Options)  # noqa: E741
+DATA_URI = re.compile(r"data:[\w.+-]+/[\w.+-]+(;[\w=.+-]+)*,", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRequest(Generic[O]):
+    """A request's body, read and checked: its items and its options."""
+
+    items: Items
+    options: O
+
+
+async def read_images(request: Request, options: type[O], settings: Settings) -> ParsedRequest[O]:
+    """Images of a multipart form (field `file`), a raw image body, or JSON {"images": [base64 | data URI]}."""
+    kind = _content_type(request)
+    if kind == "multipart/form-data":
+        found = await _form(request, options, settings)
+    elif kind == "application/json":
+        body = await read_json(request)
+        found = _from_json(body, options, request, settings, allowed={"images"})
+    elif kind.startswith("image/") or kind == "application/octet-stream":
+        image = _limited(await request.body(), 0, settings)
+        found = ParsedRequest(Items([image], []), options.read(request.query_params.multi_items()))
+    else:
+        raise UnsupportedType(
+            f"content type {kind or '(none)'!r}: send multipart/form-data, image/*, or application/json"
+        )
+    return found
+
+
+async def read_texts(request: Request, options: type[O], settings: Settings) -> ParsedRequest[O]:
+    """Texts of JSON {"texts": […]} or {"inputs": …}."""
+    return _from_json(await read_json(request), options, request, settings, allowed={"texts", "inputs"})
+
+
+async def read_either(request: Request, options: type[O], settings: Settings) -> ParsedRequest[O]:
+    """Images in any shape, or JSON with texts."""
+    if _content_type(request) != "application/json":
+        return await read_images(request, options, settings)
+    return _from_json(await read_json(request), options, request, settings, allowed={"images", "texts", "inputs"})
+
+
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body as an object. Raises UnsupportedType, BadRequest."""
+    if _content_type(request) != "application/json":
+        raise UnsupportedType(f"content type {_content_type(request) or '(none)'!r}: this route reads application/json")
+    try:
+        body = orjson.loads(await request.body())
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise BadRequest(f"the body is a JSON {type(body).__name__}: send an object")
+    return body
+
+
+async def _form(request: Request, options: type[O], settings: Settings) -> ParsedRequest[O]:
+    try:
+        async with request.form(max_files=settings.max_items + 1, max_fields=1000, max_part_size=4 * 2**20) as form:
+            files = [value for name, value in form.multi_items() if name == "file"]
+            fields = [(name, value) for name, value in form.multi_items() if name != "file"]
+            for name, value in fields:
+                if isinstance(value, UploadFile):
+                    raise BadRequest(f"a file in field {name!r}: images belong in the field 'file'", name)
+            counted(files, "file", settings)
+            read = [await value.read() if isinstance(value, UploadFile) else value.encode() for value in files]
+    except HTTPException as error:
+        too_many = "too many" in str(error.detail).lower() or "exceeded" in str(error.detail).lower()
+        raise (TooLarge if too_many else BadRequest)(f"multipart body: {error.detail}") from error
+    images = [_refusable(_limited, image, i, settings) for i, image in enumerate(read)]
+    return ParsedRequest(Items(images, []), options.read(request.query_params.multi_items(), fields))
+
+
+def _from_json(
+    body: dict[str, Any], options: type[O], request: Request, settings: Settings, *, allowed: set[str]
+) -> ParsedRequest[O]:
+    given = allowed & body.keys()
+    if len(given) != 1:
+        raise BadRequest(
+            f"send one of {', '.join(sorted(allowed))}"
+            + (f", not {' and '.join(sorted(given))} together" if given else "")
+        )
+    name = given.pop()
+    rest: Mapping[str, Any] = {key: value for key, value in body.items() if key != name}
+    chosen = options.read(request.query_params.multi_items(), rest)
+    items = [body[name]] if name == "inputs" and isinstance(body[name], str) else body[name]
+    if not isinstance(items, list):
+        raise InvalidValue(f"{name} is a {type(items).__name__}: send a list of strings", name)
+    counted(items, name, settings)
+    if name == "images":
+        return ParsedRequest(Items([read_image(item, i, settings) for i, item in enumerate(items)], []), chosen)
+    return ParsedRequest(Items([], [read_text(item, f"{name}[{i}]", settings) for i, item in enumerate(items)]), chosen)
+
+
+def new_pairs(body: PairsBody, settings: Settings) -> list[NewPair]:
+    """The pairs of an edit, each image decoded from base64; an image that cannot be read is refused with its own item."""
+    return [
+        NewPair(
+            pair.id,
+            pair.caption,
+            None if pair.image is None else read_image(pair.image, i, settings),
+            _floats32(pair.image_embedding),
+            _floats32(pair.image_key),
+            _floats32(pair.text_embedding),
+            pair.metadata,
+        )
+        for i, pair in enumerate(body.pairs)
+    ]
+
+
+def _floats32(numbers: list[float] | None) -> np.ndarray | None:
+    return None if numbers is None else np.array(numbers, np.float32)
+
+
+def counted(items: Sequence[object], name: str, settings: Settings) -> None:
+    """Raises BadRequest for no item, TooLarge for too many."""
+    if not items:
+        raise BadRequest(f"{name} is empty: send at least one item", name)
+    if len(items) > settings.max_items:
+        raise TooLarge(
+            f"{len(items)} items in {name}, at most {settings.max_items} a request: send several requests", name
+        )
+
+
+def read_text(item: object, param: str, settings: Settings) -> str:
+    """One text. Raises InvalidValue, TooLarge."""
+    if not isinstance(item, str):
+        raise InvalidValue(f"{param} is a {type(item).__name__}: send a string", param)
+    if len(item) > settings.max_text_chars:
+        raise TooLarge(f"{param} has {len(item)} characters, at most {settings.max_text_chars}: shorten it", param)
+    return item
+
+
+def read_image(item: object, index: int, settings: Settings) -> bytes | ItemRefused:
+    """The bytes of base64 or a data URI, or the refusal that belongs to this item alone."""
+    return _refusable(_from_base64, item, index, settings)
+
+
+def _refusable(read: Any, item: Any, index: int, settings: Settings) -> bytes | ItemRefused:
+    """The bytes, or the refusal that belongs to this item alone."""
+    try:
+        return bytes(read(item, index, settings))
+    except ServiceError as error:
+        return ItemRefused(f"images[{index}]", error)
+
+
+def _limited(data: bytes, index: int, settings: Settings) -> bytes:
+    if not data:
+        raise BadRequest("the image is empty: send the bytes of an image file", f"images[{index}]")
+    if len(data) > settings.max_image_bytes:
+        raise TooLarge(f"{len(data)} bytes, at most {settings.max_image_bytes} an image: shrink it", f"images[{index}]")
+    return data
+
+
+def _from_base64(item: object, index: int, settings: Settings) -> bytes:
+    if not isinstance(item, str):
+        raise InvalidValue(f"is a {type(item).__name__}: send base64 or a data URI")
+    if item.startswith(("http://", "https://")):
+        raise InvalidValue("is a URL, and this service fetches none: send the image's bytes")
+    header = DATA_URI.match(item)
+    try:
+        data = base64.b64decode(item[header.end() :] if header else item, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidValue(f"is not base64: {error}") from error
+    return _limited(data, index, settings)

@@ -1,0 +1,71 @@
+"""Replies: the common frame of every JSON reply, vectors as JSON, base64 or .npy, and the response headers."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+from starlette.responses import Response
+
+from index_store import Snapshot
+from service.engine import Engine
+from service.errors import ItemRefused
+from service.pipeline.stages import Answered, EmbeddedItem
+
+NPY = "application/x-npy"
+
+
+def failing(rows: Sequence[EmbeddedItem | ItemRefused], on_error: str) -> Sequence[EmbeddedItem | ItemRefused]:
+    """The rows; raises the first refusal unless the caller asked for nulls."""
+    if on_error == "fail":
+        for row in rows:
+            if isinstance(row, ItemRefused):
+                raise row
+    return rows
+
+
+def frame(engine: Engine, snapshot: Snapshot | None) -> dict[str, Any]:
+    """The head of every reply: which model, memory and fusion made it."""
+    memory = snapshot.ref if snapshot is not None else None
+    return {
+        "object": "list",
+        "model": engine.reco.encoder.fingerprint.rpartition("@")[0],
+        "memory": memory,
+        "fusion": engine.reco.fusion_id,
+    }
+
+
+def reply(body: dict[str, Any], answered: Answered) -> Response:
+    """JSON with the stages' times and the memory's version as headers."""
+    return Response(dump(body), media_type="application/json", headers=headers(answered, body["memory"]))
+
+
+def headers(answered: Answered, memory: str | None) -> dict[str, str]:
+    """Server-Timing in milliseconds, and X-Memory-Version where a memory was asked."""
+    timing = ", ".join(f"{stage};dur={1000 * seconds:.3f}" for stage, seconds in answered.seconds.items())
+    return {"Server-Timing": timing, **({"X-Memory-Version": memory} if memory else {})}
+
+
+def vector(row: np.ndarray, encoding: str) -> np.ndarray | str:
+    """(D,) float32 as orjson writes it, or base64 of its little-endian bytes."""
+    return row if encoding == "float" else base64.b64encode(row.astype("<f4").tobytes()).decode("ascii")
+
+
+def npy(vectors: np.ndarray) -> bytes:
+    """(n, D) float32 as an .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, vectors, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def dump(body: object) -> bytes:
+    """JSON bytes; numpy rows are written without becoming Python floats."""
+    try:
+        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    except TypeError:  # somebody's metadata holds half a surrogate pair, or a number of more than 64 bits
+        return json.dumps(body, default=lambda rows: rows.tolist(), separators=(",", ":")).encode("ascii")

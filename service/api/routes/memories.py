@@ -1,0 +1,65 @@
+"""The memories: what is served, and replacing it while requests flow. By name and version, never by path."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Request
+
+from service.api.auth import WithAdmin
+from service.api.dependencies import EngineDep, deadline
+from service.api.requests import new_pairs
+from service.api.schemas import ActivateBody, PairsBody
+
+router = APIRouter(dependencies=[WithAdmin], tags=["memories"])
+
+
+@router.get("/memories")
+async def list_memories(engine: EngineDep) -> dict[str, Any]:
+    """Every memory of the store, with its versions and the one being served."""
+    return {"object": "list", "default": engine.memories.default, "data": engine.memories.table()}
+
+
+@router.get("/memories/{name}")
+async def get_memory(name: str, engine: EngineDep) -> dict[str, Any]:
+    """One memory."""
+    return engine.memories.row(name)
+
+
+@router.post("/memories/{name}/activate", status_code=202)
+async def activate(name: str, body: Annotated[ActivateBody, Body()], engine: EngineDep) -> dict[str, Any]:
+    """Start serving another version; poll the job at GET /jobs/{id}. A failure leaves the current one serving."""
+    return asdict(engine.swaps.swap(name, body.version, dry_run=body.dry_run))
+
+
+@router.post("/memories/{name}/rollback", status_code=202)
+async def rollback(name: str, engine: EngineDep) -> dict[str, Any]:
+    """Start serving the version that was served before."""
+    return asdict(engine.swaps.swap(name, engine.memories.previous(name)))
+
+
+@router.post("/memories/{name}/compact", status_code=202)
+async def compact(name: str, engine: EngineDep) -> dict[str, Any]:
+    """Start folding the online edits into a new version, which is then served; edits go on meanwhile."""
+    return asdict(engine.swaps.compact(name))
+
+
+@router.post("/memories/{name}/pairs")
+async def put_pairs(
+    request: Request, name: str, body: Annotated[PairsBody, Body()], engine: EngineDep
+) -> dict[str, Any]:
+    """Add pairs, or replace those of the same id: on the disk, and visible to the next request, before this is answered."""
+    return await engine.editing.put(name, new_pairs(body, engine.settings), deadline(request, engine))
+
+
+@router.delete("/memories/{name}/pairs/{pair_id:path}")
+async def delete_pair(name: str, pair_id: str, engine: EngineDep) -> dict[str, Any]:
+    """Remove one pair, as durable and as visible."""
+    return await engine.editing.delete(name, pair_id)
+
+
+@router.get("/jobs/{job_id}")
+async def job(job_id: str, engine: EngineDep) -> dict[str, Any]:
+    """The phase, timings and outcome of a swap or a compaction."""
+    return asdict(engine.jobs.get(job_id))

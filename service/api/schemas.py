@@ -1,0 +1,196 @@
+"""What travels over HTTP: option and reply models. pydantic goes no deeper than this file.
+
+Options arrive as JSON, form fields or query alike; `Options.read` makes one model of all three.
+Replies are built as plain dictionaries holding numpy rows and written by orjson, so that no float becomes a Python object.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from service.errors import BadRequest, InvalidValue
+
+Enhance = Literal["both", "image", "text", "none"]
+
+
+class Options(BaseModel):
+    """What every embedding route takes beside its items."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    memory: str | None = Field(None, description="a memory's name, or name@version to pin; default: the server's")
+    k: int | None = Field(None, ge=1, description="neighbours per item; default: the fusion's")
+    neighbors: bool = Field(False, description="return the neighbours of each item")
+    max_similarity: float | None = Field(None, gt=-1, le=1.001, description="ignore neighbours nearer than this")
+    exclude: list[int | str] = Field(
+        default_factory=list, max_length=1000, description="ignore neighbours with these ids"
+    )
+    on_error: Literal["fail", "null"] = Field(
+        "fail", description="null: a bad item becomes null, the others are answered"
+    )
+
+    @classmethod
+    def read(cls, *sources: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Self:
+        """One model of JSON objects and of repeated (name, text) pairs.
+
+        Raises BadRequest for an option that does not exist, InvalidValue for a wrong type or range.
+        """
+        merged: dict[str, Any] = {}
+        for source in sources:
+            merged.update(source if isinstance(source, Mapping) else cls._from_text(source))
+        try:
+            return cls.model_validate(merged)
+        except ValidationError as error:
+            raise cls._refused(error) from error
+
+    @classmethod
+    def _from_text(cls, fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        """Form fields or query parameters: a list is one JSON string or a repeated field."""
+        values: dict[str, list[Any]] = {}
+        for name, value in fields:
+            values.setdefault(name, []).append(value)
+        return {name: _listed(name, found) if name in LISTS else found[-1] for name, found in values.items()}
+
+    @classmethod
+    def _refused(cls, error: ValidationError) -> BadRequest | InvalidValue:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"] if not isinstance(part, int)) or "body"
+        if first["type"] == "extra_forbidden":
+            return BadRequest(f"unknown option {name!r}: this route takes {', '.join(sorted(cls.model_fields))}", name)
+        shown = json.dumps(first["input"], default=str)[:80] if first["type"] != "value_error" else ""
+        return InvalidValue(
+            f"{name} = {shown}: {first['msg']}" if shown else first["msg"].removeprefix("Value error, "), name
+        )
+
+
+class EmbedOptions(Options):
+    """Options of /embed/image and /embed/text."""
+
+    enhance: bool = Field(True, description="false gives the plain CLIP vector")
+    plain: bool = Field(False, description="return the plain vector beside the enhanced one")
+    encoding_format: Literal["float", "base64"] = Field("float", description="base64 = little-endian float32")
+
+
+class OpenAIOptions(EmbedOptions):
+    """Options of /v1/embeddings: ours, and OpenAI's own."""
+
+    model: str | None = Field(None, description="any name: the reply tells which model answered")
+    modality: Literal["text", "image"] = Field(
+        "text", description="what a bare string of input is; image: base64 or a data URI"
+    )
+    dimensions: int | None = Field(
+        None, description="the model's own width, or left out: CLIP vectors cannot be shortened"
+    )
+    user: str | None = Field(None, description="ignored")
+
+
+class ClassifyOptions(Options):
+    """Options of /classify."""
+
+    enhance: Enhance = Field("both", description="enhance the items (image), the labels (text), both or none")
+    labels: list[str] | None = Field(None, description="candidate labels; or name a stored set in label_set")
+    label_set: str | None = Field(None, description="a stored label set, or NAME@VERSION to pin what it held")
+    templates: list[str] = Field(
+        default_factory=lambda: ["a photo of a {}."], min_length=1, description="each with one {}"
+    )
+    top_k: int = Field(
+        5, ge=1, description="labels returned per item; scores are a softmax over all labels, returned or not"
+    )
+
+    @model_validator(mode="after")
+    def _one_source_of_labels(self) -> Self:
+        if (self.labels is None) == (self.label_set is None):
+            raise ValueError("send either labels or label_set")
+        return self
+
+
+class LabelSetBody(BaseModel):
+    """PUT /label-sets/{name}."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    labels: list[str]
+    templates: list[str] = Field(default_factory=lambda: ["a photo of a {}."], min_length=1)
+
+
+class ActivateBody(BaseModel):
+    """POST /memories/{name}/activate."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: str
+    dry_run: bool = False
+
+
+def _floats(value: object) -> object:
+    """Base64 of little-endian float32, or a list of numbers."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return np.frombuffer(base64.b64decode(value, validate=True), "<f4").tolist()
+    except (binascii.Error, ValueError) as error:
+        raise ValueError("neither a list of numbers nor base64 of little-endian float32") from error
+
+
+Vector = Annotated[list[float], BeforeValidator(_floats)]
+
+
+class PairBody(BaseModel):
+    """One pair. Each side is given as it is, to be encoded, or as the vector that this very encoder made of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str | int
+    caption: str
+    image: str | None = Field(None, description="base64 or data URI")
+    image_embedding: Vector | None = Field(None, description="the plain CLIP vector; numbers, or base64 float32")
+    image_key: Vector | None = Field(
+        None, description="with image_embedding, where the memory's image search compares trunk features"
+    )
+    text_embedding: Vector | None = Field(None, description="the plain CLIP vector of the caption")
+    metadata: dict[str, Any] = {}
+
+
+class PairsBody(BaseModel):
+    """POST /memories/{name}/pairs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pairs: list[PairBody] = Field(min_length=1)
+
+
+def documented(options: type[Options], *items: Literal["images", "texts", "input"]) -> dict[str, Any]:
+    """The request body for /docs: routes read several shapes by hand, which FastAPI cannot see."""
+    known = options.model_json_schema()["properties"]
+    strings = {"type": "array", "items": {"type": "string"}}
+    told = {"images": "base64 or data URIs", "texts": "texts", "input": "strings, or objects {text} and {image}"}
+    shapes = {"input": {"type": "array", "items": {}}}  # not strings alone
+    given = {name: {**shapes.get(name, strings), "description": told[name]} for name in items}
+    content: dict[str, Any] = {"application/json": {"schema": {"type": "object", "properties": {**given, **known}}}}
+    if "images" in items:
+        files = {"type": "array", "items": {"type": "string", "format": "binary"}}
+        content["multipart/form-data"] = {
+            "schema": {"type": "object", "properties": {"file": files, **known}, "required": ["file"]}
+        }
+        content["image/*"] = {"schema": {"type": "string", "format": "binary"}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+LISTS = frozenset({"exclude", "labels", "templates"})
+
+
+def _listed(name: str, found: list[Any]) -> list[Any]:
+    if len(found) == 1 and isinstance(found[0], str) and found[0].lstrip().startswith("["):
+        try:
+            parsed = json.loads(found[0])
+        except json.JSONDecodeError as error:
+            raise InvalidValue(f"{name} is neither a JSON list nor a repeated field: {error}", name) from error
+        return list(parsed)
+    return found

@@ -1,0 +1,191 @@
+"""A Python client, sync and async: long lists in, numpy rows out, busy services waited for. Needs httpx and numpy alone.
+
+>>> with RecoClient("http://127.0.0.1:8000") as reco:       # doctest: +SKIP
+...     vectors = reco.embed_texts(["a red apple", "a lemon"], enhance=False)
+
+What is sent and when is tried again is written once, as generators that yield calls and pauses (`flows`); the two classes only drive them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+import numpy as np
+
+import service.client.protocol as flows
+from service.client.protocol import Call, Flow, ImageLike, Limits, Outcome, RecoError
+
+__all__ = ["AsyncRecoClient", "RecoClient", "RecoError"]
+
+T = TypeVar("T")
+
+
+def _arguments(base_url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return {"base_url": base_url, "headers": headers, "timeout": timeout_s}
+
+
+class RecoClient:
+    """Calls one service. Safe to share between threads.
+
+    limits: how much one request carries, and how long a busy service is waited for.  timeout_s: of one HTTP request.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 60.0,
+        limits: Limits | None = None,
+    ) -> None:
+        self._limits = limits or Limits()
+        self._http = httpx.Client(**_arguments(base_url, api_key, timeout_s))
+
+    def embed_images(
+        self, images: Sequence[ImageLike], *, progress: flows.Progress | None = None, **options: Any
+    ) -> np.ndarray:
+        """(N, D) float32 unit rows in the order of `images` (encoded bytes, or paths). progress: told how many more are done."""
+        return self._run(flows.embed_images(images, options, self._limits, progress))
+
+    def embed_texts(
+        self, texts: Sequence[str], *, progress: flows.Progress | None = None, **options: Any
+    ) -> np.ndarray:
+        """(N, D) float32 unit rows in the order of `texts`."""
+        return self._run(flows.embed_texts(texts, options, self._limits, progress))
+
+    def classify(
+        self,
+        items: Sequence[ImageLike | str],
+        *,
+        texts: bool = False,
+        progress: flows.Progress | None = None,
+        **options: Any,
+    ) -> list[list[dict[str, Any]]]:
+        """[{label, score}] of each image, or of each text with texts=True, best first. options: labels or label_set, templates, top_k…"""
+        return self._run(flows.classify(items, texts, options, self._limits, progress))
+
+    def memories(self) -> list[dict[str, Any]]:
+        """One row per memory of the service's store (admin key)."""
+        return self._run(flows.memories(self._limits))
+
+    def activate(
+        self, name: str, version: str, *, dry_run: bool = False, wait_s: float | None = 600.0
+    ) -> Mapping[str, Any]:
+        """Swap to a version and wait until its job is done; wait_s=None returns the job as started. Raises RecoError where it fails."""
+        return self._run(flows.activate(name, version, dry_run, wait_s, self._limits))
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, flow: Flow[T]) -> T:
+        outcome: Outcome = None
+        while True:
+            try:
+                step = flow.send(outcome)
+            except StopIteration as done:
+                return done.value  # type: ignore[no-any-return]
+            outcome = None
+            if isinstance(step, Call):
+                outcome = self._send(step)
+            else:
+                time.sleep(step)
+
+    def _send(self, call: Call) -> httpx.Response | httpx.TransportError:
+        try:
+            return self._http.request(call.method, call.path, **call.body)
+        except httpx.TransportError as error:
+            return error
+
+
+class AsyncRecoClient:
+    """`RecoClient` for asyncio: the same methods, awaited."""
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 60.0,
+        limits: Limits | None = None,
+    ) -> None:
+        self._limits = limits or Limits()
+        self._http = httpx.AsyncClient(**_arguments(base_url, api_key, timeout_s))
+
+    async def embed_images(
+        self, images: Sequence[ImageLike], *, progress: flows.Progress | None = None, **options: Any
+    ) -> np.ndarray:
+        """As `RecoClient.embed_images`."""
+        return await self._run(flows.embed_images(images, options, self._limits, progress))
+
+    async def embed_texts(
+        self, texts: Sequence[str], *, progress: flows.Progress | None = None, **options: Any
+    ) -> np.ndarray:
+        """As `RecoClient.embed_texts`."""
+        return await self._run(flows.embed_texts(texts, options, self._limits, progress))
+
+    async def classify(
+        self,
+        items: Sequence[ImageLike | str],
+        *,
+        texts: bool = False,
+        progress: flows.Progress | None = None,
+        **options: Any,
+    ) -> list[list[dict[str, Any]]]:
+        """As `RecoClient.classify`."""
+        return await self._run(flows.classify(items, texts, options, self._limits, progress))
+
+    async def memories(self) -> list[dict[str, Any]]:
+        """As `RecoClient.memories`."""
+        return await self._run(flows.memories(self._limits))
+
+    async def activate(
+        self, name: str, version: str, *, dry_run: bool = False, wait_s: float | None = 600.0
+    ) -> Mapping[str, Any]:
+        """As `RecoClient.activate`."""
+        return await self._run(flows.activate(name, version, dry_run, wait_s, self._limits))
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _run(self, flow: Flow[T]) -> T:
+        outcome: Outcome = None
+        while True:
+            try:
+                step = flow.send(outcome)
+            except StopIteration as done:
+                return done.value  # type: ignore[no-any-return]
+            outcome = None
+            if isinstance(step, Call):
+                outcome = await self._send(step)
+            else:
+                await asyncio.sleep(step)
+
+    async def _send(self, call: Call) -> httpx.Response | httpx.TransportError:
+        try:
+            return await self._http.request(call.method, call.path, **call.body)
+        except httpx.TransportError as error:
+            return error

@@ -1,0 +1,1 @@
+"""Label sets: storing them, embedding them once per memory version, and scoring items against them."""

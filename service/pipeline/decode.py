@@ -1,0 +1,50 @@
+"""Untrusted bytes -> pixels, beside the event loop: a bad image is refused here and never enters a batch."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from service.batching.batcher import DeadlinePassed
+from service.errors import NotServing
+
+__all__ = ["Decoder"]
+
+
+class Decoder:
+    """A bounded pool of threads that decode and preprocess.
+
+    read: encoded image -> (3, H, W) uint8 or an ImageError, called from several threads.  At most `workers` images are held as full pixels
+    at a time, whatever the number of callers; a caller who leaves, or whose deadline comes, before its turn is skipped.
+    """
+
+    def __init__(self, read: Callable[[bytes], np.ndarray], *, workers: int) -> None:
+        self._read = read
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self._closed = False
+
+    async def decode(self, data: bytes, deadline: float | None = None) -> np.ndarray:
+        """The encoder's input of one encoded image. -> (3, H, W) uint8.
+
+        deadline: a `time.monotonic()` instant; an image whose turn has not come by then is never decoded.
+        Raises ImageError (UnsupportedImage, ImageTooLarge by the header alone, BrokenImage), DeadlinePassed, NotServing after close.
+        """
+        if self._closed:
+            raise NotServing("the service is shutting down and decodes no new image: retry elsewhere or later")
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+                return await loop.run_in_executor(self._pool, self._read, data)
+        except TimeoutError as error:
+            raise DeadlinePassed(
+                "the image was not decoded before its deadline: allow more time, or send less"
+            ) from error
+
+    def close(self) -> None:
+        """Take no more images; those handed over before are still decoded."""
+        self._closed = True
+        self._pool.shutdown(wait=False)

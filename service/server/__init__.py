@@ -1,0 +1,1 @@
+"""The process: sockets, signals, draining, and limits per connection."""

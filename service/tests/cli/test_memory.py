@@ -1,0 +1,103 @@
+"""`reco memory list`, `show` and `verify` as a user types them, on stores that are not all as they should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from index_store import Store
+from index_store.editor import Editor
+from index_store.tests.support.small import ENCODER, built, some_pairs
+from service.cli.main import main
+from service.tests.conftest import one_line, reco
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """things@v1, current and edited once, and things@v2."""
+    for version in ("v1", "v2"):
+        built(tmp_path, some_pairs(30), version)
+    Store(tmp_path).activate("things", "v1")
+    editor = Editor.open(Store(tmp_path), "things", encoder=ENCODER)
+    editor.put(some_pairs(2, first=100))
+    editor.put(some_pairs(2, first=200))
+    editor.close()
+    return Store(tmp_path)
+
+
+def test_one_version_that_cannot_be_read_hides_no_other(store: Store) -> None:
+    (store.root / "things" / "v2" / "manifest.json").write_text('{"format": 99}')
+    built(store.root, some_pairs(7), "v1", name="others")
+    done = reco("memory", "list", "--store", str(store.root))
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert rows[0][:3] == ["memory", "version", "pairs"]
+    assert [row[:2] for row in rows[1:]] == [["others", "v1"], ["things", "v1"], ["things", "v2"]]
+    assert rows[1][2] == "7"
+    assert rows[2][2:4] == ["current", "30"]
+    assert rows[3][2:4] == ["not", "readable"]
+    assert "things@v2: manifest.json has format 99, this program reads format 2: upgrade it" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["build", "../x", "photos"], ["build", "x", "photos", "--version", "../x"], ["import", "../x", "photos"]),
+        *(
+            ["show", "../x"],
+            ["show", "things@../x"],
+            ["verify", "../x@v1"],
+            ["delete", "../x@v1"],
+            ["delete", "things@../x"],
+        ),
+        *(["compact", "../x"], ["compact", "../x", "--url", "http://127.0.0.1:9"]),
+        *(["activate", "../x@v1"], ["activate", "things@../x"], ["activate", "../x@v1", "--url", "http://127.0.0.1:9"]),
+    ],
+    ids=" ".join,
+)
+def test_a_path_is_not_a_name_whatever_the_command(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    built(tmp_path / "store", some_pairs(5))
+    assert main(["memory", *command, "--store", str(tmp_path / "store")]) == 1
+    told = capsys.readouterr().err
+    assert (
+        told
+        == "reco: '../x' is not a name: 1 to 64 of the characters A-Z a-z 0-9 . _ -, beginning with a letter or digit\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_show_tells_of_the_edits(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", "show", "things", "--store", str(store.root)]) == 0
+    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line]
+    told = {row[0]: row[1] for row in rows[:11]}
+    assert told["version"] == "things@v1 (current)"
+    assert told["pairs"] == "30 in 1 shard, vectors of 16"
+    assert told["bytes"].endswith(f"{30 * 16 * 4 * 2 / 1000:.1f} kB resident")
+    assert told["edits"] == "2 made online on top of it"
+
+
+def test_verify_reads_the_edits_too(store: Store) -> None:
+    asked = ("memory", "verify", "things@v1", "--store", str(store.root))
+    assert reco(*asked).stdout.startswith("things@v1+2: ")
+    journal = store.journal("things", "v1")
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    told = one_line(reco(*asked), 1)
+    assert "things/v1.journal: bytes 56 to " in told
+    assert "are damaged, and acknowledged edits follow: restore the file from a copy" in told
+
+
+@pytest.mark.parametrize("damage", ["altered", "cut"])
+def test_verify_names_file_and_bytes(store: Store, damage: str) -> None:
+    file = store.root / "things" / "v2" / "shard-0000" / "text.npy"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] if damage == "cut" else whole[:200] + b"\0\xff" + whole[202:])
+    told = one_line(reco("memory", "verify", "things@v2", "--store", str(store.root)), 1)
+    assert (
+        f"things@v2: shard-0000/text.npy {'has 1087 bytes, the manifest says 1088, and ' * (damage == 'cut')}differs in bytes 0-1087"
+        in told
+    )
+    assert told.endswith(": restore or rebuild the version")
