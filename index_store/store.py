@@ -134,8 +134,9 @@ class Store:
         served, built = set(self._pointer_if_whole(name)), []
         for version in self.versions(name):
             with suppress(DamagedVersion, IncompatibleSnapshot):
-                built.append((self.manifest(name, version).created, version))
-        old = [version for _, version in sorted(built)[: -keep or None] if version not in served]
+                written = (self.path(name, version) / FILE_NAME).stat().st_mtime_ns  # `created` has whole seconds
+                built.append((self.manifest(name, version).created, written, version))
+        old = [version for *_, version in sorted(built)[: -keep or None] if version not in served]
         for version in old:
             self.delete(name, version)
         return old

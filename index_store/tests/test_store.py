@@ -174,6 +174,15 @@ def test_pruning_goes_by_when_a_version_was_built_whatever_it_is_called(tmp_path
     assert store.versions("things") == ["friday", "monday"]
 
 
+def test_pruning_keeps_the_later_of_two_versions_of_one_second(tmp_path: Path) -> None:
+    """`created` has whole seconds, and the later name may sort first."""
+    store, second = Store(tmp_path), "2026-11-26T09:00:00+00:00"
+    for version in ("z", "a"):
+        manifest = dataclasses.replace(built(tmp_path, some_pairs(5), version), created=second)
+        (tmp_path / "things" / version / "manifest.json").write_text(manifest.to_json())
+    assert store.prune("things", 1) == ["z"]
+
+
 def test_pruning_leaves_alone_what_it_cannot_read(store: Store) -> None:
     (store.root / "things" / "v1" / "manifest.json").write_text("{}")
     assert store.prune("things", 1) == ["v2"]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,8 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from service.tests import warm
+
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("RECO_DATA", ROOT.parent / "shared" / "data"))
 START_S = float(os.environ.get("RECO_TEST_START_S", "300"))  # more on a machine that is busy with other things
@@ -30,7 +33,7 @@ class Server:
     """A running service. lines: what it has printed so far, both streams."""
 
     url: str
-    process: subprocess.Popen[str]
+    process: warm.Forked
     lines: list[str]
     store: Path
 
@@ -44,7 +47,17 @@ def _environ(given: dict[str, str]) -> dict[str, str]:
 
 
 def reco(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """One command, as a process."""
+    """Run one command as a process of its own, forked from one that has imported everything."""
+    return warm.run(args, _environ(environ), timeout_s=240)
+
+
+def start_reco(*args: str, stderr: Path = Path(os.devnull), **environ: str) -> warm.Forked:
+    """Start one command as such a process, without its output; stderr goes to a file where one is given."""
+    return warm.Forked(args, _environ(environ), Path(os.devnull), stderr)
+
+
+def cold_reco(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run one command in a fresh interpreter: slow, for tests of what a user's shell does."""
     command = [sys.executable, "-m", "service.cli.main", *args]
     return subprocess.run(command, cwd=ROOT, env=_environ(environ), capture_output=True, text=True, timeout=240)
 
@@ -61,24 +74,27 @@ def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
 @contextmanager
 def serving(store: Path, *flags: str, **environ: str) -> Iterator[Server]:
     """`reco serve` on a free port, killed at the end if it still runs."""
-    command = [sys.executable, "-m", "service.cli.main", "serve", "--port", "0", "--store", str(store), *flags]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=_environ(environ), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=1
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        os.mkfifo(output)
+        process = warm.Forked(
+            ("serve", "--port", "0", "--store", str(store), *flags), _environ(environ), output, output
+        )
+        stream = output.open(encoding="utf-8")
     lines: list[str] = []
     known = threading.Event()
     url: list[str] = []
 
     def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
+        for line in stream:
             lines.append(line.rstrip())
             if "answers on " in line:
                 url.append(line.split("answers on ")[1].split()[0])
                 known.set()
         known.set()
 
-    threading.Thread(target=read, daemon=True).start()
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
     try:
         known.wait(START_S)
         if not url:
@@ -87,6 +103,8 @@ def serving(store: Path, *flags: str, **environ: str) -> Iterator[Server]:
     finally:
         process.kill()
         process.wait(10)
+        reader.join(10)
+        stream.close()
 
 
 @pytest.fixture(scope="session")

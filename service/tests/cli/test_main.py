@@ -6,8 +6,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from io import BytesIO
@@ -16,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from service.tests.conftest import DATA, ROOT, one_line, reco
+from service.tests.conftest import DATA, one_line, reco, start_reco
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +85,8 @@ def test_a_folder_becomes_a_memory(album: Path, tmp_path: Path) -> None:
 
 def test_a_build_killed_at_any_moment_leaves_nothing(tmp_path: Path) -> None:
     source = tar_of(tmp_path / "colours.tar", 3000)
-    command = [
-        sys.executable,
-        "-m",
-        "service.cli.main",
-        "memory",
-        "build",
-        "colours",
-        str(source),
-        "--store",
-        str(tmp_path / "store"),
-    ]
-    command += ["--caption", "a photo of {class}", "--version", "v1"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = ["memory", "build", "colours", str(source), "--store", str(tmp_path / "store")]
+    process = start_reco(*arguments, "--caption", "a photo of {class}", "--version", "v1")
     partial = tmp_path / "store" / "colours"
     until = time.monotonic() + 120
     while not (partial.exists() and any(partial.iterdir())) and process.poll() is None and time.monotonic() < until:

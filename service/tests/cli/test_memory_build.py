@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +17,7 @@ from pyarrow import parquet
 
 from index_store import Store
 from service.cli import commands
-from service.tests.conftest import ROOT, one_line, reco
+from service.tests.conftest import one_line, reco, start_reco
 
 CROPS = 160
 SLOWLY = {"RECO_MAX_BATCH": "1", "OMP_NUM_THREADS": "1"}  # long enough that Ctrl-C comes in time on a busy machine
@@ -59,25 +56,18 @@ def ids(store: Path, name: str, version: str) -> list[bytes]:
     ]
 
 
-def _heed() -> None:
-    """A background shell has its children ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def interrupted(arguments: list[str], store: Path) -> str:
     """Begin a build, press Ctrl-C once rows are on the disk; what it says."""
-    command = [sys.executable, "-m", "service.cli.main", *arguments]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **SLOWLY}, stderr=subprocess.PIPE, text=True, preexec_fn=_heed
-    )
+    output = store.parent / "stderr"
+    process = start_reco(*arguments, stderr=output, **SLOWLY)
     until = time.monotonic() + 200
     while time.monotonic() < until and process.poll() is None:
         if any(path.stat().st_size > 5000 for path in store.glob("crops/.*.partial/shard-0000/image.npy")):
             break
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 1, told
+    code, told = process.wait(60), output.read_text()
+    assert code == 1, told
     return told
 
 

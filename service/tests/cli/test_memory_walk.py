@@ -6,19 +6,20 @@ import csv
 import os
 import re
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import skimage.data
 
+from service.tests import warm
 from service.tests.conftest import ROOT, jpeg, serving
 
 BLOCK = re.compile(r"```sh( serve)?\n(.*?)```", re.S)
 
 
 @pytest.fixture
-def folder(tmp_path: Path, photos: dict[str, bytes]) -> Path:
+def folder(tmp_path: Path, photos: dict[str, bytes]) -> Iterator[Path]:
     """Where the newcomer stands: photos/ with captions, one photo, and `reco` on the path."""
     (tmp_path / "photos").mkdir()
     with (tmp_path / "photos" / "captions.csv").open("w", newline="") as file:
@@ -29,11 +30,9 @@ def folder(tmp_path: Path, photos: dict[str, bytes]) -> Path:
             table.writerow((f"{name}.jpg", f"a photo of {name}", "top"))
     rocket = jpeg(skimage.data.rocket())  # type: ignore[no-untyped-call]
     (tmp_path / "photo.jpg").write_bytes(rocket)  # none of the folder's: equal ones would be as near as each other
-    command = tmp_path / "bin" / "reco"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m service.cli.main "$@"\n')
-    command.chmod(0o755)
-    return tmp_path
+    (tmp_path / "bin").mkdir()
+    with warm.reco_on_path(tmp_path / "bin"):
+        yield tmp_path
 
 
 def run(folder: Path, script: str, url: str = "") -> str:
