@@ -22,7 +22,7 @@ FORBIDDEN = {
 
 
 def modules(package: str) -> list[Path]:
-    return [path for path in sorted((ROOT / package).rglob("*.py")) if "tests" not in path.parts]
+    return [path for path in sorted((ROOT / package).rglob("*.py")) if "tests" not in path.relative_to(ROOT).parts]
 
 
 def imported(path: Path) -> Iterator[str]:
