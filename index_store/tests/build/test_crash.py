@@ -50,7 +50,7 @@ def test_kill_9_at_random_moments_leaves_nothing_that_opens(tmp_path: Path, nurs
     assert nursery.end() == 0
     took = time.monotonic() - start
     store, moments, killed = Store(tmp_path / "store"), random.Random(22), 0
-    while killed < kills(26):  # and 24 times in test_resume
+    while killed < kills():
         process = nursery.begin(store.root)
         time.sleep(moments.uniform(0, 1.1 * took))
         os.kill(process, signal.SIGKILL)  # harmless where it is done already
@@ -88,7 +88,7 @@ def test_kill_9_at_random_moments_leaves_one_of_the_two_versions_current(tmp_pat
         built(tmp_path, some_pairs(20), version=version)
     store.activate("things", "v1")
     try:
-        for _ in range(kills(12)):
+        for _ in range(kills()):
             process = swapping.begin(tmp_path)
             time.sleep(moments.uniform(0.005, 0.08))
             os.kill(process, signal.SIGKILL)

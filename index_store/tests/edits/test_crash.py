@@ -131,7 +131,7 @@ def test_kill_9_at_random_moments_loses_nothing_acknowledged(tmp_path: Path, nur
     built(tmp_path, base)
     store.activate("things", "v1")
     oracle, reached, killed, within_s = Oracle(base), 0, 0, 0.06
-    while killed < kills(25) or (kind == "compacting" and len(store.versions("things")) < 4 and killed < 100):
+    while killed < kills() or (kind == "compacting" and len(store.versions("things")) < 4 and killed < 100):
         (tmp_path / "reached").write_text(str(reached))
         told = nursery.kill(tmp_path, kind, moments.uniform(0, within_s))
         killed += 1
