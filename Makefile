@@ -18,7 +18,7 @@ serve: .venv/.runtime ## install what serving needs and serve the bundled starte
 	@$(BIN)/reco serve --host $(HOST) --port $(PORT)
 
 test: .venv/.dev ## install what the tests need and run them
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 setup: .venv/.dev ## install everything, development tools too
 
