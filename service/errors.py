@@ -1,7 +1,6 @@
 """What can go wrong with a request, drawn once, and the one table from an error to its HTTP status.
 
     ServiceError
-    ├── UsageError           a flag, a variable or the configuration file is wrong (command line only)
     ├── BadRequest           the request is empty, unreadable, or asks for something unsupported
     ├── InvalidValue         an option or an item has a value outside what is allowed
     ├── MissingKey           no key was sent, or not one of ours
@@ -32,10 +31,6 @@ class ServiceError(Exception):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
-
-
-class UsageError(ServiceError):
-    """The command line, the environment or the configuration file is wrong."""
 
 
 class BadRequest(ServiceError):
@@ -93,7 +88,6 @@ class ItemRefused(ServiceError):
 # Most specific first: the first row whose class matches decides. (class, status, type, code)
 STATUS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (BadRequest, 400, "invalid_request_error", "bad_request"),
-    (UsageError, 400, "invalid_request_error", "bad_request"),
     (MissingKey, 401, "authentication_error", "missing_key"),
     (WrongKey, 403, "permission_error", "wrong_key"),
     (NotFound, 404, "not_found_error", "not_found"),

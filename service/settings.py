@@ -1,117 +1,215 @@
-"""Settings: what the operator chose. Read once, frozen, passed in; order flag > environment > file > default."""
+"""Settings of the service: one frozen value, merged from flags, RECO_* variables and a TOML file.
+
+A flag goes before the environment, the environment before the file, the file before the default.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
 )
 
-from service.errors import UsageError
-
 PREFIX = "RECO_"
+# Variables of ours that are no settings: the configuration file, of compose.yaml, of the tests.
+OTHER_VARIABLES = frozenset({"RECO_CONFIG", "RECO_BIND", "RECO_DATA", "RECO_KILLS", "RECO_TEST_START_S"})
+SERVICE_LINK = re.compile(r"RECO_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 
 
-def _split(value: object) -> object:
-    """`a,b` from a flag or the environment, a list from a file."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+class UsageError(Exception):
+    """The command line, the environment or the configuration file is wrong."""
 
 
-class Settings(BaseModel):
-    """Everything that may differ between two deployments. Sizes in bytes or items, times in seconds."""
+def _split_list(value: object) -> object:
+    """The items of `a,b` from a flag or the environment; a list from a file stays as it is.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Raises ValueError where no item is left: whoever sets a list of keys expects to be guarded.
+    """
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        return value
+    kept = [item.strip() if isinstance(item, str) else item for item in items]
+    if isinstance(value, str):
+        kept = [item for item in kept if item]
+    if not kept or "" in kept:
+        raise ValueError("holds no value: name at least one, or leave the setting out")
+    return kept
 
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    store: Path = Path("var/store")
-    memory: str | None = None  # the default memory; None = the only one, or the starter's
-    model: str = "starter"
-    pretrained: str | None = None
-    fusion: str | None = None  # a file, or a rule: none, mean, core, with its alpha as in mean:2
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    fixed_shapes: Literal["auto", "on", "off"] = "auto"  # batches padded to a few recorded sizes; auto: on CUDA
-    search_devices: Annotated[
-        tuple[int, ...], BeforeValidator(_split)
-    ] = ()  # GPUs that hold clones of the indexes; none = the CPU
 
-    api_keys: Annotated[tuple[SecretStr, ...], BeforeValidator(_split)] = ()
-    admin_key: SecretStr | None = None
+class Settings(BaseSettings):
+    """Everything that may differ between deployments. Sizes in bytes or items, times in seconds.
 
-    max_body_bytes: int = Field(64 * 2**20, ge=1024)
-    max_image_bytes: int = Field(20 * 2**20, ge=1024)
-    max_pixels: int = Field(64_000_000, ge=1)
-    max_items: int = Field(256, ge=1)  # images or texts of one request
-    max_text_chars: int = Field(100_000, ge=1)
-    max_labels: int = Field(10_000, ge=1)  # texts of one list sent with a request: labels x templates
-    max_stored_labels: int = Field(1_000_000, ge=1)  # texts of one stored label set
-    max_label_sets: int = Field(1_000, ge=0)
+    `Settings(...)` reads its arguments alone; `read_settings` merges the sources.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", validate_default=False, env_prefix=PREFIX, env_ignore_empty=True
+    )
+
+    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 is every interface")
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    store: Path = Field(default=Path("var/store"), description="folder where memories live")
+    memory: str | None = Field(default=None, description="the default memory; unset: the only one, or the starter's")
+    model: str = Field(default="starter", description="'starter', an open_clip name, or an open_clip config file")
+    pretrained: str | None = Field(
+        default=None, description="a hub tag, a local weights file, or 'random' for speed tests"
+    )
+    fusion: str | None = Field(
+        default=None,
+        description="a file that `reco train` wrote, or a rule (none, mean, core; with its alpha: mean:2); "
+        "unset: the starter's, else the rule mean",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the model runs")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="number format of the model")
+    fixed_shapes: Literal["auto", "on", "off"] = Field(
+        default="auto", description="pad batches to a few recorded sizes (CUDA graphs); auto: on CUDA"
+    )
+    search_devices: Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split_list)] = Field(
+        default=(), description="GPUs that hold copies of the indexes, by number; unset: the CPU searches"
+    )
+
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_list)] = Field(
+        default=(),
+        description="keys of the embedding routes; unset: open to everybody. A flag is visible in the "
+        "machine's list of processes: prefer the environment or the file",
+    )
+    admin_key: SecretStr | None = Field(
+        default=None,
+        description="key of the routes that change memories. A flag is visible in the machine's list of "
+        "processes: prefer the environment or the file",
+    )
+
+    max_body_bytes: int = Field(default=64 * 2**20, ge=1024, description="bytes of one request's body")
+    max_image_bytes: int = Field(default=20 * 2**20, ge=1024, description="bytes of one encoded image")
+    max_pixels: int = Field(default=64_000_000, ge=1, description="pixels of one image, by its header")
+    max_items: int = Field(default=256, ge=1, description="images or texts of one request")
+    max_text_chars: int = Field(default=100_000, ge=1, description="characters of one text")
+    max_labels: int = Field(
+        default=10_000, ge=1, description="texts of a label list sent with a request: labels times templates"
+    )
+    max_stored_labels: int = Field(default=1_000_000, ge=1, description="texts of one stored label set")
+    max_label_sets: int = Field(default=1_000, ge=0, description="stored label sets")
     memory_budget_bytes: int = Field(
-        0, ge=0
-    )  # resident bytes of all memories together; 0 = 80 % of the machine's or container's
+        default=0, ge=0, description="resident bytes of all memories together; 0: 80 % of the machine's or container's"
+    )
     compact_after: int = Field(
-        10_000, ge=0
-    )  # rows added or removed online, after which they are folded into a new version; 0 = never
-    max_queue: int = Field(1024, ge=1)  # items admitted and not yet answered, per modality
-    max_batch: int = Field(32, ge=1)
-    max_wait_s: float = Field(0.0, ge=0, le=1)  # how long a batch may wait to fill; 0 = never
-    decode_workers: int = Field(default_factory=lambda: max(2, os.cpu_count() or 2), ge=1)
-    stall_s: float = Field(120.0, gt=0)  # of one batch in the model; its thread is then given up and replaced
-    timeout_s: float = Field(30.0, gt=0)  # of a request once its body is here
-    receive_s: float = Field(30.0, gt=0)  # for the body to arrive
-    drain_s: float = Field(30.0, ge=0)
+        default=10_000, ge=0, description="rows edited online until they are folded into a new version; 0: never"
+    )
+    max_queue: int = Field(
+        default=1024, ge=1, validate_default=True, description="items admitted and not yet answered, per modality"
+    )
+    max_batch: int = Field(default=32, ge=1, description="items of one batch of the model")
+    max_wait_s: float = Field(default=0.0, ge=0, le=1, description="seconds that a batch may wait to fill; 0: never")
+    decode_workers: int = Field(
+        default_factory=lambda: max(2, os.cpu_count() or 2), ge=1, description="threads that decode images"
+    )
+    stall_s: float = Field(
+        default=120.0, gt=0, description="seconds of one batch in the model, after which its thread is replaced"
+    )
+    timeout_s: float = Field(default=30.0, gt=0, description="seconds of a request once its body has arrived")
+    receive_s: float = Field(default=30.0, gt=0, description="seconds for a body to arrive")
+    drain_s: float = Field(default=30.0, ge=0, description="seconds to answer admitted requests when stopping")
     recall_share: float = Field(
-        0.01, ge=0, le=1
-    )  # of the clock, spent on measuring recall with live queries; 0 = never
+        default=0.01, ge=0, le=1, description="share of the time spent on measuring recall with live queries; 0: never"
+    )
+
+    @field_validator("admin_key")
+    @classmethod
+    def _refuse_blank_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().strip():
+            raise ValueError("holds no value: name a key, or leave the setting out")
+        return value
 
     @field_validator("max_queue")
     @classmethod
-    def _largest_request_fits(cls, value: int, checked: ValidationInfo) -> int:
-        """A request that never fits the queue would be told to retry for ever."""
+    def _fit_largest_request(cls, value: int, checked: ValidationInfo) -> int:
+        """A request that never fits into the queue would be refused with 429 for ever."""
         if value < checked.data.get("max_items", 0):
             raise ValueError(f"must be at least max_items, which is {checked.data['max_items']}")
         return value
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The arguments alone: which value came from where is known to `read_settings`."""
+        return (init_settings,)
 
-def read(flags: Mapping[str, Any], config: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
-    """Merge flags (None = not given), RECO_* variables and one TOML file into Settings.
 
-    Raises UsageError in one line that names the first wrong key, its value and what is allowed.
+def read_settings(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
+    """Merge flags (None = not given), the RECO_* variables of this process and one TOML file.
+
+    Raises UsageError, one line that names the first wrong key, its value, where it is from and what
+    is allowed; for an unknown key it names the nearest known one.
     """
-    known = Settings.model_fields
-    from_file = _toml(config) if config else {}
-    from_environ = {name: environ[PREFIX + name.upper()] for name in known if PREFIX + name.upper() in environ}
-    given = {name: value for name, value in flags.items() if value is not None and name in known}
+    given = {name: value for name, value in flags.items() if value is not None}
+    variables = _read_variables()
+    in_file = _read_file(config) if config else {}
+    origin = dict.fromkeys(in_file, f"in {config}")
+    origin |= {name: f"from {PREFIX}{name.upper()}" for name in variables}
+    origin |= {name: f"from --{name.replace('_', '-')}" for name in given}
     try:
-        return Settings.model_validate({**from_file, **from_environ, **given})
+        return Settings(**{**in_file, **variables, **given})
     except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0])
-        where = "a flag" if key in given else f"{PREFIX}{key.upper()}" if key in from_environ else str(config)
-        raise UsageError(f"{key} = {_shown(key, first['input'])} (from {where}): {first['msg'].lower()}") from error
+        raise UsageError(_describe(error, origin)) from error
 
 
-def _toml(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        found = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path} is not TOML: {error}") from error
+    for key in found:
+        if key not in Settings.model_fields:
+            raise UsageError(f"{key} (in {path}) is no setting: {_nearest(key, Settings.model_fields)}")
+    return found
 
 
-def _shown(key: str, value: object) -> str:
-    return "***" if "key" in key else repr(value)
+def _read_variables() -> dict[str, Any]:
+    """The settings in the environment. One that is empty counts as unset, as in compose files."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for variable, value in os.environ.items():
+        ours = variable.startswith(PREFIX) and value and not _is_service_link(variable, value)
+        if ours and variable not in known | OTHER_VARIABLES:
+            raise UsageError(f"{variable} (in the environment) is no setting: {_nearest(variable, known)}")
+    found = EnvSettingsSource(Settings)()
+    return {name: value for name, value in found.items() if not _is_service_link(PREFIX + name.upper(), value)}
+
+
+def _is_service_link(variable: str, value: object) -> bool:
+    """Whether Kubernetes or Docker set the variable, as both do where a service is called reco."""
+    return bool(SERVICE_LINK.fullmatch(variable)) or (variable.endswith("_PORT") and "://" in str(value))
+
+
+def _nearest(key: str, known: Collection[str]) -> str:
+    found = get_close_matches(key, sorted(known), n=1)
+    return f"did you mean {found[0]}?" if found else "correct it or take it out; `reco serve --help` lists all"
+
+
+def _describe(error: ValidationError, origin: Mapping[str, str]) -> str:
+    """The first error in one line; a secret is not repeated."""
+    first = error.errors()[0]
+    key = str(first["loc"][0])
+    secret = "SecretStr" in repr(Settings.model_fields[key].annotation)
+    shown = "***" if secret else repr(first["input"])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key} = {shown} ({origin.get(key, 'the default')}): {message[:1].lower()}{message[1:]}"

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from index_store import Store
 from index_store.store import plain
-from service.errors import ServiceError, UsageError
-from service.settings import read
+from service.errors import ServiceError
+from service.settings import Settings, UsageError, read_settings
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -23,9 +23,15 @@ Args = argparse.Namespace
 LINE_S = 10  # between two lines of progress in a log
 
 
+def settings_of(args: Args) -> Settings:
+    """Settings from the flags, the environment and the configuration file. Raises UsageError."""
+    flags = {name: value for name, value in vars(args).items() if name in Settings.model_fields}
+    return read_settings(flags, args.config)
+
+
 def serve(args: Args) -> None:
     """reco serve."""
-    settings = read(vars(args), args.config)
+    settings = settings_of(args)
     from service.server.server import serve as answer
 
     answer(settings)
@@ -37,7 +43,7 @@ def info(args: Args) -> None:
 
     from service.pipeline.load import load_encoder
 
-    settings = read(vars(args), args.config)
+    settings = settings_of(args)
     encoder, store = load_encoder(settings), Store(settings.store)
     packages = (
         "reco-serve",
@@ -65,7 +71,7 @@ def info(args: Args) -> None:
 
 def activate(args: Args) -> None:
     """reco memory activate: choose what the next start serves; with --url, swap it in the running service."""
-    store = Store(read(vars(args), args.config).store)
+    store = Store(settings_of(args).store)
     name, version = _named(args.ref)
     if args.url:
         job = _job(args.url, f"/memories/{name}/activate", {"version": version})
@@ -83,7 +89,7 @@ def compact(args: Args) -> None:
         return
     from index_store.editor import Editor
 
-    store = Store(read(vars(args), args.config).store)
+    store = Store(settings_of(args).store)
     editor = Editor.open(store, args.name, encoder=store.manifest(args.name).encoder)
     before = editor.snapshot
     with progress(len(before), f"compact {before.ref}") as bar:
@@ -95,7 +101,7 @@ def compact(args: Args) -> None:
 def delete(args: Args) -> None:
     """reco memory delete: remove one version, never the current one."""
     name, version = _named(args.ref)
-    Store(read(vars(args), args.config).store).delete(name, version)
+    Store(settings_of(args).store).delete(name, version)
     print(f"{args.ref} is deleted")
 
 

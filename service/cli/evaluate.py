@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from index_store import Snapshot, Store
+from service.cli import commands
 from service.cli.examples import Pictured, examples
-from service.errors import ServiceError, UsageError
-from service.settings import Settings, read
+from service.errors import ServiceError
+from service.settings import Settings, UsageError
 
 if TYPE_CHECKING:
     from index_store.build.source import Reject
@@ -101,7 +102,7 @@ def opened(args: Args) -> tuple[Reco, Snapshot]:
     from models.starter import MEMORY, install_starter
     from service.pipeline.load import load_reco
 
-    settings = read(vars(args), args.config)
+    settings = commands.settings_of(args)
     reco, store = load_reco(settings), Store(settings.store)
     if settings.model == "starter":
         install_starter(store)
@@ -229,7 +230,7 @@ def ablate(args: Args) -> None:
     from models.fusion.checkpoint import FusionFile
 
     reco, snapshot = opened(args)
-    settings = read(vars(args), args.config)
+    settings = commands.settings_of(args)
     name, _, version = args.learn_from.partition("@")
     taught_by = Store(settings.store).open(name, version or None, encoder=reco.encoder.fingerprint)
     names = _labels(args)

@@ -58,9 +58,10 @@ def _told(error: Exception, *, verbose: bool) -> int:
     """One line for an error of ours; anything else is a bug and shows its stack."""
     from index_store.errors import StoreError
     from models.errors import ModelError
-    from service.errors import ServiceError, UsageError
+    from service.errors import ServiceError
+    from service.settings import UsageError
 
-    if verbose or not isinstance(error, ServiceError | StoreError | ModelError):
+    if verbose or not isinstance(error, ServiceError | StoreError | ModelError | UsageError):
         logging.getLogger("reco").error("%s", error, exc_info=error)
     print(f"reco: {' '.join(str(error).split())}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from index_store import Store, StoreError
 from index_store.types import SIDES
-from service.settings import read
+from service.cli.commands import settings_of
 
 if TYPE_CHECKING:
     from index_store.storage.manifest import Manifest
@@ -22,7 +22,7 @@ Args = argparse.Namespace
 
 def list_memories(args: Args) -> None:
     """reco memory list: a table of every version; why one cannot be read is told below it."""
-    store = Store(read(vars(args), args.config).store)
+    store = Store(settings_of(args).store)
     rows: list[tuple[str, ...]] = [
         ("memory", "version", "", "pairs", "index", "recall@10", "mapped", "resident", "age", "encoder")
     ]
@@ -46,7 +46,7 @@ def list_memories(args: Args) -> None:
 
 def show(args: Args) -> None:
     """reco memory show: one version as a table, as its manifest, or its curve as a picture."""
-    store = Store(read(vars(args), args.config).store)
+    store = Store(settings_of(args).store)
     name, version = _parts(store, args.ref)
     manifest, current = store.manifest(name, version), version == _current(store, name)
     if args.plot:
@@ -64,7 +64,7 @@ def show(args: Args) -> None:
 
 def verify(args: Args) -> None:
     """reco memory verify: every byte, of its edits too, then the probe queries."""
-    store = Store(read(vars(args), args.config).store)
+    store = Store(settings_of(args).store)
     name, version = _parts(store, args.ref)
     store.verify(name, version)
     manifest = store.manifest(name, version)

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from index_store import Store, build_version
 from index_store.build.from_version import is_version
 from index_store.store import plain, plain_version
-from service.cli.commands import Args, progress
-from service.errors import UsageError
-from service.settings import Settings, read
+from service.cli.commands import Args, progress, settings_of
+from service.settings import Settings, UsageError
 
 if TYPE_CHECKING:
     from index_store.build.dedup import Deduplicator
@@ -134,7 +133,7 @@ def _checked(args: Args) -> Settings:
         plain_version(args.version)
     if args.keep is not None and args.keep < 1:
         raise UsageError(f"--keep {args.keep}: at least 1, the version that is built")
-    return read(vars(args), args.config)
+    return settings_of(args)
 
 
 def _carry_out(plan: Plan, encoding: Encoding) -> None:

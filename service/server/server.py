@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from service.batching.executors import apart
-from service.errors import UsageError
-from service.settings import Settings
+from service.settings import Settings, UsageError
 
 if TYPE_CHECKING:
     from service.engine import Engine

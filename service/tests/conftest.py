@@ -166,11 +166,9 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
     from index_store import Store
     from models.starter import install_starter
     from service.pipeline.load import load_reco
-    from service.settings import read
+    from service.settings import Settings
 
-    chosen = read(
-        {"store": tmp_path_factory.mktemp("store"), "device": "cpu", "stall_s": 1.0, "max_batch": 2}, environ={}
-    )
+    chosen = Settings(store=tmp_path_factory.mktemp("store"), device="cpu", stall_s=1.0, max_batch=2)
     store = Store(chosen.store)
     install_starter(store)
     return chosen, load_reco(chosen), store
