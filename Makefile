@@ -18,7 +18,7 @@ serve: .venv/.runtime ## install what serving needs and serve the bundled starte
 	@$(BIN)/reco serve --host $(HOST) --port $(PORT)
 
 test: .venv/.dev ## install what the tests need and run them
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal --cov --cov-report=term --cov-fail-under=92
 
 setup: .venv/.dev ## install everything, development tools too
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
 
 @contextmanager
 def serving(store: Path, *flags: str, **environ: str) -> Iterator[Server]:
-    """`reco serve` on a free port, killed at the end if it still runs."""
+    """`reco serve` on a free port, ended at the end if it still runs."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
         os.mkfifo(output)
@@ -101,6 +102,9 @@ def serving(store: Path, *flags: str, **environ: str) -> Iterator[Server]:
             raise AssertionError("the service did not start:\n" + "\n".join(lines))
         yield Server(url[0], process, lines, store)
     finally:
+        with suppress(subprocess.TimeoutExpired):
+            process.send_signal(signal.SIGTERM)  # an orderly end also writes what it covered
+            process.wait(10)
         process.kill()
         process.wait(10)
         reader.join(10)
