@@ -30,7 +30,7 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Embeddings:
+class EmbeddedBatch:
     """What a batch became.
 
     vectors, plain: (B, D) float32 unit, the refined and CLIP's own.  enhanced: (B,) bool, True where a neighbour was found.
@@ -45,7 +45,7 @@ class Embeddings:
     memory: str | None
     timings: Timings
 
-    def row(self, i: int) -> "Embeddings":
+    def row(self, i: int) -> "EmbeddedBatch":
         """The i-th item alone, as a batch of one; the timings stay those of the whole batch."""
         one = slice(i, i + 1)
         return replace(
@@ -59,7 +59,7 @@ class Embeddings:
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class RetrievalMode:
     """Where neighbours are looked for, and what they bring; as it stands here it is RECO's own.
 
     search: "uni" an image among images, a text among texts; "cross" its vector among those of the other side.
@@ -79,7 +79,7 @@ class Route:
         return sides[self.fuse]
 
 
-STRAIGHT = Route()
+PAPER_MODE = RetrievalMode()
 
 
 class Reco:
@@ -107,7 +107,7 @@ class Reco:
         *,
         max_similarity: float | np.ndarray | None = None,
         exclude: Sequence[Collection[Id]] | None = None,
-    ) -> Embeddings:
+    ) -> EmbeddedBatch:
         """Encode a batch and refine it: `enhance(encode(batch))`, timed. batch as in `Encoder.encode`."""
         start = time.perf_counter()
         encoded = self.encode(batch, side)
@@ -128,8 +128,8 @@ class Reco:
         *,
         max_similarity: float | np.ndarray | None = None,
         exclude: Sequence[Collection[Id]] | None = None,
-        route: Route = STRAIGHT,
-    ) -> Embeddings:
+        mode: RetrievalMode = PAPER_MODE,
+    ) -> EmbeddedBatch:
         """Refine vectors with what one snapshot holds near them; without one, or with a fusion that refines nothing, they stay plain.
 
         k: neighbours, one number or one per row (B,); None = the fusion's.
@@ -137,16 +137,16 @@ class Reco:
         """
         plain = encoded.vectors
         if snapshot is None or not self.fusions[side].refines:
-            return Embeddings(plain, plain, np.zeros(len(plain), bool), None, None, None, Timings())
+            return EmbeddedBatch(plain, plain, np.zeros(len(plain), bool), None, None, None, Timings())
         self._refuse_stranger(snapshot)
         start = time.perf_counter()
-        neighbors = self._retrieve(encoded, side, snapshot, self.k if k is None else k, max_similarity, exclude, route)
+        neighbors = self._retrieve(encoded, side, snapshot, self.k if k is None else k, max_similarity, exclude, mode)
         middle = time.perf_counter()
         fused = self._fuse(plain, neighbors, side)
         timings = Timings(retrieve=middle - start, fuse=time.perf_counter() - middle)
         weights = fused.weights.cpu().numpy()
         enhanced = np.asarray(neighbors.mask.any(axis=1))
-        return Embeddings(fused.vectors.cpu().numpy(), plain, enhanced, neighbors, weights, snapshot.ref, timings)
+        return EmbeddedBatch(fused.vectors.cpu().numpy(), plain, enhanced, neighbors, weights, snapshot.ref, timings)
 
     def search(
         self,
@@ -195,13 +195,13 @@ class Reco:
         k: int | np.ndarray,
         max_similarity: float | np.ndarray | None,
         exclude: Sequence[Collection[Id]] | None,
-        route: Route,
+        mode: RetrievalMode,
     ) -> Neighbors:
         """The neighbours of each row, those beyond its own k masked away."""
         each = np.broadcast_to(np.asarray(k), (len(encoded.vectors),))  # (B,)
         least, most = int(each.min(initial=1)), int(each.max(initial=1))
         self._refuse_k(most if most > self.max_k else least)
-        searched = route.searched(side)
+        searched = mode.searched(side)
         if searched != side and snapshot.key_kind(searched) != "vector":
             raise ConfigError(
                 f"{snapshot.ref} compares {searched} features before projection: a cross search needs a memory with vector keys"
@@ -216,7 +216,7 @@ class Reco:
                 exclude=exclude,
                 values="same" if valued == searched else "other",
             )
-            for valued in route.valued(side)
+            for valued in mode.valued(side)
         ]
         within = np.arange(found[0].mask.shape[1]) < each[:, None]  # (B, K)
         kept = [one if within.all() else _only(one, within) for one in found]

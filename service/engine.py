@@ -77,7 +77,9 @@ class Engine:
         )
         self.editing = Editing(self.memories, self.swaps, self._encoded, settings)
         self._recall = RecallSampler(self._recent, self.memories.resolve, metrics, share=settings.recall_share)
-        self._decoder = Decoder(partial(encoder.read, max_pixels=settings.max_pixels), workers=settings.decode_workers)
+        self._decoder = Decoder(
+            partial(encoder.read_image, max_pixels=settings.max_pixels), workers=settings.decode_workers
+        )
         self._pulse = Watchdog(self._test_item)
         self._lanes: dict[Side, TowerWorker] = {
             side: TowerWorker(side, reco, settings, metrics, self._pulse.felt) for side in SIDES

@@ -9,7 +9,7 @@ from index_store.store import Store
 from index_store.types import SIDES, Side
 from models.data.streams import Encoding
 from models.encoder.encoder import Encoder, EncoderSpec
-from models.fusion.checkpoint import training_free
+from models.fusion.checkpoint import training_free_fusions
 from models.reco import Reco
 from models.training.cache import look_up_prepared, prepare_pairs
 from models.training.episodes import Asking, Episode
@@ -25,7 +25,7 @@ NAME, VERSION = "bench", "v1"
 def looked_up(store: Path, prepared: Path, model: Path) -> tuple[Episode, float]:
     """The episode, and the seconds that its neighbours took.  model: open_clip's JSON of an encoder with random weights."""
     encoder = Encoder.load(EncoderSpec(str(model), "random", device="cpu"))
-    file = training_free("mean", encoder.dim, k=K)
+    file = training_free_fusions("mean", encoder.dim, k=K)
     reco = Reco(encoder, file.fusions, file.fusion_id, file.k)
     snapshot = Store(store).open(NAME, VERSION, encoder=encoder.fingerprint)
     pairs = prepare_pairs(prepared, [store / NAME / VERSION], Encoding(encoder, dict.fromkeys(SIDES, "vector")))

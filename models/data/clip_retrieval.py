@@ -11,7 +11,7 @@ import numpy as np
 
 from index_store.build.source import Reject, Step
 from index_store.types import SIDES, Id, Pairs, Side
-from models.data.encode import unstorable
+from models.data.encode import invalid_id_reason
 from models.data.tables import columns_of, count_rows, integer_column, parquet_rows
 from models.errors import DataError
 
@@ -49,12 +49,12 @@ class EmbeddingFolder:
         return [path for part in self.parts for path in part.files.values()]
 
 
-def is_layout(folder: Path) -> bool:
+def is_embedding_folder(folder: Path) -> bool:
     """True where a folder has any of the three that the layout is made of."""
     return any((folder / name).is_dir() for name, _ in FOLDERS.values())
 
 
-def read_layout(folder: Path, *, dim: int, encoder: str, id_column: str | None = None) -> EmbeddingFolder:
+def read_embedding_folder(folder: Path, *, dim: int, encoder: str, id_column: str | None = None) -> EmbeddingFolder:
     """What lies in the folder, no row read yet; DataError where a part is missing, counts disagree, or the width is not the encoder's."""
     found = {kind: _numbered(folder, name, suffix) for kind, (name, suffix) in FOLDERS.items()}
     numbers = sorted(set().union(*found.values()))
@@ -144,7 +144,7 @@ def _refused(name: Id | None, seen: set[Id]) -> str | None:
         return "it has no id"
     if isinstance(name, int):
         return "its id came before: ids must be unique" if name in seen else None
-    return unstorable(name, seen)
+    return invalid_id_reason(name, seen)
 
 
 def _id(source: EmbeddingFolder, row: Mapping[str, Any], number: int) -> Id | None:

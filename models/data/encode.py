@@ -41,7 +41,7 @@ def encode_samples(
     seen: ids taken before, added to.
     """
     images = encode_images(
-        unique(samples, seen),
+        reject_duplicate_ids(samples, seen),
         encoder,
         batch=batch,
         workers=workers,
@@ -101,7 +101,7 @@ def encode_images(
     """The readable samples of each batch with their encoded images; samples that share one bytes object are encoded once."""
 
     def decode(data: bytes) -> np.ndarray:
-        return encoder.read(data, max_pixels=max_pixels)
+        return encoder.read_image(data, max_pixels=max_pixels)
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
@@ -127,11 +127,11 @@ def encode_texts(captions: list[str], encoder: Encoder) -> Encoded:
     return read.take([column[caption] for caption in captions])
 
 
-def unique(samples: Iterable[Sample | Reject], seen: set[Id] | None = None) -> Iterator[Sample | Reject]:
+def reject_duplicate_ids(samples: Iterable[Sample | Reject], seen: set[Id] | None = None) -> Iterator[Sample | Reject]:
     """The same stream, with each sample whose id came before, or cannot be stored, turned into a Reject.  seen: ids, added to."""
     seen = set() if seen is None else seen
     for item in samples:
-        reason = unstorable(item.id, seen) if isinstance(item, Sample) else None
+        reason = invalid_id_reason(item.id, seen) if isinstance(item, Sample) else None
         if isinstance(item, Reject) or reason is None:
             yield item
         else:
@@ -140,7 +140,7 @@ def unique(samples: Iterable[Sample | Reject], seen: set[Id] | None = None) -> I
             seen.add(item.id)
 
 
-def unstorable(name: str, seen: Collection[Id]) -> str | None:
+def invalid_id_reason(name: str, seen: Collection[Id]) -> str | None:
     """Why no pair can have this id, None where one can."""
     if name in seen:
         return "its id came before: ids must be unique"

@@ -11,7 +11,7 @@ from models.data.webdataset import read_tar
 from models.errors import DataError
 
 SIDECARS = (".parquet", "_stats.json")  # what img2dataset writes beside KEY.tar
-EVERY = 1 << 62  # more items than any source has: to count them all
+SKIP_ALL = 1 << 62  # more items than any source has: to count them all
 
 
 def read_samples(source: Path, *, caption: str | None = None, skip: int = 0) -> Iterator[Sample | Reject]:
@@ -45,7 +45,7 @@ def read_all(sources: Iterable[Path], *, caption: str | None = None, skip: int =
             yield item
 
 
-def flattened(sources: Iterable[Path]) -> list[Path]:
+def expand_sources(sources: Iterable[Path]) -> list[Path]:
     """The sources that hold samples: a folder of tars is its tars in order, and what img2dataset wrote beside a tar is left out."""
     found: list[Path] = []
     for source in sources:

@@ -12,7 +12,7 @@ from index_store.build.source import Done, Step
 from index_store.types import Id, KeyKind, Side
 from models.data.clip_retrieval import EmbeddingFolder, embedding_steps
 from models.data.encode import encode_steps
-from models.data.sources import EVERY, files_of, read_all
+from models.data.sources import SKIP_ALL, files_of, read_all
 from models.encoder.encoder import Encoder
 from models.encoder.image_io import MAX_PIXELS
 
@@ -48,10 +48,10 @@ class Encoding:
 
 def count_items(sources: Iterable[Path], caption: str | None) -> int:
     """How many items some sources of samples have; no image is read."""
-    return sum(1 for _ in read_all(sources, caption=caption, skip=EVERY))
+    return sum(1 for _ in read_all(sources, caption=caption, skip=SKIP_ALL))
 
 
-def streams_of(sources: Sequence[Path], encoding: Encoding, count: Callable[[Sequence[Path]], int]) -> list[Stream]:
+def build_streams(sources: Sequence[Path], encoding: Encoding, count: Callable[[Sequence[Path]], int]) -> list[Stream]:
     """Neighbouring sources of samples as one stream, each version of our own as another.  count: items of sources of samples."""
     found: list[Stream] = []
     for ours, group in groupby(sources, is_version):
@@ -98,7 +98,7 @@ def embedding_stream(source: EmbeddingFolder) -> Stream:
     return Stream(source.name, source.rows, [_stamps(source.files), source.id_column], steps)
 
 
-def chained(streams: Iterable[Stream], done: Done, near: Deduplicator | None = None) -> Iterator[Step]:
+def chain_streams(streams: Iterable[Stream], done: Done, near: Deduplicator | None = None) -> Iterator[Step]:
     """The steps of all streams that an earlier run has not done, near-duplicates dropped where asked."""
     if near is None:
         return _chained(streams, done.items)

@@ -10,12 +10,12 @@ from PIL import Image
 
 from index_store.types import KeyKind, Side
 from models.encoder.image_io import MAX_PIXELS, read_image
-from models.encoder.image_tower import ImageTower, crop_of, unit
+from models.encoder.image_tower import ImageTower, build_crop, unit
 from models.encoder.loading import STARTER, digest, found
-from models.encoder.text_tower import TrimmedText, text_encoder
+from models.encoder.text_tower import TrimmedText, build_text_encoder
 from models.errors import ConfigError, EncoderUnavailable
 
-__all__ = ["STARTER", "Encoded", "Encoder", "EncoderSpec", "FixedShapes", "Precision", "together"]
+__all__ = ["STARTER", "Encoded", "Encoder", "EncoderSpec", "FixedShapes", "Precision", "concatenate_encoded"]
 
 _Run = Callable[[np.ndarray], list[np.ndarray]]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -66,7 +66,7 @@ class Encoded:
         return Encoded(self.vectors[chosen], None if self.trunk is None else self.trunk[chosen])
 
 
-def together(blocks: Sequence[Encoded]) -> Encoded:
+def concatenate_encoded(blocks: Sequence[Encoded]) -> Encoded:
     """Several blocks as one."""
     trunks = [block.trunk for block in blocks if block.trunk is not None]
     return Encoded(
@@ -89,7 +89,7 @@ class Encoder:
 
             pack(self._model)
         self._tokenizer = tokenizer
-        self._crop = crop_of(model.visual.preprocess_cfg)
+        self._crop = build_crop(model.visual.preprocess_cfg)
         self.image_size = self._crop.size  # (H, W)
         self.context_length = int(self.tokenize([""]).shape[1])
         self._see, self._read = self._towers()
@@ -107,7 +107,7 @@ class Encoder:
         """The open_clip model itself, for a script that trains or takes it apart; serving has no use for it."""
         return self._model
 
-    def around(self, model: Any) -> "Encoder":
+    def with_model(self, model: Any) -> "Encoder":
         """This encoder with other weights: what training made of a copy of `module`. Its fingerprint is that of the weights."""
         return Encoder(self.spec, model, self._tokenizer, f"{self.fingerprint.partition('@')[0]}+tuned@{digest(model)}")
 
@@ -115,7 +115,7 @@ class Encoder:
         """(3, H, W) uint8: open_clip's own resize and crop; normalising is left to `encode`, on the device."""
         return np.ascontiguousarray(np.asarray(self._crop(image)).transpose(2, 0, 1))
 
-    def read(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    def read_image(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """`preprocess` of an encoded image, which may come from anyone; or an ImageError."""
         return self.preprocess(read_image(data, max_pixels=max_pixels, frame=self.image_size))
 
@@ -146,7 +146,7 @@ class Encoder:
 
         from models.encoder.cuda_graphs import FixedTexts, Replay, Stage, as_they_come, sizes_to
 
-        image, text = ImageTower(self._model, self.device), text_encoder(self._model)
+        image, text = ImageTower(self._model, self.device), build_text_encoder(self._model)
         eager = as_they_come(lambda tokens: [unit(text(tokens))], self.device)
         if not self.fixed_shapes:
             return as_they_come(image, self.device), eager

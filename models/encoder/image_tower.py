@@ -11,11 +11,11 @@ from models.encoder.preprocess import Crop
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ImageTower", "attends_to_itself", "crop_of", "normalised", "unit"]
+__all__ = ["ImageTower", "attends_to_itself", "build_crop", "normalize_pixels", "unit"]
 
 
-def crop_of(preprocess: Mapping[str, Any]) -> Crop:
-    """The half of open_clip's evaluation transform that makes pixels; its ToTensor and Normalize are `normalised`."""
+def build_crop(preprocess: Mapping[str, Any]) -> Crop:
+    """The half of open_clip's evaluation transform that makes pixels; its ToTensor and Normalize are `normalize_pixels`."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
     from torchvision.transforms import Compose
 
@@ -25,7 +25,7 @@ def crop_of(preprocess: Mapping[str, Any]) -> Crop:
     return Crop((height, width), config.resize_mode, config.interpolation, Compose(pixels))
 
 
-def normalised(pixels: "Tensor", preprocess: Mapping[str, Any]) -> "Tensor":
+def normalize_pixels(pixels: "Tensor", preprocess: Mapping[str, Any]) -> "Tensor":
     """(B, 3, H, W) uint8 -> float32, as open_clip's ToTensor and Normalize."""
     scaled = pixels.float() / 255
     mean, std = (scaled.new_tensor(preprocess[name]).view(3, 1, 1) for name in ("mean", "std"))

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TrimmedText", "text_encoder"]
+__all__ = ["TrimmedText", "build_text_encoder"]
 
 # Tokens whose work equals the fixed cost of one more pass: below it, padding is cheaper than a part of its own. ViT-B-32 in one CPU thread
 # takes 22 ms a pass and 1 ms a token, and of 0 to 128 this was the fastest on mixed lengths; a GPU (not measured) holds a few thousand.
 PASS_TOKENS = {"cpu": 32, "cuda": 4096}
 
 
-def text_encoder(model: Any) -> "Callable[[Tensor], Tensor]":
+def build_text_encoder(model: Any) -> "Callable[[Tensor], Tensor]":
     """An open_clip model's `encode_text`: (B, L) int64 -> (B, D), without the padding where the tower allows it.
 
     It does where attention is causal and the vector is read at the end of the text. Hugging Face towers, two-way towers (SigLIP) and

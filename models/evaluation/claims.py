@@ -14,7 +14,7 @@ from models.evaluation.submemories import SHARES
 from models.evaluation.workbench import Bench, Outcome, Trial
 from models.fusion.checkpoint import FusionFile
 from models.fusion.fusion import PRESETS, RULES
-from models.reco import Route
+from models.reco import RetrievalMode
 from models.training.config import TERMS
 
 KS = (1, 2, 5, 10, 20, 50)
@@ -48,9 +48,14 @@ def plan(bench: Bench) -> Iterator[Planned]:
 
     yield fixed("plain CLIP", "none", Trial(core, memory, PLAIN))
     vectors = bench.parts.by_vectors()
-    for route in (Route("uni", "cross"), Route("uni", "uni"), Route("cross", "cross"), Route("cross", "uni")):
-        cell = f"{route.search} search, {route.fuse} fusion"
-        yield fixed("search x fusion, vector keys", cell, Trial(core, vectors, replace(both, route=route)))
+    for mode in (
+        RetrievalMode("uni", "cross"),
+        RetrievalMode("uni", "uni"),
+        RetrievalMode("cross", "cross"),
+        RetrievalMode("cross", "uni"),
+    ):
+        cell = f"{mode.search} search, {mode.fuse} fusion"
+        yield fixed("search x fusion, vector keys", cell, Trial(core, vectors, replace(both, mode=mode)))
     yield fixed("search keys", "the memory's own", Trial(core, memory, both))
     for name in RULES:
         yield fixed("fusion", f"{name}, not learned", Trial(bench.rule(name), memory, both))

@@ -15,8 +15,8 @@ from tqdm import trange
 
 from models.data.samples import Sample
 from models.encoder.encoder import Encoder
-from models.encoder.image_tower import normalised
-from models.encoder.text_tower import text_encoder
+from models.encoder.image_tower import normalize_pixels
+from models.encoder.text_tower import build_text_encoder
 from models.errors import DataError
 from models.fusion.losses import info_nce
 
@@ -45,7 +45,7 @@ def finetuned(encoder: Encoder, samples: Sequence[Sample], tuning: Tuning) -> En
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.eval()
-    encode_text, rng = text_encoder(model), np.random.default_rng(tuning.seed)
+    encode_text, rng = build_text_encoder(model), np.random.default_rng(tuning.seed)
     tokens = torch.from_numpy(encoder.tokenize([sample.caption for sample in samples])).to(encoder.device)  # (P, L)
     optimiser = torch.optim.AdamW(model.parameters(), lr=tuning.learning_rate, weight_decay=0.1)
     for _ in trange(tuning.steps, desc="full fine-tuning", unit="step"):
@@ -58,10 +58,10 @@ def finetuned(encoder: Encoder, samples: Sequence[Sample], tuning: Tuning) -> En
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-    return encoder.around(model)
+    return encoder.with_model(model)
 
 
 def _pixels(samples: Sequence[Sample], encoder: Encoder) -> Tensor:
-    """(B, 3, H, W) float32, normalised."""
-    pixels = np.stack([encoder.read(sample.image) for sample in samples])
-    return normalised(torch.from_numpy(pixels).to(encoder.device), encoder.module.visual.preprocess_cfg)
+    """(B, 3, H, W) float32, normalized as by open_clip."""
+    pixels = np.stack([encoder.read_image(sample.image) for sample in samples])
+    return normalize_pixels(torch.from_numpy(pixels).to(encoder.device), encoder.module.visual.preprocess_cfg)

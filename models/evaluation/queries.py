@@ -11,9 +11,9 @@ from index_store.snapshot import Snapshot
 from index_store.types import Id, Side
 from models.data.encode import OnProgress, encode_images
 from models.data.samples import Sample
-from models.encoder.encoder import Encoded, Encoder, together
+from models.encoder.encoder import Encoded, Encoder, concatenate_encoded
 from models.errors import ConfigError, DataError
-from models.reco import STRAIGHT, Reco, Route
+from models.reco import PAPER_MODE, Reco, RetrievalMode
 
 Enhance = Literal["none", "image", "text", "both"]
 ENHANCE: tuple[Enhance, ...] = ("none", "image", "text", "both")
@@ -31,7 +31,7 @@ class Setting:
 
     enhance: Enhance = "both"
     k: int | None = None
-    route: Route = STRAIGHT
+    mode: RetrievalMode = PAPER_MODE
     image_limit: float | None = NEAR_DUPLICATE
     text_limit: float | None = None
     dehub: float = 0.0
@@ -44,7 +44,7 @@ class Setting:
         if self.enhance == "none":
             return "none" + (f", NNN {self.dehub:g}" if self.dehub else "")
         parts = [self.enhance, "" if self.k is None else f"k {self.k}"]
-        parts.append("" if self.route == STRAIGHT else f"{self.route.search} search, {self.route.fuse} fusion")
+        parts.append("" if self.mode == PAPER_MODE else f"{self.mode.search} search, {self.mode.fuse} fusion")
         return ", ".join(part for part in (*parts, f"NNN {self.dehub:g}" if self.dehub else "") if part)
 
 
@@ -88,12 +88,14 @@ def encode_photos(
             f"no image could be read, {len(rejects)} were rejected: check the labels and the field that names them"
         )
     ids = [sample.id for sample in kept]
-    return Photos(ids, [sample.caption for sample in kept], Queries(together(seen), [{name} for name in ids]), rejects)
+    return Photos(
+        ids, [sample.caption for sample in kept], Queries(concatenate_encoded(seen), [{name} for name in ids]), rejects
+    )
 
 
 def encode_prompts(prompts: Sequence[str], encoder: Encoder) -> Encoded:
     """(N, D) the texts as the encoder gives them, in blocks."""
-    return together(
+    return concatenate_encoded(
         [encoder.encode(encoder.tokenize(prompts[at : at + BLOCK]), "text") for at in range(0, len(prompts), BLOCK)]
     )
 
@@ -121,7 +123,7 @@ def refine(reco: Reco, queries: Queries, side: Side, snapshot: Snapshot, setting
         trunk = queries.encoded.trunk
         some = Encoded(plain[rows], None if trunk is None else trunk[rows])
         found = reco.enhance(
-            some, side, snapshot, k, max_similarity=limit, exclude=queries.own[rows], route=setting.route
+            some, side, snapshot, k, max_similarity=limit, exclude=queries.own[rows], mode=setting.mode
         )
         vectors[rows] = found.vectors
         if found.neighbors is not None:

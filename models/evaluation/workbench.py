@@ -24,7 +24,7 @@ from models.evaluation.finetune import Tuning, finetuned
 from models.evaluation.metrics import top_k_hits
 from models.evaluation.queries import Photos, Setting
 from models.evaluation.submemories import Parts
-from models.fusion.checkpoint import FusionFile, training_free
+from models.fusion.checkpoint import FusionFile, training_free_fusions
 from models.fusion.fusion import build_fusions
 from models.reco import Reco
 from models.training.config import TERMS
@@ -145,7 +145,7 @@ class Bench:
 
     def rule(self, name: str) -> FusionFile:
         """A training-free fusion."""
-        return training_free(name, self.encoder.dim, alpha=self.recipe.alpha, k=self.recipe.k)
+        return training_free_fusions(name, self.encoder.dim, alpha=self.recipe.alpha, k=self.recipe.k)
 
     def taught(self, preset: str, seed: int, terms: Sequence[str] = TERMS, share: float = 1.0) -> FusionFile:
         """A fusion learned from `share` of the other memory's pairs, once for each combination."""

@@ -95,7 +95,7 @@ def load_fusions(path: Path, *, encoder: str) -> FusionFile:
         ) from error
 
 
-def training_free(name: str, dim: int, *, alpha: float = 1.0, k: int = 10) -> FusionFile:
+def training_free_fusions(name: str, dim: int, *, alpha: float = 1.0, k: int = 10) -> FusionFile:
     """One of RULES behind the face of a fusion: "none" plain, "mean" the mean of the values, "core" their softmax-weighted mean."""
     if name not in RULES:
         raise ConfigError(f"no training-free rule {name!r}: choose one of {', '.join(RULES)}")
@@ -103,13 +103,13 @@ def training_free(name: str, dim: int, *, alpha: float = 1.0, k: int = 10) -> Fu
     return FusionFile(fusions, k, _fusion_id(_layers(fusions)), {"trained": False, "rule": name, "alpha": alpha})
 
 
-def fusion_named(name: str, *, encoder: str, dim: int) -> FusionFile:
+def fusions_by_name(name: str, *, encoder: str, dim: int) -> FusionFile:
     """What `--fusion` asks for: a file that training wrote, or one of RULES, with its alpha as in "mean:2"."""
     rule, _, alpha = name.partition(":")
     if rule not in RULES or Path(name).is_file():
         return load_fusions(Path(name), encoder=encoder)
     try:
-        return training_free(rule, dim, alpha=float(alpha or 1))
+        return training_free_fusions(rule, dim, alpha=float(alpha or 1))
     except ValueError as error:
         raise ConfigError(f"fusion {name!r}: after the colon stands a number above 0, as in {rule}:2") from error
 

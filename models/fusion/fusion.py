@@ -60,7 +60,7 @@ class FusionConfig:
             raise ConfigError(f"a fusion needs max_k >= 1 and alpha > 0, not {self.max_k} and {self.alpha}")
 
 
-def preset(name: str, dim: int, *, alpha: float = 1.0) -> FusionConfig:
+def preset_config(name: str, dim: int, *, alpha: float = 1.0) -> FusionConfig:
     """The configuration of a named preset; `alpha` matters to "default", "corrected", "mean" and "core" alone.
 
     "default" is the training-free rule with its numbers learned, "corrected" has a transformer layer on top. "paper" and "paper-split" are
@@ -261,7 +261,7 @@ class Fusion(nn.Module):
 
 def build_fusions(name: str, dim: int, *, alpha: float = 1.0) -> Mapping[Side, Fusion]:
     """One untrained fusion per side, as the preset lays them out: "paper" shares one layer, the others have two."""
-    config = preset(name, dim, alpha=alpha)
+    config = preset_config(name, dim, alpha=alpha)
     image = Fusion(config)
     text = image if name == "paper" else Fusion(config)
     share_metrics(image, text)
@@ -274,7 +274,7 @@ def share_metrics(image: Fusion, text: Fusion) -> None:
         text.pool.own, text.pool.other = image.pool.other, image.pool.own
 
 
-def turn_metrics(fusions: Mapping[Side, Fusion], covariance: Callable[[Side], Tensor]) -> None:
+def set_metric_directions(fusions: Mapping[Side, Fusion], covariance: Callable[[Side], Tensor]) -> None:
     """Give the metrics of untrained fusions their directions.  covariance: of a side's training vectors, (D, D)."""
     for side, fusion in fusions.items():
         if fusion.pool is not None and fusion.pool.own is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import trange
 
-from models.encoder.text_tower import text_encoder
+from models.encoder.text_tower import build_text_encoder
 from models.fusion.losses import info_nce
 
 __all__ = ["Source", "learn", "project", "pseudo_features"]
@@ -56,7 +56,7 @@ class Source:
 
 def learn(model: Any, sources: Sequence[Source], steps: int, seed: int) -> None:
     """Symmetric InfoNCE over batches joined from all sources; changes `model` (an open_clip CLIP) in place."""
-    encode_text, (centre, spread) = text_encoder(model), _moments(sources)
+    encode_text, (centre, spread) = build_text_encoder(model), _moments(sources)
     projection = model.visual.head.proj
     nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
     nn.init.zeros_(projection.bias)

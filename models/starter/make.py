@@ -23,7 +23,7 @@ from index_store.store import Store
 from index_store.types import KeyKind, Pairs, Side
 from models.data.encode import encode_texts
 from models.encoder.encoder import Encoder, EncoderSpec
-from models.fusion.checkpoint import FusionFile, save_fusions, training_free
+from models.fusion.checkpoint import FusionFile, save_fusions, training_free_fusions
 from models.reco import Reco
 from models.starter import FOLDER, MEMORY, StarterMemory
 from models.starter.figures import classification, listed, retrieval, table, without_text
@@ -254,11 +254,11 @@ def _record(name: str, coarse: str) -> dict[str, str]:
 
 def teach(encoder: Encoder, everything: Everything, folder: Path) -> dict[str, FusionFile]:
     """The two fusions that may be shipped: the training-free "rule" and the "learned" one."""
-    file = training_free("mean", encoder.dim, k=SERVED_K)
+    file = training_free_fusions("mean", encoder.dim, k=SERVED_K)
     classroom = Classroom(Reco(encoder, file.fusions, file.fusion_id, file.k), folder)
     objects = {"Caltech 101": everything.caltech_test, "imagen": everything.imagen}
     episodes = lessons(classroom, objects, everything.flickr, everything.flickr_unseen)
-    rule = training_free("mean", encoder.dim, alpha=best_alpha(encoder.dim, episodes), k=SERVED_K)
+    rule = training_free_fusions("mean", encoder.dim, alpha=best_alpha(encoder.dim, episodes), k=SERVED_K)
     learned = learned_fusion(encoder.dim, episodes, encoder.logit_scale, SEED)
     about = {"trained": True, "steps": LESSON_STEPS, "lessons": sorted({episode.name for episode in episodes})}
     return {"rule": rule, "learned": FusionFile(learned, SERVED_K, "", about)}

@@ -12,9 +12,9 @@ from index_store.store import Store
 from models.data.encode import encode_samples
 from models.data.sources import read_samples
 from models.encoder.encoder import Encoder, EncoderSpec
-from models.fusion.checkpoint import training_free
+from models.fusion.checkpoint import training_free_fusions
 from models.reco import Reco
-from models.tests.small import encoded_as, picture, tar_of
+from models.tests.small import image_bytes, picture, write_tar
 from models.training.episodes import joined
 
 VIT = {
@@ -63,7 +63,7 @@ def encoder(configs: Path) -> Encoder:
 @pytest.fixture(scope="session")
 def reco(encoder: Encoder) -> Reco:
     """The tiny encoder with the training-free rule."""
-    file = training_free("mean", encoder.dim, alpha=2.0, k=4)
+    file = training_free_fusions("mean", encoder.dim, alpha=2.0, k=4)
     return Reco(encoder, file.fusions, file.fusion_id, file.k)
 
 
@@ -72,10 +72,10 @@ def photos(tmp_path: Path) -> Path:
     members: list[tuple[str, bytes | Mapping[str, object]]] = []
     for row in range(24):
         members += [
-            (f"p{row}.jpg", encoded_as(picture(row % 8), "JPEG")),
+            (f"p{row}.jpg", image_bytes(picture(row % 8), "JPEG")),
             (f"p{row}.json", {"class": f"thing {row % 8}"}),
         ]
-    return tar_of(
+    return write_tar(
         tmp_path / "photos.tar", [*members, ("broken.jpg", b"\xff\xd8\xff no"), ("broken.json", {"class": "none"})]
     )
 

@@ -16,7 +16,7 @@ from index_store.store import Store
 from index_store.types import KeyKind, Pairs, Side
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
+def unit_rows(rows: np.ndarray) -> np.ndarray:
     """Rows made unit length, float32."""
     return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
 
@@ -27,14 +27,14 @@ def picture(seed: int, width: int = 80, height: int = 64) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def encoded_as(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """The image file, such as encoded_as(picture(0), "JPEG", quality=90)."""
+def image_bytes(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """The image file, such as image_bytes(picture(0), "JPEG", quality=90)."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def memory_of(
+def build_memory(
     folder: Path, pairs: Pairs, encoder: str, kinds: Mapping[Side, KeyKind] | None = None, name: str = "m"
 ) -> Snapshot:
     """A finished version of these pairs, opened."""
@@ -45,7 +45,7 @@ def memory_of(
     return store.open(name, manifest.version, encoder=encoder)
 
 
-def tar_of(path: Path, members: Iterable[tuple[str, bytes | Mapping[str, Any]]]) -> Path:
+def write_tar(path: Path, members: Iterable[tuple[str, bytes | Mapping[str, Any]]]) -> Path:
     """A tar of these members in this order; a mapping is written as json."""
     with tarfile.open(path, "w") as tar:
         for name, content in members:

@@ -10,10 +10,10 @@ from index_store.snapshot import Snapshot
 from index_store.types import Pairs, Side
 from models.encoder.encoder import Encoded, Encoder
 from models.errors import ConfigError
-from models.fusion.checkpoint import training_free
+from models.fusion.checkpoint import training_free_fusions
 from models.fusion.fusion import build_fusions
 from models.reco import Reco
-from models.tests.small import memory_of, picture, unit
+from models.tests.small import build_memory, picture, unit_rows
 
 N = 40
 
@@ -22,7 +22,7 @@ N = 40
 def pairs(encoder: Encoder) -> Pairs:
     rng = np.random.default_rng(0)
     image, text, key = (
-        unit(rng.standard_normal((N, width))) for width in (encoder.dim, encoder.dim, encoder.trunk_dim or 0)
+        unit_rows(rng.standard_normal((N, width))) for width in (encoder.dim, encoder.dim, encoder.trunk_dim or 0)
     )
     records = [{"caption": f"caption {i}", "class": f"class {i % 4}"} for i in range(N)]
     return Pairs(np.array([f"id{i}" for i in range(N)]), image, text, records, image_key=key)
@@ -32,7 +32,7 @@ def pairs(encoder: Encoder) -> Pairs:
 def snapshot(pairs: Pairs, encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
     """Images are found by trunk keys, texts by their vectors."""
     folder = tmp_path_factory.mktemp("store")
-    return memory_of(folder, pairs, encoder.fingerprint, {"image": "trunk", "text": "vector"})
+    return build_memory(folder, pairs, encoder.fingerprint, {"image": "trunk", "text": "vector"})
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def expected(encoded: Encoded, pairs: Pairs, side: Side, k: int, alpha: float = 
     queries = encoded.key("trunk" if side == "image" else "vector")
     rows = np.argsort(-(queries @ keys.astype(np.float16).astype(np.float32).T), axis=1)[:, :k]
     refined = encoded.vectors + alpha * values.astype(np.float16).astype(np.float32)[rows].mean(1)
-    return rows, unit(refined)
+    return rows, unit_rows(refined)
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
@@ -110,7 +110,7 @@ def test_excluded_and_too_near_pairs_are_passed_over(reco: Reco, snapshot: Snaps
 def test_a_memory_of_another_encoder_is_refused_before_any_number(
     reco: Reco, pairs: Pairs, tmp_path: Path, photos: np.ndarray
 ) -> None:
-    stranger = memory_of(tmp_path, pairs, "other/model@ffffffffffff", {"image": "trunk", "text": "vector"})
+    stranger = build_memory(tmp_path, pairs, "other/model@ffffffffffff", {"image": "trunk", "text": "vector"})
     with pytest.raises(
         IncompatibleSnapshot, match=r"built by other/model@ffffffffffff, this service encodes with tinyvit/random@"
     ):
@@ -127,7 +127,7 @@ def test_k_outside_the_fusions_range_is_refused(
 
 def test_a_fusion_that_does_not_fit_is_refused(encoder: Encoder) -> None:
     with pytest.raises(ConfigError, match="width 64 cannot refine vectors of width 32"):
-        Reco(encoder, training_free("mean", 64).fusions, "x", 10)
+        Reco(encoder, training_free_fusions("mean", 64).fusions, "x", 10)
     with pytest.raises(ConfigError, match="k = 11 is outside 1 to 10"):
         Reco(encoder, build_fusions("paper", encoder.dim), "x", 11)
 

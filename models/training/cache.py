@@ -34,8 +34,8 @@ from index_store.storage.columns import Column
 from index_store.storage.layout import partial as unfinished
 from index_store.storage.layout import rejects_file
 from index_store.types import SIDES, Id, KeyKind, Side, other, readable
-from models.data.sources import EVERY, flattened
-from models.data.streams import Encoding, Stream, chained, count_items, streams_of
+from models.data.sources import SKIP_ALL, expand_sources
+from models.data.streams import Encoding, Stream, build_streams, chain_streams, count_items
 from models.encoder.encoder import Encoded
 from models.errors import DataError
 from models.fusion.checkpoint import read_tensors, write_tensors
@@ -69,15 +69,15 @@ class Prepared:
 
 def prepare_pairs(folder: Path, sources: Sequence[Path], encoding: Encoding) -> Prepared:
     """The pairs of all sources, encoded unless they lie in the folder already; DataError where no source holds any."""
-    sources = flattened(sources)
+    sources = expand_sources(sources)
     names = ", ".join(source.name for source in sources)
-    identity = {"streams": [stream.identity for stream in streams_of(sources, encoding, lambda _: EVERY)]}
+    identity = {"streams": [stream.identity for stream in build_streams(sources, encoding, lambda _: SKIP_ALL)]}
     digest = BuildSource(identity, lambda _: ()).digest(
         encoder=encoding.encoder.fingerprint, kinds=dict(encoding.kinds)
     )
     path, before = folder / "pairs" / digest[:16], None
     if not path.exists():
-        streams = streams_of(sources, encoding, partial(count_items, caption=encoding.caption))
+        streams = build_streams(sources, encoding, partial(count_items, caption=encoding.caption))
         done = list[Done]()
         try:
             _encode(path, BuildSource(identity, partial(_steps, streams, done)), digest, encoding.kinds)
@@ -95,7 +95,7 @@ def _steps(streams: Sequence[Stream], runs: list[Done], done: Done) -> Iterator[
     runs.append(done)
     items = sum(stream.items for stream in streams)
     with tqdm(total=items, initial=done.items, unit="item", desc="encode", disable=not sys.stderr.isatty()) as bar:
-        for step in chained(streams, done):
+        for step in chain_streams(streams, done):
             yield step
             bar.update(step.items)
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from index_store.types import SIDES, Side
 from models.errors import ConfigError, TrainingFailed
 from models.fusion.checkpoint import read_tensors, write_tensors
-from models.fusion.fusion import Fusion, turn_metrics
+from models.fusion.fusion import Fusion, set_metric_directions
 from models.fusion.losses import reco_loss
 from models.training.config import TERMS
 from models.training.episodes import Episode, covariance
@@ -86,7 +86,7 @@ class Loop:
         self._episodes, self._learned, self._learning = episodes, learned, learning
         self._watch, self._folder, self._on_line = watch, folder, on_line
         self._device = next(fusions["image"].parameters()).device.type
-        turn_metrics(fusions, lambda side: covariance(episodes, side))
+        set_metric_directions(fusions, lambda side: covariance(episodes, side))
         self._layers = nn.ModuleDict({str(side): fusion for side, fusion in fusions.items()})
         self._refine = {side: torch.compile(fusion) if learning.compile else fusion for side, fusion in fusions.items()}
         self._scale = nn.Parameter(

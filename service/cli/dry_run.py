@@ -14,7 +14,7 @@ import numpy as np
 from index_store.build.index import FLAT, candidates
 from index_store.build.source import Reject
 from index_store.types import SIDES, Id, Pairs
-from models.data.encode import encode_texts, unique
+from models.data.encode import encode_texts, reject_duplicate_ids
 from models.data.samples import Sample
 from models.data.sources import read_all
 from models.data.streams import Encoding, Stream
@@ -97,7 +97,7 @@ def weights(outlook: Outlook, encoding: Encoding, index: str, shard_pairs: int) 
 def _look(stream: Stream, encoding: Encoding, outlook: Outlook) -> None:
     """Read every item, but of its image no more than the header; then encode one batch of them."""
     batch: list[Sample] = []
-    for item in unique(read_all(stream.samples, caption=encoding.caption), outlook.seen):
+    for item in reject_duplicate_ids(read_all(stream.samples, caption=encoding.caption), outlook.seen):
         found = _headed(item, encoding.max_pixels)
         if isinstance(found, Reject):
             outlook.reject(found)

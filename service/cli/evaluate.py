@@ -122,10 +122,10 @@ def _memory(settings: Settings, store: Store, starter: str, reco: Reco) -> Snaps
 def settings_of(args: Args) -> list[Setting]:
     """Every combination of what the command line lists, plain once."""
     from models.evaluation.queries import Setting
-    from models.reco import Route
+    from models.reco import RetrievalMode
 
     return [
-        Setting(enhance, k, Route(search, fuse), args.max_similarity, args.max_text_similarity, args.dehub)
+        Setting(enhance, k, RetrievalMode(search, fuse), args.max_similarity, args.max_text_similarity, args.dehub)
         for enhance in args.enhance
         if enhance != "none" or args.dehub
         for search in args.search

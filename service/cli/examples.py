@@ -65,7 +65,7 @@ def _example(
     one, k = photos.queries.encoded.take([row]), setting.k or reco.k
     own = [photos.queries.own[row]]
     found = reco.enhance(
-        one, "image", snapshot, k, max_similarity=setting.image_limit, exclude=own, route=setting.route
+        one, "image", snapshot, k, max_similarity=setting.image_limit, exclude=own, mode=setting.mode
     ).neighbors
     near = (
         []

@@ -82,32 +82,32 @@ class Plan:
 
 def build(args: Args) -> None:
     """reco memory build: encode the sources into one new version."""
-    from models.data.sources import flattened
-    from models.data.streams import Encoding, count_items, streams_of
+    from models.data.sources import expand_sources
+    from models.data.streams import Encoding, build_streams, count_items
     from service.pipeline.load import load_encoder
 
     settings = _checked(args)
-    sources = flattened(args.sources)
+    sources = expand_sources(args.sources)
     counts = {
         source: count_items([source], args.caption) for source in sources if not is_version(source)
     }  # bad ones are told at once
     encoder = load_encoder(settings)
     kinds: dict[Side, KeyKind] = {"image": args.image_key, "text": "vector"}
     encoding = Encoding(encoder, kinds, args.caption, settings.max_batch, settings.decode_workers, settings.max_pixels)
-    streams = streams_of(sources, encoding, lambda paths: sum(counts[path] for path in paths))
+    streams = build_streams(sources, encoding, lambda paths: sum(counts[path] for path in paths))
     _carry_out(Plan(args, Store(settings.store), encoder, streams, kinds), encoding)
 
 
 def import_embeddings(args: Args) -> None:
     """reco memory import: one new version of embeddings made elsewhere, or of another version."""
-    from models.data.clip_retrieval import is_layout, read_layout
+    from models.data.clip_retrieval import is_embedding_folder, read_embedding_folder
     from models.data.streams import Encoding, embedding_stream, version_stream
     from models.errors import DataError
     from service.pipeline.load import load_encoder
 
     settings = _checked(args)
     folder: Path = args.folder.resolve()
-    if not is_version(folder) and not is_layout(folder):
+    if not is_version(folder) and not is_embedding_folder(folder):
         raise DataError(
             f"{folder.name} holds neither img_emb, text_emb and metadata nor a version of our own: give a folder that does"
         )
@@ -120,7 +120,9 @@ def import_embeddings(args: Args) -> None:
         streams = [version_stream(folder, encoder.fingerprint, kinds)]
     else:
         streams = [
-            embedding_stream(read_layout(folder, dim=encoder.dim, encoder=encoder.fingerprint, id_column=args.id))
+            embedding_stream(
+                read_embedding_folder(folder, dim=encoder.dim, encoder=encoder.fingerprint, id_column=args.id)
+            )
         ]
         print(UNVERIFIABLE.format(encoder=encoder.fingerprint))
     _carry_out(Plan(args, Store(settings.store), encoder, streams, kinds), Encoding(encoder, kinds))
@@ -167,7 +169,7 @@ def _carry_out(plan: Plan, encoding: Encoding) -> None:
 
 def _built(plan: Plan, tally: Tally) -> Manifest:
     from index_store.build.source import BuildSource
-    from models.data.streams import chained
+    from models.data.streams import chain_streams
 
     args, near = plan.args, plan.near()
     with progress(plan.items, args.name) as bar:
@@ -175,7 +177,7 @@ def _built(plan: Plan, tally: Tally) -> Manifest:
         def steps(done: Done) -> Iterator[Step]:
             tally.begin(done)
             bar.initial = bar.n = done.items  # the rate is that of this run
-            for step in chained(plan.streams, done, near):
+            for step in chain_streams(plan.streams, done, near):
                 tally.add(step)
                 yield step
                 bar.update(step.items)

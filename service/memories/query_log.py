@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from index_store import Side, Snapshot
-from models.encoder.encoder import Encoded, together
+from models.encoder.encoder import Encoded, concatenate_encoded
 from service.errors import ItemRefused
 from service.pipeline.stages import EmbeddedItem
 
@@ -60,5 +60,5 @@ class QueryLog:
             kept = list(self._requests.get((memory, side), ()))
         if not kept:
             return None
-        whole = together(kept)
+        whole = concatenate_encoded(kept)
         return whole.take(range(max(0, len(whole.vectors) - most), len(whole.vectors)))

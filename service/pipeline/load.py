@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from models.encoder.encoder import Encoder, EncoderSpec
-from models.fusion.checkpoint import fusion_named, training_free
+from models.fusion.checkpoint import fusions_by_name, training_free_fusions
 from models.reco import Reco
 from models.starter import FUSION
 from service.settings import Settings
@@ -23,6 +23,8 @@ def load_reco(settings: Settings) -> Reco:
     encoder = load_encoder(settings)
     name = settings.fusion or (str(FUSION) if settings.model == "starter" else None)
     file = (
-        fusion_named(name, encoder=encoder.fingerprint, dim=encoder.dim) if name else training_free("mean", encoder.dim)
+        fusions_by_name(name, encoder=encoder.fingerprint, dim=encoder.dim)
+        if name
+        else training_free_fusions("mean", encoder.dim)
     )
     return Reco(encoder, file.fusions, fusion_id=file.fusion_id, k=file.k)

@@ -12,7 +12,7 @@ import numpy as np
 from index_store import Side, Snapshot
 from index_store.types import Id
 from models.encoder.encoder import Encoded
-from models.reco import Embeddings, Reco, Timings
+from models.reco import EmbeddedBatch, Reco, Timings
 from service.errors import ItemRefused
 from service.observability.metrics import Stage
 
@@ -136,7 +136,7 @@ def enhance(reco: Reco, side: Side, batch: Sequence[Seen]) -> list[EmbeddedItem]
     return [rows[i] for i in range(len(batch))]
 
 
-def _row(found: Embeddings, j: int, seen: Seen) -> EmbeddedItem:
+def _row(found: EmbeddedBatch, j: int, seen: Seen) -> EmbeddedItem:
     shown: list[dict[str, Any]] = []
     if seen.query.neighbors and found.neighbors is not None and found.weights is not None:
         weights, scores = found.weights[j], found.neighbors.scores[j]

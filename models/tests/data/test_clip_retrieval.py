@@ -11,16 +11,16 @@ from index_store.build.build import build_version
 from index_store.build.source import BuildSource, Step
 from index_store.store import Store
 from index_store.types import Id
-from models.data.clip_retrieval import embedding_steps, is_layout, read_layout
+from models.data.clip_retrieval import embedding_steps, is_embedding_folder, read_embedding_folder
 from models.errors import DataError
-from models.tests.small import unit
+from models.tests.small import unit_rows
 
 D = 16
 ENCODER = "tiny/test@0123456789ab"
 
 
 def rows_of(n: int, seed: int) -> np.ndarray:
-    return unit(np.random.default_rng(seed).standard_normal((n, D))).astype(np.float16)
+    return unit_rows(np.random.default_rng(seed).standard_normal((n, D))).astype(np.float16)
 
 
 def part(
@@ -43,7 +43,7 @@ def part(
 
 
 def steps(folder: Path, skip: int = 0, seen: set[Id] | None = None, **options: Any) -> list[Step]:
-    layout = read_layout(folder, dim=D, encoder=ENCODER, **options)
+    layout = read_embedding_folder(folder, dim=D, encoder=ENCODER, **options)
     return list(embedding_steps(layout, seen=set() if seen is None else seen, skip=skip))
 
 
@@ -54,14 +54,14 @@ def ids(found: list[Step]) -> list[Id]:
 def test_parts_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for number in (10, 2, 0):
         part(tmp_path, number, 3)
-    assert is_layout(tmp_path)
+    assert is_embedding_folder(tmp_path)
     found = steps(tmp_path)
     assert ids(found) == [f"{number}-{i}" for number in (0, 2, 10) for i in range(3)]
     assert sum(step.items for step in found) == 9
     third = found[2].pairs
     assert third is not None
-    np.testing.assert_allclose(third.image, unit(rows_of(3, 10).astype(np.float32)), atol=1e-6)
-    np.testing.assert_allclose(third.text, unit(rows_of(3, 110).astype(np.float32)), atol=1e-6)
+    np.testing.assert_allclose(third.image, unit_rows(rows_of(3, 10).astype(np.float32)), atol=1e-6)
+    np.testing.assert_allclose(third.text, unit_rows(rows_of(3, 110).astype(np.float32)), atol=1e-6)
     assert third.records[1] == {"caption": "caption 10-1", "image_path": "/in/10-1.jpg"}
 
 
@@ -171,13 +171,13 @@ def test_the_width_must_be_the_encoders(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"img_emb/img_emb_0\.npy holds rows of width 16, tiny/test@0123456789ab gives 512"
     ):
-        read_layout(tmp_path, dim=512, encoder=ENCODER)
+        read_embedding_folder(tmp_path, dim=512, encoder=ENCODER)
 
 
 def test_a_memory_of_embeddings_answers_as_they_do(tmp_path: Path) -> None:
     for number in (0, 1):
         part(tmp_path / "in", number, 50)
-    layout = read_layout(tmp_path / "in", dim=D, encoder=ENCODER)
+    layout = read_embedding_folder(tmp_path / "in", dim=D, encoder=ENCODER)
     job = BuildSource({}, lambda done: embedding_steps(layout, seen=set(), skip=done.items))
     store = Store(tmp_path / "store")
     build_version(store, "m", "v1", job, encoder=ENCODER, kinds={"image": "vector", "text": "vector"})

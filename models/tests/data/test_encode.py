@@ -6,18 +6,18 @@ import pytest
 
 from index_store.build.source import Reject
 from index_store.types import KeyKind, Side
-from models.data.encode import AHEAD, encode_images, encode_samples, encode_texts, unique
+from models.data.encode import AHEAD, encode_images, encode_samples, encode_texts, reject_duplicate_ids
 from models.data.samples import Sample
 from models.data.sources import read_samples
 from models.encoder.encoder import Encoder
 from models.errors import ConfigError
-from models.tests.small import encoded_as, memory_of, picture, tar_of
+from models.tests.small import build_memory, image_bytes, picture, write_tar
 
 KINDS: dict[Side, KeyKind] = {"image": "vector", "text": "vector"}
 
 
 def sample(i: int, **fields: object) -> Sample:
-    return Sample(f"id{i}", encoded_as(picture(i), "PNG"), f"caption {i % 3}", fields)
+    return Sample(f"id{i}", image_bytes(picture(i), "PNG"), f"caption {i % 3}", fields)
 
 
 def test_pairs_are_the_encoded_samples_in_order(encoder: Encoder) -> None:
@@ -35,7 +35,7 @@ def test_pairs_are_the_encoded_samples_in_order(encoder: Encoder) -> None:
 
 
 def test_rejects_are_counted_and_never_stop_the_rest(encoder: Encoder) -> None:
-    good, bomb = sample(0), encoded_as(picture(1, 100, 100), "PNG")
+    good, bomb = sample(0), image_bytes(picture(1, 100, 100), "PNG")
     samples: list[Sample | Reject] = [
         Reject("earlier", "no caption"),
         good,
@@ -65,13 +65,13 @@ def test_duplicate_keys_of_a_tar_are_rejected(encoder: Encoder, tmp_path: Path) 
     members = [
         (f"{key}.{kind}", data)
         for key in "abab"
-        for kind, data in (("jpg", encoded_as(picture(0), "JPEG")), ("txt", b"c"))
+        for kind, data in (("jpg", image_bytes(picture(0), "JPEG")), ("txt", b"c"))
     ]
     members += members[-2:]  # and twice in a row
     rejects: list[Reject] = []
     blocks = list(
         encode_samples(
-            read_samples(tar_of(tmp_path / "s.tar", members)), encoder, kinds=KINDS, on_reject=rejects.append
+            read_samples(write_tar(tmp_path / "s.tar", members)), encoder, kinds=KINDS, on_reject=rejects.append
         )
     )
     assert [name for block in blocks for name in block.ids] == ["a", "b"]
@@ -82,8 +82,8 @@ def test_five_captions_of_a_photo_are_five_pairs_with_one_vector(encoder: Encode
     captions = {"captions": [f"saying {i}" for i in range(5)]}
     members: list[tuple[str, bytes | dict[str, list[str]]]] = []
     for i in range(3):
-        members += [(f"p{i}.jpg", encoded_as(picture(i), "PNG")), (f"p{i}.json", captions)]
-    blocks = list(encode_samples(read_samples(tar_of(tmp_path / "s.tar", members)), encoder, kinds=KINDS, batch=4))
+        members += [(f"p{i}.jpg", image_bytes(picture(i), "PNG")), (f"p{i}.json", captions)]
+    blocks = list(encode_samples(read_samples(write_tar(tmp_path / "s.tar", members)), encoder, kinds=KINDS, batch=4))
     image = np.concatenate([block.image for block in blocks])
     assert image.shape[0] == 15
     for i in range(3):
@@ -114,13 +114,13 @@ def test_no_more_is_read_than_a_few_batches_ahead(encoder: Encoder) -> None:
 
 def test_unique_keeps_rejects_as_they_are() -> None:
     items: list[Sample | Reject] = [Reject("x", "why"), sample(1), Reject("x", "again"), sample(1)]
-    assert list(unique(items))[:3] == items[:3]
-    assert isinstance(list(unique(items))[3], Reject)
+    assert list(reject_duplicate_ids(items))[:3] == items[:3]
+    assert isinstance(list(reject_duplicate_ids(items))[3], Reject)
 
 
 def test_a_memory_is_built_from_the_blocks(encoder: Encoder, tmp_path: Path) -> None:
     (block,) = encode_samples([sample(i) for i in range(5)], encoder, kinds=KINDS)
-    snapshot = memory_of(tmp_path, block, encoder.fingerprint)
+    snapshot = build_memory(tmp_path, block, encoder.fingerprint)
     found = snapshot.retrieve(block.image, "image", 1)
     np.testing.assert_array_equal(found.ids[:, 0], block.ids)
     assert found.records(2) == [{"id": "id2", "caption": "caption 2"}]

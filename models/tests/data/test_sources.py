@@ -10,10 +10,10 @@ from models.data.samples import Sample
 from models.data.sources import read_samples
 from models.encoder.image_io import read_image
 from models.errors import DataError
-from models.tests.small import encoded_as, picture, tar_of
+from models.tests.small import image_bytes, picture, write_tar
 
-JPG = encoded_as(picture(0), "JPEG")
-PNG = encoded_as(picture(1), "PNG")
+JPG = image_bytes(picture(0), "JPEG")
+PNG = image_bytes(picture(1), "PNG")
 
 
 def read(source: Path, caption: str | None = None) -> list[Sample | Reject]:
@@ -40,7 +40,7 @@ def test_a_caption_is_the_txt_else_the_json_else_one_of_many(tmp_path: Path) -> 
         ("2.json", {"captions": ["one", "two"], "class": "c"}),
         ("2.JPEG", JPG),
     ]
-    assert samples(tar_of(tmp_path / "s.tar", members)) == [
+    assert samples(write_tar(tmp_path / "s.tar", members)) == [
         Sample("d/0", JPG, "from the txt", {"url": "u"}),
         Sample("1", PNG, "from the json", {"source_id": 7, "width": 3}),
         Sample("2#0", JPG, "one", {"class": "c"}),
@@ -49,7 +49,7 @@ def test_a_caption_is_the_txt_else_the_json_else_one_of_many(tmp_path: Path) -> 
 
 
 def test_captions_of_one_photo_share_its_bytes(tmp_path: Path) -> None:
-    one, two = samples(tar_of(tmp_path / "s.tar", [("2.jpg", JPG), ("2.json", {"captions": ["one", "two"]})]))
+    one, two = samples(write_tar(tmp_path / "s.tar", [("2.jpg", JPG), ("2.json", {"captions": ["one", "two"]})]))
     assert one.image is two.image
 
 
@@ -60,7 +60,7 @@ def test_a_template_makes_the_caption(tmp_path: Path) -> None:
         ("1.jpg", JPG),
         ("1.json", {"n": 3}),
     ]
-    source = tar_of(tmp_path / "s.tar", members)
+    source = write_tar(tmp_path / "s.tar", members)
     found = read(source, "a photo of {class}, {n}")
     assert found[0] == Sample("0", JPG, "a photo of Granny-Smith, 3", {"class": "Granny-Smith", "n": 3})
     assert found[1] == Reject("1", "the caption 'a photo of {class}, {n}' cannot be filled (KeyError: 'class')")
@@ -69,7 +69,7 @@ def test_a_template_makes_the_caption(tmp_path: Path) -> None:
 @pytest.mark.parametrize("template", ["a {", "a {class.__init__}", "a {0}", "a {}", "{class[0]}"])
 def test_a_template_may_only_name_fields(tmp_path: Path, template: str) -> None:
     with pytest.raises(DataError, match="caption template"):
-        read_samples(tar_of(tmp_path / "s.tar", []), caption=template)
+        read_samples(write_tar(tmp_path / "s.tar", []), caption=template)
 
 
 def test_unusable_items_are_rejected_with_their_reason(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_unusable_items_are_rejected_with_their_reason(tmp_path: Path) -> None:
         ("good.jpg", JPG),
         ("good.txt", b"fine"),
     ]
-    source = tar_of(tmp_path / "s.tar", members)
+    source = write_tar(tmp_path / "s.tar", members)
     reasons = rejects(source)
     assert {key: reason.split(" (")[0] for key, reason in reasons.items()} == {
         "noimage": "no image among its members",
@@ -108,7 +108,7 @@ def test_unusable_items_are_rejected_with_their_reason(tmp_path: Path) -> None:
 
 
 def test_nan_is_read_as_null(tmp_path: Path) -> None:
-    source = tar_of(tmp_path / "s.tar", [("0.jpg", JPG), ("0.json", b'{"caption": "c", "score": NaN}')])
+    source = write_tar(tmp_path / "s.tar", [("0.jpg", JPG), ("0.json", b'{"caption": "c", "score": NaN}')])
     assert samples(source)[0].metadata == {"score": None}
 
 
@@ -117,7 +117,7 @@ def test_names_with_path_tricks_are_only_names(tmp_path: Path) -> None:
     folder.mkdir()
     names = ["../../evil", "/etc/evil", "a/../../evil"]
     members = [(f"{name}.{kind}", data) for name in names for kind, data in (("jpg", JPG), ("txt", b"c"))]
-    assert [sample.id for sample in samples(tar_of(folder / "s.tar", members))] == names
+    assert [sample.id for sample in samples(write_tar(folder / "s.tar", members))] == names
     assert [path.name for path in tmp_path.rglob("*")] == ["in", "s.tar"]
 
 
@@ -142,7 +142,7 @@ def _directory(name: str) -> tarfile.TarInfo:
 @pytest.mark.parametrize("lost", ["the last third", "the end mark", "a header in the middle"])
 def test_a_damaged_tar_gives_what_it_has_and_says_so(tmp_path: Path, lost: str) -> None:
     members = [(f"{i}.{kind}", data) for i in range(30) for kind, data in (("jpg", JPG), ("txt", b"c"))]
-    source = tar_of(tmp_path / "s.tar", members)
+    source = write_tar(tmp_path / "s.tar", members)
     data = bytearray(source.read_bytes())
     with tarfile.open(source) as tar:
         last, middle = tar.getmembers()[-1], tar.getmembers()[40]
@@ -237,7 +237,7 @@ def test_a_csv_in_another_encoding_is_refused(tmp_path: Path) -> None:
 
 def test_reading_is_a_stream(tmp_path: Path) -> None:
     """The first sample comes before the rest is read: a tar of a million pairs must not fill memory."""
-    source = tar_of(
+    source = write_tar(
         tmp_path / "s.tar", [(f"{i}.{kind}", data) for i in range(3) for kind, data in (("jpg", JPG), ("txt", b"c"))]
     )
     stream = read_samples(source)

@@ -11,12 +11,12 @@ from pyarrow import parquet
 
 from index_store.build.source import Reject
 from models.data.samples import Sample
-from models.data.sources import EVERY, flattened, read_all, read_samples
+from models.data.sources import SKIP_ALL, expand_sources, read_all, read_samples
 from models.errors import DataError
-from models.tests.small import encoded_as, picture, tar_of
+from models.tests.small import image_bytes, picture, write_tar
 
-JPG = encoded_as(picture(0), "JPEG")
-PNG = encoded_as(picture(1), "PNG")
+JPG = image_bytes(picture(0), "JPEG")
+PNG = image_bytes(picture(1), "PNG")
 
 
 def folder_of(path: Path) -> Path:
@@ -124,7 +124,7 @@ def test_what_img2dataset_writes_is_read_by_folder_or_by_glob(tmp_path: Path) ->
         "sha256": "ab",
     }
     for shard in ("00000", "00001"):
-        tar_of(
+        write_tar(
             tmp_path / f"{shard}.tar",
             [
                 (f"{shard}0.jpg", JPG),
@@ -137,18 +137,18 @@ def test_what_img2dataset_writes_is_read_by_folder_or_by_glob(tmp_path: Path) ->
         parquet.write_table(pa.table({"url": ["x"], "status": ["failed_to_download"]}), tmp_path / f"{shard}.parquet")
         (tmp_path / f"{shard}_stats.json").write_text("{}")
     tars = [tmp_path / "00000.tar", tmp_path / "00001.tar"]
-    assert flattened(sorted(tmp_path.iterdir())) == flattened([tmp_path]) == tars
-    found = list(read_all(flattened([tmp_path])))
+    assert expand_sources(sorted(tmp_path.iterdir())) == expand_sources([tmp_path]) == tars
+    found = list(read_all(expand_sources([tmp_path])))
     assert found[0] == Sample("000000", JPG, "a caption", record)
     assert found[1] == Reject("000001", "no caption")
     assert len(found) == 4
     (tmp_path / "alone.parquet").touch()
-    assert flattened([tmp_path / "alone.parquet"]) == [tmp_path / "alone.parquet"]
+    assert expand_sources([tmp_path / "alone.parquet"]) == [tmp_path / "alone.parquet"]
 
 
-@pytest.mark.parametrize("skip", [0, 1, 4, 7, 11, EVERY])
+@pytest.mark.parametrize("skip", [0, 1, 4, 7, 11, SKIP_ALL])
 def test_items_passed_over_are_the_same_items_without_their_images(tmp_path: Path, skip: int) -> None:
-    tar = tar_of(
+    tar = write_tar(
         tmp_path / "s.tar",
         [
             ("0.jpg", JPG),

@@ -16,7 +16,7 @@ from skimage import data
 from models.encoder.encoder import Encoder, EncoderSpec
 from models.encoder.image_io import read_image
 from models.errors import ConfigError, EncoderUnavailable
-from models.tests.small import encoded_as, picture
+from models.tests.small import image_bytes, picture
 
 TEXTS = [
     "a photo of a cat.",
@@ -72,9 +72,9 @@ def test_a_large_jpeg_decoded_small_has_the_vector_of_the_whole() -> None:
     for place in range(16):
         busy.paste(tiles[(place + place // 4) % 4], (place % 4 * 480, place // 4 * 480))
     for photo in (retina, busy, tiles[0].resize((4000, 3000))):
-        jpeg = encoded_as(photo, "JPEG", quality=90)
+        jpeg = image_bytes(photo, "JPEG", quality=90)
         assert read_image(jpeg, frame=encoder.image_size).width < photo.width
-        both = encoder.encode(np.stack([encoder.read(jpeg), encoder.preprocess(read_image(jpeg))]), "image")
+        both = encoder.encode(np.stack([encoder.read_image(jpeg), encoder.preprocess(read_image(jpeg))]), "image")
         assert both.vectors[0] @ both.vectors[1] > 0.999
         assert both.trunk is not None
         assert both.trunk[0] @ both.trunk[1] > 0.999
@@ -173,10 +173,10 @@ def test_the_logit_scale_is_the_temperature(encoder: Encoder) -> None:
 @pytest.mark.parametrize("size", [(50_000, 1), (1, 50_000), (3_000, 2)])
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
 def test_very_long_images_fit_into_the_frame(encoder: Encoder, size: tuple[int, int], mode: str) -> None:
-    from models.encoder.image_tower import crop_of
+    from models.encoder.image_tower import build_crop
 
     config = {**encoder._model.visual.preprocess_cfg, "resize_mode": mode}
-    framed = crop_of(config)(Image.new("L", size))
+    framed = build_crop(config)(Image.new("L", size))
     assert (framed.size, framed.mode) == ((64, 64), "RGB")
 
 

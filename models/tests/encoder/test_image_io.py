@@ -9,7 +9,7 @@ from PIL import Image, features
 
 from models.encoder.image_io import read_image
 from models.errors import BrokenImage, ImageTooLarge, UnsupportedImage
-from models.tests.small import encoded_as, picture
+from models.tests.small import image_bytes, picture
 
 
 def png(width: int, height: int, *, bits: int = 8, colour: int = 2, rows: bytes = b"") -> bytes:
@@ -28,7 +28,7 @@ LOSSLESS = ["PNG", "BMP", "TIFF", "WEBP"]
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_lossless_formats_keep_every_pixel(kind: str) -> None:
     image = picture(1)
-    read = read_image(encoded_as(image, kind, **({"lossless": True} if kind == "WEBP" else {})))
+    read = read_image(image_bytes(image, kind, **({"lossless": True} if kind == "WEBP" else {})))
     assert read.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(read), np.asarray(image))
 
@@ -37,7 +37,7 @@ def test_lossless_formats_keep_every_pixel(kind: str) -> None:
 def test_lossy_formats_are_read(kind: str) -> None:
     if kind == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow was built without AVIF")
-    read = np.asarray(read_image(encoded_as(picture(1), kind))).astype(int)
+    read = np.asarray(read_image(image_bytes(picture(1), kind))).astype(int)
     assert np.abs(read - np.asarray(picture(1)).astype(int)).mean() < 12
 
 
@@ -45,7 +45,7 @@ def test_lossy_formats_are_read(kind: str) -> None:
 def test_every_colour_mode_becomes_what_convert_rgb_makes_of_it(mode: str) -> None:
     kind = {"CMYK": "TIFF", "YCbCr": "TIFF", "LAB": "TIFF"}.get(mode, "PNG")
     source = picture(2).convert("RGB").convert("L").convert("LA") if mode == "LA" else _as(mode)
-    data = encoded_as(source, kind)
+    data = image_bytes(source, kind)
     expected = Image.open(io.BytesIO(data)).convert("RGB")
     np.testing.assert_array_equal(np.asarray(read_image(data)), np.asarray(expected))
 
@@ -57,19 +57,19 @@ def _as(mode: str) -> Image.Image:
 
 
 def test_a_cmyk_jpeg_is_read() -> None:
-    assert read_image(encoded_as(picture(2).convert("CMYK"), "JPEG")).mode == "RGB"
+    assert read_image(image_bytes(picture(2).convert("CMYK"), "JPEG")).mode == "RGB"
 
 
 def test_transparency_is_dropped_as_open_clip_does() -> None:
     image = picture(3).convert("RGBA")
     image.putalpha(0)
-    np.testing.assert_array_equal(np.asarray(read_image(encoded_as(image, "PNG"))), np.asarray(picture(3)))
+    np.testing.assert_array_equal(np.asarray(read_image(image_bytes(image, "PNG"))), np.asarray(picture(3)))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_16_bit_grey_keeps_its_shades(kind: str) -> None:
     shades = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
-    read = np.asarray(read_image(encoded_as(Image.fromarray(shades), kind)))
+    read = np.asarray(read_image(image_bytes(Image.fromarray(shades), kind)))
     np.testing.assert_array_equal(read[:, :, 0], shades >> 8)
 
 
@@ -80,13 +80,13 @@ def test_16_bit_colour_keeps_its_shades() -> None:
 
 def test_float_pixels_are_refused() -> None:
     with pytest.raises(UnsupportedImage, match="white is undefined"):
-        read_image(encoded_as(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"))
+        read_image(image_bytes(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_of_an_animation_the_first_frame_counts(kind: str) -> None:
     red, blue = (Image.new("RGB", (20, 10), colour) for colour in ("red", "blue"))
-    data = encoded_as(red, kind, save_all=True, append_images=[blue], duration=50)
+    data = image_bytes(red, kind, save_all=True, append_images=[blue], duration=50)
     pixel = read_image(data).getpixel((5, 5))
     assert isinstance(pixel, tuple)
     assert pixel[0] > 200
@@ -99,18 +99,18 @@ def test_exif_orientation_turns_the_image_upright(orientation: int) -> None:
 
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded_as(picture(4), "PNG", exif=exif)
+    data = image_bytes(picture(4), "PNG", exif=exif)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     np.testing.assert_array_equal(np.asarray(read_image(data)), np.asarray(upright))
 
 
 def test_a_damaged_exif_does_not_spoil_the_picture() -> None:
-    read_image(encoded_as(picture(4), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff garbage"))
+    read_image(image_bytes(picture(4), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff garbage"))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (50_000, 1), (1, 50_000)])
 def test_odd_sizes_are_images_too(size: tuple[int, int]) -> None:
-    assert read_image(encoded_as(Image.new("RGB", size), "PNG")).size == size
+    assert read_image(image_bytes(Image.new("RGB", size), "PNG")).size == size
 
 
 def test_pixels_are_limited_by_the_header_alone() -> None:
@@ -120,14 +120,14 @@ def test_pixels_are_limited_by_the_header_alone() -> None:
         with pytest.raises(ImageTooLarge, match=r"20000x20000 pixels, the limit is 64000000: send a smaller one"):
             read_image(bomb)
         with pytest.raises(ImageTooLarge, match="10x10 pixels, the limit is 99"):
-            read_image(encoded_as(picture(0, 10, 10), "JPEG"), max_pixels=99)
-    assert read_image(encoded_as(picture(0, 10, 10), "JPEG"), max_pixels=100).size == (10, 10)
+            read_image(image_bytes(picture(0, 10, 10), "JPEG"), max_pixels=99)
+    assert read_image(image_bytes(picture(0, 10, 10), "JPEG"), max_pixels=100).size == (10, 10)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
 def test_truncated_images_are_broken(kind: str, share: float) -> None:
-    data = encoded_as(picture(5, 200, 150), kind)
+    data = image_bytes(picture(5, 200, 150), kind)
     with pytest.raises(BrokenImage, match="cut or damaged"):
         read_image(data[: max(12, int(len(data) * share))])
 
@@ -145,13 +145,13 @@ def test_what_is_no_image_is_unsupported(data: bytes) -> None:
 @pytest.mark.parametrize("kind", ["PPM", "TGA", "ICO", "PCX", "JPEG2000"])
 def test_formats_off_the_list_are_unsupported(kind: str) -> None:
     with pytest.raises(UnsupportedImage):
-        read_image(encoded_as(picture(6), kind))
+        read_image(image_bytes(picture(6), kind))
 
 
 def test_flipped_bits_never_escape_as_another_error() -> None:
     rng = np.random.default_rng(0)
     for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"):
-        clean = np.frombuffer(encoded_as(picture(7), kind), np.uint8)
+        clean = np.frombuffer(image_bytes(picture(7), kind), np.uint8)
         for _ in range(60):
             dirty = clean.copy()
             places = rng.integers(0, len(dirty), 6)
@@ -175,7 +175,7 @@ def test_flipped_bits_never_escape_as_another_error() -> None:
 def test_a_jpeg_far_larger_than_the_frame_is_decoded_at_a_smaller_scale(
     width: int, height: int, read: tuple[int, int]
 ) -> None:
-    photo = encoded_as(picture(5, width, height), "JPEG")
+    photo = image_bytes(picture(5, width, height), "JPEG")
     assert read_image(photo, frame=(224, 224)).size == read
     assert read_image(photo).size == (width, height)
 
@@ -183,9 +183,9 @@ def test_a_jpeg_far_larger_than_the_frame_is_decoded_at_a_smaller_scale(
 def test_a_smaller_scale_stands_upright_too() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert read_image(encoded_as(picture(5, 1600, 1400), "JPEG", exif=exif), frame=(224, 224)).size == (700, 800)
+    assert read_image(image_bytes(picture(5, 1600, 1400), "JPEG", exif=exif), frame=(224, 224)).size == (700, 800)
 
 
 def test_the_limit_is_of_what_the_header_says() -> None:
     with pytest.raises(ImageTooLarge, match="1600x1400"):
-        read_image(encoded_as(picture(5, 1600, 1400), "JPEG"), max_pixels=2_000_000, frame=(224, 224))
+        read_image(image_bytes(picture(5, 1600, 1400), "JPEG"), max_pixels=2_000_000, frame=(224, 224))

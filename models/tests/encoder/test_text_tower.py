@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.encoder.encoder import STARTER, Encoder, EncoderSpec
-from models.encoder.text_tower import TrimmedText, text_encoder
+from models.encoder.text_tower import TrimmedText, build_text_encoder
 from models.tests.conftest import VIT
 
 TEXTS = [
@@ -52,7 +52,7 @@ def worst_cosine(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def test_vectors_are_open_clips_and_padding_is_left_out_where_it_may(tower: tuple[bool, Any]) -> None:
     trims, model = tower
     tokens = open_clip.tokenize(TEXTS, context_length=16)
-    encode = text_encoder(model)
+    encode = build_text_encoder(model)
     assert isinstance(encode, TrimmedText) is trims
     seen: list[int] = []
     transformer = getattr(model, "text", model).transformer
@@ -74,7 +74,7 @@ def test_long_texts_do_not_lengthen_short_ones(tower: tuple[bool, Any]) -> None:
         lambda _, inputs: seen.append(tuple(inputs[0].shape[:2]))
     )
     with torch.inference_mode():
-        text_encoder(model)(tokens)
+        build_text_encoder(model)(tokens)
     assert seen == [(20, 4), (2, 16)]
 
 

@@ -12,9 +12,9 @@ from models.evaluation.evaluate import Labels, memory_curve
 from models.evaluation.queries import Photos, Queries, Setting
 from models.evaluation.submemories import Parts
 from models.evaluation.workbench import Bench, Recipe
-from models.fusion.checkpoint import training_free
+from models.fusion.checkpoint import training_free_fusions
 from models.reco import Reco
-from models.tests.small import memory_of, unit
+from models.tests.small import build_memory, unit_rows
 from models.training.episodes import joined
 
 CLASSES = 6
@@ -26,10 +26,10 @@ def world(encoder: Encoder, folder: Path) -> tuple[Photos, Labels, Pairs, Pairs]
     names = [f"thing {i}" for i in range(CLASSES)]
     labels = Labels(names, ["a photo of a {}."], encoder)
     said = labels._prompts.encoded.vectors
-    seen = unit(rng.standard_normal((CLASSES, encoder.dim)))
+    seen = unit_rows(rng.standard_normal((CLASSES, encoder.dim)))
 
     def near(label: np.ndarray) -> np.ndarray:
-        return unit(seen[label] + 0.1 * rng.standard_normal((len(label), encoder.dim)))
+        return unit_rows(seen[label] + 0.1 * rng.standard_normal((len(label), encoder.dim)))
 
     of = np.arange(60) % CLASSES
     records = [{"caption": names[i], "class": names[i]} for i in of]
@@ -46,9 +46,9 @@ def world(encoder: Encoder, folder: Path) -> tuple[Photos, Labels, Pairs, Pairs]
 def test_every_claim_becomes_a_row_and_a_second_run_measures_nothing(encoder: Encoder, tmp_path: Path) -> None:
     photos, labels, memory, taught_by = world(encoder, tmp_path)
     one, two = (
-        memory_of(tmp_path / name, pairs, encoder.fingerprint) for name, pairs in (("m", memory), ("t", taught_by))
+        build_memory(tmp_path / name, pairs, encoder.fingerprint) for name, pairs in (("m", memory), ("t", taught_by))
     )
-    served = training_free("core", encoder.dim, alpha=40.0, k=5)
+    served = training_free_fusions("core", encoder.dim, alpha=40.0, k=5)
     bench = Bench(
         encoder,
         photos,
@@ -81,8 +81,8 @@ def test_every_claim_becomes_a_row_and_a_second_run_measures_nothing(encoder: En
 def test_more_of_the_memory_is_right_more_often(encoder: Encoder, tmp_path: Path) -> None:
     photos, labels, pairs, _ = world(encoder, tmp_path)
     memory, rule = (
-        memory_of(tmp_path / "m", pairs, encoder.fingerprint),
-        training_free("core", encoder.dim, alpha=50.0, k=3),
+        build_memory(tmp_path / "m", pairs, encoder.fingerprint),
+        training_free_fusions("core", encoder.dim, alpha=50.0, k=3),
     )
     reco = Reco(encoder, rule.fusions, rule.fusion_id, rule.k)
     points = memory_curve(reco, photos, labels, Parts(memory, tmp_path / "parts"), Setting("image"))
@@ -92,8 +92,8 @@ def test_more_of_the_memory_is_right_more_often(encoder: Encoder, tmp_path: Path
 
 def test_parts_are_of_the_same_pairs_and_keys(encoder: Encoder, tmp_path: Path) -> None:
     _, _, pairs, _ = world(encoder, tmp_path)
-    keys = unit(np.random.default_rng(1).standard_normal((60, 9)))
-    memory = memory_of(
+    keys = unit_rows(np.random.default_rng(1).standard_normal((60, 9)))
+    memory = build_memory(
         tmp_path / "m",
         dataclasses.replace(pairs, image_key=keys),
         encoder.fingerprint,

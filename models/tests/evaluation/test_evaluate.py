@@ -15,9 +15,9 @@ from models.errors import ConfigError, DataError
 from models.evaluation.evaluate import Captioned, Labels, Report, classify, compared, entities, retrieve
 from models.evaluation.queries import Photos, Queries, Setting, encode_photos
 from models.evaluation.report_text import markdown, terminal
-from models.fusion.checkpoint import training_free
-from models.reco import Reco, Route
-from models.tests.small import encoded_as, memory_of, picture, tar_of, unit
+from models.fusion.checkpoint import training_free_fusions
+from models.reco import Reco, RetrievalMode
+from models.tests.small import build_memory, image_bytes, picture, unit_rows, write_tar
 
 LABELS = ["red", "green", "blue", "grey", "pink", "white"]
 EACH = 4
@@ -31,7 +31,7 @@ SIDES = [
 def photo(label: int, i: int) -> bytes:
     """Photos of one label are nearly the same picture."""
     image = np.asarray(picture(label, 64, 64)).astype(int) + np.random.default_rng(i).integers(-3, 4, (64, 64, 3))
-    return encoded_as(Image.fromarray(image.clip(0, 255).astype(np.uint8)), "PNG")
+    return image_bytes(Image.fromarray(image.clip(0, 255).astype(np.uint8)), "PNG")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for label, name in enumerate(LABELS):
         for i in range(EACH):
             members += [(f"{name}-{i}.png", photo(label, i)), (f"{name}-{i}.json", {"class": name})]
-    return tar_of(tmp_path_factory.mktemp("tar") / "photos.tar", members)
+    return write_tar(tmp_path_factory.mktemp("tar") / "photos.tar", members)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def snapshot(tar: Path, encoder: Encoder, tmp_path_factory: pytest.TempPathFacto
     """The same photos as memory: without self-exclusion, each would find itself."""
     samples = read_samples(tar, caption="a photo of a {class}.")
     (pairs,) = encode_samples(samples, encoder, kinds={"image": "vector", "text": "vector"})
-    return memory_of(tmp_path_factory.mktemp("store"), pairs, encoder.fingerprint)
+    return build_memory(tmp_path_factory.mktemp("store"), pairs, encoder.fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def photos(tar: Path, encoder: Encoder) -> Photos:
 
 
 def ruled(encoder: Encoder, alpha: float = 2.0) -> Reco:
-    file = training_free("mean", encoder.dim, alpha=alpha)
+    file = training_free_fusions("mean", encoder.dim, alpha=alpha)
     return Reco(encoder, file.fusions, file.fusion_id, file.k)
 
 
@@ -96,7 +96,7 @@ def test_the_four_figures_are_those_computed_by_hand(reco: Reco, tar: Path, phot
     report = classify(reco, photos, Labels(LABELS, templates, reco.encoder), snapshot, SIDES)
     samples = [item for item in read_samples(tar, caption="{class}") if isinstance(item, Sample)]
     target = np.array([LABELS.index(item.caption) for item in samples])
-    pixels = np.stack([reco.encoder.read(item.image) for item in samples])
+    pixels = np.stack([reco.encoder.read_image(item.image) for item in samples])
     images = reco.embed(pixels, "image", snapshot, 2, exclude=[{item.id} for item in samples])
     for image, text, method in ((0, 0, "none"), (1, 0, "image, k 2"), (0, 1, "text, k 2"), (1, 1, "both, k 2")):
         labels = reco.embed_labels(LABELS, templates, snapshot if text else None, 2)
@@ -112,7 +112,7 @@ def test_no_image_finds_itself_nor_its_double(reco: Reco, encoder: Encoder, tmp_
         (pairs,) = encode_samples(
             [Sample(name, data, "blue", {"class": "blue"})], encoder, kinds={"image": "vector", "text": "vector"}
         )
-        snapshot = memory_of(tmp_path / name, pairs, encoder.fingerprint)
+        snapshot = build_memory(tmp_path / name, pairs, encoder.fingerprint)
         asked = encode_photos([Sample("self", data, "red", {})], encoder)
         report = classify(reco, asked, labels, snapshot, [Setting("image", 1)])
         assert counts(report, "top-1")["image, k 1"] == counts(report, "top-1")["none"]
@@ -132,8 +132,8 @@ def test_one_label_tells_nothing_apart(encoder: Encoder) -> None:
 def test_baselines_are_left_out_where_the_memory_names_no_label(
     reco: Reco, encoder: Encoder, photos: Photos, tmp_path: Path
 ) -> None:
-    rows = unit(np.random.default_rng(0).standard_normal((5, encoder.dim)))
-    snapshot = memory_of(tmp_path, Pairs(np.arange(5), rows, rows, [{"caption": "c"}] * 5), encoder.fingerprint)
+    rows = unit_rows(np.random.default_rng(0).standard_normal((5, encoder.dim)))
+    snapshot = build_memory(tmp_path, Pairs(np.arange(5), rows, rows, [{"caption": "c"}] * 5), encoder.fingerprint)
     report = classify(reco, photos, Labels(LABELS, ["{}"], encoder), snapshot, SIDES)
     assert [line.method for line in report.lines] == ["none", "image, k 2", "text, k 2", "both, k 2"]
 
@@ -165,10 +165,10 @@ def test_entities_are_counted_apart(encoder: Encoder, photos: Photos, snapshot: 
 def world(tmp_path: Path, encoder: Encoder) -> tuple[Captioned, Snapshot]:
     """Photos whose captions say nothing but for what the memory ties them to: 12 subjects, a photo and two captions each."""
     rng = np.random.default_rng(0)
-    seen, said = (unit(rng.standard_normal((12, encoder.dim))) for _ in range(2))
+    seen, said = (unit_rows(rng.standard_normal((12, encoder.dim))) for _ in range(2))
 
     def near(rows: np.ndarray, spread: float = 0.05) -> np.ndarray:
-        return unit(rows + spread * rng.standard_normal(rows.shape))
+        return unit_rows(rows + spread * rng.standard_normal(rows.shape))
 
     pairs = Pairs(
         np.array([f"m{i}" for i in range(36)]),
@@ -184,7 +184,7 @@ def world(tmp_path: Path, encoder: Encoder) -> tuple[Captioned, Snapshot]:
 
         return Queries(Encoded(vectors, None), [()] * len(vectors))
 
-    return Captioned(queries(images), queries(texts), photo_of), memory_of(tmp_path, pairs, encoder.fingerprint)
+    return Captioned(queries(images), queries(texts), photo_of), build_memory(tmp_path, pairs, encoder.fingerprint)
 
 
 def test_retrieval_in_both_directions(encoder: Encoder, world: tuple[Captioned, Snapshot]) -> None:
@@ -209,14 +209,16 @@ def test_only_the_papers_route_crosses_over(
 ) -> None:
     """Where images and texts share nothing, only a search on the query's own side that brings the other side can help."""
     asked, snapshot = world
-    route = Route(search, fuse)  # type: ignore[arg-type]
-    report = retrieve(ruled(encoder, 1.0), asked, snapshot, [Setting("image", 3, route, image_limit=None)])
+    mode = RetrievalMode(search, fuse)  # type: ignore[arg-type]
+    report = retrieve(ruled(encoder, 1.0), asked, snapshot, [Setting("image", 3, mode, image_limit=None)])
     assert (report.lines[1].figures[0].share > 0.9) is helps
 
 
 def test_both_fusions_bring_twice_the_neighbours(encoder: Encoder, world: tuple[Captioned, Snapshot]) -> None:
     asked, snapshot = world
-    found = ruled(encoder).enhance(asked.images.encoded, "image", snapshot, 3, route=Route("uni", "both")).neighbors
+    found = (
+        ruled(encoder).enhance(asked.images.encoded, "image", snapshot, 3, mode=RetrievalMode("uni", "both")).neighbors
+    )
     assert found is not None
     alone = [snapshot.retrieve(asked.images.encoded.vectors, "image", 3, values=values) for values in ("other", "same")]
     np.testing.assert_array_equal(found.values, np.concatenate([each.values for each in alone], 1))

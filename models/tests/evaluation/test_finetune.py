@@ -16,7 +16,7 @@ from models.evaluation.evaluate import Labels
 from models.evaluation.finetune import Tuning, finetuned
 from models.evaluation.queries import encode_photos
 from models.evaluation.workbench import Bench, Recipe, Rival
-from models.tests.small import encoded_as, memory_of, picture
+from models.tests.small import build_memory, image_bytes, picture
 from models.training.episodes import joined
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 200)}
@@ -30,7 +30,7 @@ def coloured(numbers: range) -> list[Sample]:
         mixed = np.asarray(picture(i), np.float32) / 4 + np.array(COLOURS[name]) * 0.75
         found.append(
             Sample(
-                f"{name}-{i}", encoded_as(Image.fromarray(mixed.astype(np.uint8)), "PNG"), f"a photo of a {name}.", {}
+                f"{name}-{i}", image_bytes(Image.fromarray(mixed.astype(np.uint8)), "PNG"), f"a photo of a {name}.", {}
             )
         )
     return found
@@ -69,7 +69,7 @@ def test_the_table_sets_it_against_the_fusion_alone(
     )
     labels = Labels(list(COLOURS), ["a photo of a {}."], encoder)
     known = joined(list(encode_samples(pairs, encoder, kinds={"image": "vector", "text": "vector"})))
-    memory = memory_of(tmp_path / "m", known, encoder.fingerprint)
+    memory = build_memory(tmp_path / "m", known, encoder.fingerprint)
     rival = Rival(pairs, lambda other: encode_photos(asked, other), Tuning(steps=25, batch=24, learning_rate=1e-3))
     recipe = Recipe(steps=2, batch=16, k=3, seeds=(0, 1))
     bench = Bench(encoder, encode_photos(asked, encoder), labels, memory, memory, recipe, tmp_path, rival=rival)

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from models.errors import ConfigError, IncompatibleFusion
-from models.fusion.checkpoint import fusion_named, load_fusions, save_fusions, training_free
+from models.fusion.checkpoint import fusions_by_name, load_fusions, save_fusions, training_free_fusions
 from models.fusion.fusion import PRESETS, build_fusions
 
 ENCODER = "tiny/random@0123456789ab"
@@ -60,9 +60,9 @@ def test_the_label_of_an_encoder_may_change_but_not_its_digest(tmp_path: Path) -
 
 
 def test_ids_follow_the_weights() -> None:
-    rule = training_free("mean", 32)
-    assert rule.fusion_id == training_free("mean", 32).fusion_id
-    assert rule.fusion_id != training_free("mean", 32, alpha=2.0).fusion_id
+    rule = training_free_fusions("mean", 32)
+    assert rule.fusion_id == training_free_fusions("mean", 32).fusion_id
+    assert rule.fusion_id != training_free_fusions("mean", 32, alpha=2.0).fusion_id
     assert rule.card == {"trained": False, "rule": "mean", "alpha": 1.0}
 
 
@@ -103,10 +103,10 @@ def test_a_bad_file_is_one_line_without_a_path(how: str, tmp_path: Path) -> None
 
 def test_a_fusion_is_named_by_rule_or_by_file(tmp_path: Path) -> None:
     def named(name: str) -> str:
-        return fusion_named(name, encoder=ENCODER, dim=32).fusion_id
+        return fusions_by_name(name, encoder=ENCODER, dim=32).fusion_id
 
     assert len({named("none"), named("mean"), named("mean:2"), named("core"), named("core:2")}) == 5
-    assert named("core:2") == training_free("core", 32, alpha=2.0).fusion_id
+    assert named("core:2") == training_free_fusions("core", 32, alpha=2.0).fusion_id
     saved = save_fusions(tmp_path / "f.safetensors", build_fusions("mlp", 32), encoder=ENCODER, k=7, card={})
     assert named(str(tmp_path / "f.safetensors")) == saved
     for name, why in (("mean:much", "number above 0"), ("mean:-1", "alpha > 0")):

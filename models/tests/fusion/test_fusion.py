@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from index_store.types import SIDES
 from models.errors import ConfigError
-from models.fusion.fusion import PRESETS, Fusion, FusionConfig, Metric, build_fusions, preset, turn_metrics
+from models.fusion.fusion import (
+    PRESETS,
+    Fusion,
+    FusionConfig,
+    Metric,
+    build_fusions,
+    preset_config,
+    set_metric_directions,
+)
 
 D, K = 64, 6
 
@@ -55,7 +63,7 @@ def test_presets_have_the_papers_parameter_counts() -> None:
 def test_the_mlp_is_as_large_as_the_papers_layer_and_blind_to_neighbours() -> None:
     assert abs(parameters("mlp", 512) / parameters("paper-split", 512) - 1) < 0.002
     query, values, scores, mask = batch(5)
-    fusion = trained(preset("mlp", D))
+    fusion = trained(preset_config("mlp", D))
     torch.testing.assert_close(
         fusion(query, values, scores, mask), fusion(query, -values, -scores, mask), rtol=0, atol=0
     )
@@ -65,7 +73,7 @@ def test_the_mlp_is_as_large_as_the_papers_layer_and_blind_to_neighbours() -> No
 def test_the_rules_are_what_their_formulas_say() -> None:
     query, values, scores, mask = batch(5)
     plain, mean, core = (
-        Fusion(preset(name, D, alpha=2.0)).fuse(query, values, scores, mask) for name in ("none", "mean", "core")
+        Fusion(preset_config(name, D, alpha=2.0)).fuse(query, values, scores, mask) for name in ("none", "mean", "core")
     )
     assert torch.equal(plain.vectors, query)
     assert not plain.weights.any()
@@ -77,13 +85,13 @@ def test_the_rules_are_what_their_formulas_say() -> None:
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="default, corrected, paper, paper-split"):
-        preset("best", 512)
+        preset_config("best", 512)
 
 
 @pytest.mark.parametrize("dim", [1, 16, 100, 256, 512, 640, 768, 1024])
 def test_presets_fit_any_width(dim: int) -> None:
     for name in PRESETS:
-        assert dim % preset(name, dim).heads == 0
+        assert dim % preset_config(name, dim).heads == 0
 
 
 @pytest.mark.parametrize("name", ["paper", "paper-split"])
@@ -104,7 +112,7 @@ def test_untrained_default_is_the_training_free_rule(alpha: float) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_without_a_neighbour_the_query_comes_back_bit_for_bit(name: str) -> None:
-    fusion = trained(preset(name, D))
+    fusion = trained(preset_config(name, D))
     query, values, scores, mask = batch(4)
     mask[[0, 2]] = False
     fused = fusion.fuse(query, values, scores, mask)
@@ -118,14 +126,14 @@ def test_without_a_neighbour_the_query_comes_back_bit_for_bit(name: str) -> None
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_trained_vectors_are_unit(name: str) -> None:
-    fused = trained(preset(name, D))(*batch(9))
+    fused = trained(preset_config(name, D))(*batch(9))
     torch.testing.assert_close(fused.norm(dim=-1), torch.ones(9), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_padding_changes_nothing(name: str) -> None:
     """What lies where the mask is False is never looked at, however much of it there is."""
-    fusion = trained(preset(name, D))
+    fusion = trained(preset_config(name, D))
     query, values, scores, mask = batch(3, k=4)
     scores = scores - 0.9  # negative scores too: an absent 0 must not look nearer than they are
     padded = fusion.fuse(query, F.pad(values, (0, 0, 0, 5), value=7.0), F.pad(scores, (0, 5)), F.pad(mask, (0, 5)))
@@ -136,7 +144,7 @@ def test_padding_changes_nothing(name: str) -> None:
 
 
 def test_default_takes_any_k_up_to_its_generous_maximum() -> None:
-    fusion = trained(preset("default", D))
+    fusion = trained(preset_config("default", D))
     for k in (1, 2, 10, 100):
         assert fusion(*batch(2, k=k)).shape == (2, D)
     with pytest.raises(ConfigError, match="at most 100"):
@@ -144,7 +152,7 @@ def test_default_takes_any_k_up_to_its_generous_maximum() -> None:
 
 
 def test_paper_has_rank_vectors_for_ten() -> None:
-    fusion = trained(preset("paper", D))
+    fusion = trained(preset_config("paper", D))
     query, values, scores, mask = batch(2, k=10)
     swapped = fusion(query, values.flip(1), scores, mask)
     assert not torch.allclose(fusion(query, values, scores, mask), swapped, atol=1e-4)  # the rank matters
@@ -179,7 +187,7 @@ def full_layer(fusion: Fusion) -> nn.TransformerEncoderLayer:
 
 @pytest.mark.parametrize("name", ["paper", "paper-split"])
 def test_token_0_alone_equals_the_full_layer(name: str) -> None:
-    fusion = trained(preset(name, D))
+    fusion = trained(preset_config(name, D))
     query, values, scores, mask = batch(7)
     mask[2, 2:] = mask[5, 5:] = False
     tokens = torch.cat([query[:, None], values], 1)
@@ -191,7 +199,7 @@ def test_token_0_alone_equals_the_full_layer(name: str) -> None:
 
 
 def test_attention_weights_equal_torchs_own() -> None:
-    fusion = trained(preset("paper-split", D))
+    fusion = trained(preset_config("paper-split", D))
     query, values, scores, mask = batch(4)
     mask[1, 4:] = False
     assert fusion.norm_tokens is not None
@@ -202,7 +210,7 @@ def test_attention_weights_equal_torchs_own() -> None:
 
 
 def test_default_attends_by_score_once_it_has_learned_to() -> None:
-    fusion = Fusion(preset("default", D))
+    fusion = Fusion(preset_config("default", D))
     query, values, scores, mask = batch(3)
     with torch.no_grad():
         assert fusion.pool is not None
@@ -214,7 +222,7 @@ def test_default_attends_by_score_once_it_has_learned_to() -> None:
 def test_a_metric_stretches_both_modalities_along_their_directions() -> None:
     """Against the matrix written out: the query by its own modality's, the values by the other's, each unit again before they meet."""
     fusions = build_fusions("default", D, alpha=2.0)
-    turn_metrics(
+    set_metric_directions(
         fusions, lambda side: torch.cov(torch.randn(D, 500, generator=torch.Generator().manual_seed(len(side))))
     )
     image, text = (fusions[side].pool for side in SIDES)
@@ -256,7 +264,7 @@ def test_principal_directions_are_those_in_which_vectors_vary() -> None:
 def test_masked_rows_give_no_nan_gradient() -> None:
     """Dropping every neighbour of some rows is what training does, and one NaN would spoil every weight."""
     for name in PRESETS:
-        fusion = trained(preset(name, D)).train()
+        fusion = trained(preset_config(name, D)).train()
         query, values, scores, mask = batch(4)
         mask[1] = False
         fusion(query, values, scores, mask).square().sum().backward()
@@ -266,7 +274,7 @@ def test_masked_rows_give_no_nan_gradient() -> None:
 
 def test_every_parameter_of_an_untrained_fusion_can_learn_in_two_steps() -> None:
     """Zeros at the end are left after one step; a dead parameter would stay where it is."""
-    fusion = Fusion(preset("default", D))
+    fusion = Fusion(preset_config("default", D))
     before = {name: parameter.detach().clone() for name, parameter in fusion.named_parameters()}
     optimizer = torch.optim.SGD(fusion.parameters(), lr=1.0)
     query, values, scores, mask = batch(8)
@@ -286,6 +294,6 @@ def test_impossible_configurations_are_refused() -> None:
 
 
 def test_alpha_survives_its_logarithm() -> None:
-    pool = Fusion(preset("default", D, alpha=3.0)).pool
+    pool = Fusion(preset_config("default", D, alpha=3.0)).pool
     assert pool is not None
     np.testing.assert_allclose(math.exp(pool.strength.bias.item()), 3.0, rtol=1e-6)

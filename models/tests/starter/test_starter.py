@@ -16,7 +16,7 @@ from models.starter.learn import Source, learn, project, pseudo_features
 from models.starter.lessons import invented
 from models.starter.make import load_trunk
 from models.starter.photos import Reader, folded
-from models.tests.small import encoded_as, picture, tar_of, unit
+from models.tests.small import image_bytes, picture, unit_rows, write_tar
 
 
 def test_the_bundled_parts_belong_together() -> None:
@@ -81,8 +81,8 @@ def test_the_versions_differ_by_the_packaged_goods(tmp_path: Path) -> None:
 
 
 def test_a_memory_survives_its_files(tmp_path: Path) -> None:
-    text = unit(np.eye(2, 8)).astype(np.float16)
-    image = unit(np.random.default_rng(0).standard_normal((3, 8))).astype(np.float16)
+    text = unit_rows(np.eye(2, 8)).astype(np.float16)
+    image = unit_rows(np.random.default_rng(0).standard_normal((3, 8))).astype(np.float16)
     classes = [{"caption": "a photo of Oatly, a kind of Milk", "class": "Oatly", "coarse_class": "Milk"}]
     classes += [{"caption": "a photo of Lime", "class": "Lime", "coarse_class": "Lime"}]
     made = StarterMemory("m@0", ["train/a", "train/b", "train/c"], np.array([1, 0, 1]), image, image, text, classes)
@@ -112,10 +112,10 @@ def test_features_are_those_of_the_encoder(mobile: Encoder, tmp_path: Path) -> N
     members: list[tuple[str, bytes | dict[str, object]]] = []
     for row in range(5):
         members += [
-            (f"{row}.jpg", encoded_as(picture(row), "PNG")),
+            (f"{row}.jpg", image_bytes(picture(row), "PNG")),
             (f"{row}.json", {"captions": [f"one {row}", f"two {row}"]}),
         ]
-    tar = tar_of(tmp_path / "photos.tar", members)
+    tar = write_tar(tmp_path / "photos.tar", members)
     photos = Reader(mobile, mobile.module.visual.trunk, tmp_path / "kept", 0).read("photos", [tar], views=2)
     assert photos.captions[3] == ["one 3", "two 3"]
     assert photos.features.shape == (5, 2, 1280)

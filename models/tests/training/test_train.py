@@ -12,7 +12,7 @@ from models.errors import ConfigError, DataError, EncoderUnavailable, TrainingFa
 from models.fusion.checkpoint import load_fusions
 from models.fusion.fusion import build_fusions
 from models.reco import Reco
-from models.tests.small import memory_of, tar_of, unit
+from models.tests.small import build_memory, unit_rows, write_tar
 from models.training.config import EpisodeConfig, TrainConfig
 from models.training.episodes import Episode, look_up
 from models.training.train import accuracy, train
@@ -24,9 +24,9 @@ CLASSES = 12
 def strangers(rows: int, seed: int, dim: int, prefix: str) -> Pairs:
     """Pairs whose text has nothing to do with their image but for the class: only a memory can tell which belong together."""
     rng, world = np.random.default_rng(seed), np.random.default_rng(7)
-    seen, said = unit(world.standard_normal((CLASSES, dim))), unit(world.standard_normal((CLASSES, dim)))
+    seen, said = unit_rows(world.standard_normal((CLASSES, dim))), unit_rows(world.standard_normal((CLASSES, dim)))
     label = np.arange(rows) % CLASSES
-    image = unit(seen[label] + 0.1 * rng.standard_normal((rows, dim)))
+    image = unit_rows(seen[label] + 0.1 * rng.standard_normal((rows, dim)))
     ids = np.array([f"{prefix}{row}" for row in range(rows)])
     return Pairs(ids, image, said[label], [{"caption": f"class {number}"} for number in label])
 
@@ -34,7 +34,7 @@ def strangers(rows: int, seed: int, dim: int, prefix: str) -> Pairs:
 @pytest.fixture
 def episode(reco: Reco, tmp_path: Path) -> Episode:
     dim, encoder = reco.encoder.dim, reco.encoder.fingerprint
-    memory = memory_of(tmp_path, strangers(96, 0, dim, "memory"), encoder)
+    memory = build_memory(tmp_path, strangers(96, 0, dim, "memory"), encoder)
     return look_up("strangers", strangers(120, 1, dim, "query"), memory, reco, 4, {})
 
 
@@ -58,10 +58,10 @@ def test_learning_turns_a_memory_into_knowledge(episode: Episode, reco: Reco) ->
 def dressed(rows: int, seed: int, dim: int, prefix: str, world: int) -> Pairs:
     """As `strangers`, but a few directions, which say nothing of the class, rule every cosine.  world: decides the classes, not these."""
     rng, classes, fashion = (np.random.default_rng(each) for each in (seed, world, 5))
-    seen, said = unit(classes.standard_normal((CLASSES, dim))), unit(classes.standard_normal((CLASSES, dim)))
+    seen, said = unit_rows(classes.standard_normal((CLASSES, dim))), unit_rows(classes.standard_normal((CLASSES, dim)))
     label, loud = np.arange(rows) % CLASSES, fashion.standard_normal((2, 3, dim)) / dim**0.5
     image, text = (
-        unit(of[label] + 2 * rng.standard_normal((rows, 3)) @ noise)
+        unit_rows(of[label] + 2 * rng.standard_normal((rows, 3)) @ noise)
         for of, noise in zip((seen, said), loud, strict=True)
     )
     ids = np.array([f"{prefix}{row}" for row in range(rows)])
@@ -74,7 +74,7 @@ def test_the_learned_metric_holds_for_classes_never_seen(reco: Reco, tmp_path: P
         look_up(
             f"world {world}",
             dressed(120, 1, dim, "query", world),
-            memory_of(tmp_path / str(world), dressed(240, 0, dim, "memory", world), encoder),
+            build_memory(tmp_path / str(world), dressed(240, 0, dim, "memory", world), encoder),
             reco,
             4,
             {},
@@ -99,11 +99,11 @@ def test_a_seed_decides_everything(episode: Episode, reco: Reco) -> None:
 
 
 def test_a_pair_never_finds_itself_nor_its_other_captions(reco: Reco, tmp_path: Path) -> None:
-    image = np.repeat(unit(np.random.default_rng(0).standard_normal((6, reco.encoder.dim))), 2, axis=0)
-    text = unit(np.random.default_rng(1).standard_normal((12, reco.encoder.dim)))
+    image = np.repeat(unit_rows(np.random.default_rng(0).standard_normal((6, reco.encoder.dim))), 2, axis=0)
+    text = unit_rows(np.random.default_rng(1).standard_normal((12, reco.encoder.dim)))
     ids = np.array([f"photo{row // 2}#{row % 2}" for row in range(12)])
     pairs = Pairs(ids, image, text, [{"caption": str(row)} for row in range(12)])
-    snapshot = memory_of(tmp_path, pairs, reco.encoder.fingerprint)
+    snapshot = build_memory(tmp_path, pairs, reco.encoder.fingerprint)
     episode = look_up("itself", pairs, snapshot, reco, 4, {})
     for side in ("image", "text"):
         assert episode.lookups[side].scores.max() < 0.99
@@ -117,7 +117,7 @@ def test_a_pair_never_finds_itself_nor_its_other_captions(reco: Reco, tmp_path: 
 def test_near_duplicates_are_passed_over(reco: Reco, tmp_path: Path) -> None:
     pairs = strangers(24, 0, reco.encoder.dim, "memory")
     queries = Pairs(np.array([f"query{row}" for row in range(24)]), pairs.image, pairs.text, pairs.records)
-    snapshot = memory_of(tmp_path, pairs, reco.encoder.fingerprint)
+    snapshot = build_memory(tmp_path, pairs, reco.encoder.fingerprint)
     limited = look_up("limited", queries, snapshot, reco, 4, {"image": 0.999})
     assert limited.lookups["image"].scores.max() < 0.9995
     assert limited.lookups["text"].scores.max() > 0.999
@@ -194,7 +194,7 @@ def test_a_wrong_configuration_names_its_mistake(recipe: Path, before: str, afte
 
 def test_sources_that_give_nothing_are_named(recipe: Path, tmp_path: Path) -> None:
     config = TrainConfig.read(recipe)
-    empty = tar_of(tmp_path / "empty.tar", [("x.jpg", b"no"), ("x.json", {"class": "none"})])
+    empty = write_tar(tmp_path / "empty.tar", [("x.jpg", b"no"), ("x.json", {"class": "none"})])
     with pytest.raises(DataError, match=r"empty\.tar"):
         train(dataclasses.replace(config, episodes=(EpisodeConfig((str(empty),), "things", "{class}"),)))
     with pytest.raises(ConfigError, match="NOWHERE_TO_BE_FOUND"):

@@ -9,7 +9,7 @@ import torch
 from models.errors import ConfigError, TrainingFailed
 from models.fusion.fusion import build_fusions
 from models.reco import Reco
-from models.tests.small import memory_of
+from models.tests.small import build_memory
 from models.tests.training.test_train import strangers
 from models.training.episodes import Episode, look_up
 from models.training.trainer import Learning, Loop
@@ -22,7 +22,7 @@ LEARNING = Learning(
 @pytest.fixture
 def episode(reco: Reco, tmp_path: Path) -> Episode:
     dim, encoder = reco.encoder.dim, reco.encoder.fingerprint
-    memory = memory_of(tmp_path, strangers(96, 0, dim, "memory"), encoder)
+    memory = build_memory(tmp_path, strangers(96, 0, dim, "memory"), encoder)
     return look_up("strangers", strangers(120, 1, dim, "query"), memory, reco, 4, {})
 
 

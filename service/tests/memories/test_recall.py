@@ -13,9 +13,9 @@ import pytest
 from index_store import Memory, Snapshot
 from index_store.tests.support.small import opened, some_pairs, unit_rows
 from models.encoder.encoder import Encoded, Encoder, EncoderSpec
-from models.fusion.checkpoint import training_free
+from models.fusion.checkpoint import training_free_fusions
 from models.reco import Reco, Timings
-from models.tests.small import memory_of
+from models.tests.small import build_memory
 from service.errors import ItemRefused, NotServing
 from service.memories import recall
 from service.memories.drift import drift, worst
@@ -91,13 +91,13 @@ def reco(tmp_path_factory: pytest.TempPathFactory) -> Reco:
     }
     path = tmp_path_factory.mktemp("config") / "tiny.json"
     path.write_text(json.dumps(config))
-    file = training_free("mean", D, alpha=2.0, k=4)
+    file = training_free_fusions("mean", D, alpha=2.0, k=4)
     return Reco(Encoder.load(EncoderSpec(str(path), "random", device="cpu")), file.fusions, file.fusion_id, file.k)
 
 
 def test_drift_is_the_mean_and_the_5th_percentile_of_the_cosines(reco: Reco, tmp_path: Path) -> None:
     old, new = (
-        memory_of(tmp_path, some_pairs(60, D, seed=seed), reco.encoder.fingerprint, name="things") for seed in (3, 4)
+        build_memory(tmp_path, some_pairs(60, D, seed=seed), reco.encoder.fingerprint, name="things") for seed in (3, 4)
     )
     recent, asked = QueryLog(), [row for seed in range(41) for row in rows(1, seed)]
     for row in asked:
