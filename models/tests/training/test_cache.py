@@ -40,11 +40,11 @@ def deadly(work, calls):
     return counted
 
 def steps(streams, done):
-    yield from map(deadly(lambda step: step, 2 if done.items == 0 else 99), chained(streams, done))
+    yield from map(deadly(lambda step: step, 2 if done.items == 0 else 99), chain_streams(streams, done))
 
 train.Encoding, prepared.BLOCK = partial(train.Encoding, batch=8), 8
 prepared.BuildSource = partial(prepared.BuildSource, every_pairs=1, least_s=0.0)
-chained, prepared.chained = prepared.chained, steps
+chain_streams, prepared.chain_streams = prepared.chain_streams, steps
 prepared._write_block = deadly(prepared._write_block, 1)
 for _ in range(2):
     if (child := os.fork()) == 0:
