@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -17,14 +16,13 @@ from starlette.staticfiles import StaticFiles
 
 from index_store.errors import StoreError
 from models.errors import ModelError
-from service.api.middleware import RequestMiddleware, error_response
-from service.api.responses import dump
+from service.api.middleware import RequestMiddleware
+from service.api.responses import dump, error_response
 from service.api.routes import classify, embed, health, memories, openai
 from service.batching.batcher import BatcherError
 from service.engine import Engine
 from service.errors import BadRequest, InvalidValue, Refusal, ServiceError
 
-log = logging.getLogger("reco")
 PAGE = Path(__file__).parent / "page"
 
 
@@ -52,7 +50,6 @@ def create_app(engine: Engine) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(ClientDisconnect, _left)
-    app.add_exception_handler(Exception, _bug)
     app.add_middleware(RequestMiddleware, engine=engine)
     return app
 
@@ -92,7 +89,3 @@ async def _http(request: Request, error: Exception) -> Response:
 
 async def _left(_: Request, __: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it; the metrics count it
-
-
-async def _bug(_: Request, error: Exception) -> Response:
-    return error_response(error)

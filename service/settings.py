@@ -121,6 +121,8 @@ class Settings(BaseSettings):
     timeout_s: float = Field(default=30.0, gt=0, description="seconds of a request once its body has arrived")
     receive_s: float = Field(default=30.0, gt=0, description="seconds for a body to arrive")
     drain_s: float = Field(default=30.0, ge=0, description="seconds to answer admitted requests when stopping")
+    log_format: Literal["text", "json"] = Field(default="text", description="format of the log on stderr")
+    access_log: bool = Field(default=True, description="log one line per request; health checks are left out")
     recall_share: float = Field(
         default=0.01, ge=0, le=1, description="share of the time spent on measuring recall with live queries; 0: never"
     )

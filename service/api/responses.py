@@ -14,10 +14,30 @@ from starlette.responses import Response
 
 from index_store import Snapshot
 from service.engine import Engine
-from service.errors import ItemRefused
+from service.errors import ItemRefused, Refusal, refusal
+from service.observability.logging import log_failure
 from service.pipeline.stages import Answered, EmbeddedItem
 
 NPY = "application/x-npy"
+
+
+def error_response(error: Exception) -> Response:
+    """The one error body, with Retry-After where a retry may help. A 5xx is logged."""
+    refused = refuse(error)
+    headers = {}
+    if refused.status in (429, 503):
+        headers["Retry-After"] = "1"
+    elif refused.status == 408:  # the rest of the body may still come
+        headers["Connection"] = "close"
+    return Response(dump(refused.body), refused.status, headers=headers, media_type="application/json")
+
+
+def refuse(error: Exception) -> Refusal:
+    """The refusal that an error becomes, of a request or of one of its items. A 5xx is logged."""
+    refused = refusal(error)
+    if refused.status >= 500:
+        log_failure(error.cause if isinstance(error, ItemRefused) else error, refused.status)
+    return refused
 
 
 def failing(rows: Sequence[EmbeddedItem | ItemRefused], on_error: str) -> Sequence[EmbeddedItem | ItemRefused]:

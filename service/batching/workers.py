@@ -6,6 +6,10 @@ Standard library alone, like `batcher`, whose hands these are.
 from __future__ import annotations
 
 import asyncio
+import logging
+import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Generic, TypeVar
@@ -14,6 +18,7 @@ from service.batching.executors import Threads
 
 __all__ = ["WorkerLost", "Workers", "isolated"]
 
+log = logging.getLogger("reco")
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -57,6 +62,12 @@ class Workers(Generic[T, R]):
             self.lost = False
             return doing.result()
         self.lost = True
+        log.error(
+            "%s did not answer within %g s and its thread was replaced; it hangs in:\n%s",
+            self._name,
+            self._stall_s,
+            _stacks(f"batcher-{self._name}_"),
+        )
         self.close()
         self._pool = self._made()
         return [WorkerLost(f"{self._name} did not answer within {self._stall_s:g} s and was replaced: retry")] * len(
@@ -66,6 +77,13 @@ class Workers(Generic[T, R]):
     def close(self) -> None:
         """Begin nothing more; what runs is not waited for."""
         self._pool.close()
+
+
+def _stacks(prefix: str) -> str:
+    """The stacks of the living threads whose names begin with `prefix`."""
+    frames = sys._current_frames()
+    found = [thread for thread in threading.enumerate() if thread.name.startswith(prefix) and thread.ident in frames]
+    return "".join("".join(traceback.format_stack(frames[thread.ident or 0])) for thread in found)
 
 
 def isolated(run: Callable[[list[T]], Sequence[R]], payloads: list[T]) -> list[R | Exception]:

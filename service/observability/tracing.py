@@ -104,6 +104,6 @@ def finish(span: Span, scope: Scope, status: int) -> None:
 
 
 def template(scope: Scope) -> str:
-    """The route's path as it is declared, never the caller's own, whose number has no end."""
+    """The path of the route as it is declared: the paths that callers send have no bound."""
     route = scope.get("route")
     return route.path if route is not None else "unmatched"

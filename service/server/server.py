@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from service.batching.executors import apart
+from service.observability.logging import configure_logging
 from service.settings import Settings, UsageError
 
 if TYPE_CHECKING:
@@ -98,6 +99,9 @@ def serve(settings: Settings) -> None:
     Not by way of the interpreter, which would wait for the thread of a compaction or of a reading: minutes of training that nothing can
     stop. Every request is answered and everything closed by then, and what such a thread leaves is as whole as after `kill -9`.
     """
+    configure_logging(
+        settings.log_format, verbose=logging.getLogger().isEnabledFor(logging.INFO), access_log=settings.access_log
+    )
     few_arenas()
     with bind(settings.host, settings.port) as taken:
         print(f"loading {settings.model}: this takes some seconds…", flush=True)

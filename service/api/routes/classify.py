@@ -11,10 +11,10 @@ from starlette.responses import Response
 from service.api.auth import WithAdmin, WithKey
 from service.api.dependencies import EngineDep, deadline, query_of, unless_gone
 from service.api.requests import ParsedRequest, read_either
-from service.api.responses import failing, frame, reply
+from service.api.responses import failing, frame, refuse, reply
 from service.api.schemas import ClassifyOptions, LabelSetBody, documented
 from service.engine import Engine
-from service.errors import ItemRefused, refusal
+from service.errors import ItemRefused
 from service.labels.label_set import LabelSet
 from service.labels.scoring import Ranked
 from service.pipeline.stages import Answered, EmbeddedItem
@@ -62,7 +62,7 @@ async def _classified(
     if options.neighbors:
         body["neighbors"] = [[] if isinstance(row, ItemRefused) else row.neighbors for row in rows]
     if len(good) < len(rows):
-        body["errors"] = [refusal(row).body["error"] if isinstance(row, ItemRefused) else None for row in rows]
+        body["errors"] = [refuse(row).body["error"] if isinstance(row, ItemRefused) else None for row in rows]
     return body, answered
 
 

@@ -12,10 +12,10 @@ from index_store import Side
 from service.api.auth import WithKey
 from service.api.dependencies import EngineDep, deadline, query_of, unless_gone
 from service.api.requests import ParsedRequest, read_images, read_texts
-from service.api.responses import NPY, failing, frame, headers, npy, reply, vector
+from service.api.responses import NPY, failing, frame, headers, npy, refuse, reply, vector
 from service.api.schemas import EmbedOptions, documented
 from service.engine import Engine
-from service.errors import BadRequest, ItemRefused, refusal
+from service.errors import BadRequest, ItemRefused
 from service.pipeline.stages import Answered, EmbeddedItem, Query
 
 router = APIRouter(dependencies=[WithKey], tags=["embed"])
@@ -72,7 +72,7 @@ def _wants_npy(request: Request) -> bool:
 def _item(index: int, row: EmbeddedItem | ItemRefused, options: EmbedOptions) -> dict[str, Any]:
     item: dict[str, Any] = {"object": "embedding", "index": index}
     if isinstance(row, ItemRefused):
-        return {**item, "embedding": None, **refusal(row).body}
+        return {**item, "embedding": None, **refuse(row).body}
     item |= {"embedding": vector(row.vector, options.encoding_format), "enhanced": row.enhanced}
     if options.plain:
         item["plain"] = vector(row.plain, options.encoding_format)
