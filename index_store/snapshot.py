@@ -4,7 +4,7 @@ import copy
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from index_store.errors import IncompatibleSnapshot, QueryRefused, RecallTooLow
 from index_store.float16 import widened
 from index_store.neighbors import Neighbors
 from index_store.search.delta import Delta, Edited
-from index_store.search.filters import limits_of
+from index_store.search.filters import DEFAULT_PARAMS, RowFilter, SearchParams
 from index_store.search.gpu import Owner
 from index_store.search.hits import Hits, Searched
 from index_store.search.probes import DEPTH, Probes
@@ -23,7 +23,7 @@ from index_store.search.shard import Shard
 from index_store.search.sharded import ShardedIndex, nearest
 from index_store.storage.checksums import verify
 from index_store.storage.manifest import Manifest, read_manifest, same_encoder
-from index_store.types import SIDES, Id, KeyKind, Pairs, Side, other, readable
+from index_store.types import SIDES, KeyKind, Pairs, Side, other, readable
 
 BLOCK = 8_192  # pairs handed out at a time: 40 MB at D = 512
 
@@ -135,43 +135,27 @@ class Snapshot:
         queries: np.ndarray,
         side: Side,
         k: int,
+        params: SearchParams = DEFAULT_PARAMS,
         *,
-        probes: int | None = None,
-        max_similarity: float | np.ndarray | None = None,
-        exclude: Sequence[Collection[Id]] | None = None,
-        min_score: float | None = None,
         values: Literal["other", "same"] = "other",
     ) -> Neighbors:
-        """Search `side` for the k nearest pairs of each query and bring the other side's vectors, or those of the `same` side.
+        """Nearest neighbours: search `side` for the k nearest pairs of each query.
 
-        queries: (B, Dk) float32 unit rows.  max_similarity: one, or (B,) with inf for no limit: nearer ones are passed over.
-        exclude: ids to pass over, one collection per query.  min_score: farther ones are masked.
-        k neighbours still come back where k remain, and no others. probes: index lists to visit, the manifest's where None.
+        queries: (B, Dk) float32 unit rows.  values: whose vectors to return, those of the other
+        side or of the same side as the search. k neighbours come back wherever k pairs pass the
+        filters of `params`; where fewer do, the rest is masked.
+        Raises QueryRefused where queries, k or params do not fit this memory.
         """
-        hits = self.search(
-            queries, side, k, probes=probes, max_similarity=max_similarity, exclude=exclude, min_score=min_score
-        )
+        hits = self.search(queries, side, k, params)
         return self._gathered(hits, self._searched[side], side if values == "same" else other(side))
 
-    def search(
-        self,
-        queries: np.ndarray,
-        side: Side,
-        k: int,
-        *,
-        probes: int | None = None,
-        max_similarity: float | np.ndarray | None = None,
-        exclude: Sequence[Collection[Id]] | None = None,
-        min_score: float | None = None,
-    ) -> Hits:
+    def search(self, queries: np.ndarray, side: Side, k: int, params: SearchParams = DEFAULT_PARAMS) -> Hits:
         """The first half of `retrieve`, for who gathers later: the rows, which mean something to this very snapshot alone."""
         fan = self._searched[side]
         queries = self._checked(queries, fan, k)
-        limits = limits_of(
-            len(queries), self.id_kind, max_similarity=max_similarity, exclude=exclude, min_score=min_score
-        )
         lists = self.manifest.index["probes"]
-        return nearest(fan, queries, k, (probes or lists) if lists else 0, limits)
+        row_filter = RowFilter.of(params, len(queries), self.id_kind)
+        return nearest(fan, queries, k, (params.probes or lists) if lists else 0, row_filter)
 
     def vectors(self, rows: np.ndarray, side: Side) -> np.ndarray:
         """(R, D) float16 as stored.  rows: (R,) int64 that a search of this snapshot found, none absent."""

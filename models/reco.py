@@ -1,7 +1,7 @@
 """RECO in one page: encode -> retrieve -> fuse. Training, evaluation and serving all come through here."""
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 from index_store.errors import IncompatibleSnapshot
 from index_store.neighbors import Neighbors
+from index_store.search.filters import DEFAULT_PARAMS, SearchParams
 from index_store.search.hits import Hits
 from index_store.snapshot import Snapshot
 from index_store.storage.manifest import same_encoder
-from index_store.types import Id, Side, other
+from index_store.types import Side, other
 from models.encoder.encoder import Encoded, Encoder
 from models.errors import ConfigError
 from models.fusion.fusion import Fused, Fusion
@@ -104,15 +105,13 @@ class Reco:
         side: Side,
         snapshot: Snapshot | None,
         k: int | np.ndarray | None = None,
-        *,
-        max_similarity: float | np.ndarray | None = None,
-        exclude: Sequence[Collection[Id]] | None = None,
+        params: SearchParams = DEFAULT_PARAMS,
     ) -> EmbeddedBatch:
         """Encode a batch and refine it: `enhance(encode(batch))`, timed. batch as in `Encoder.encode`."""
         start = time.perf_counter()
         encoded = self.encode(batch, side)
         seconds = time.perf_counter() - start
-        found = self.enhance(encoded, side, snapshot, k, max_similarity=max_similarity, exclude=exclude)
+        found = self.enhance(encoded, side, snapshot, k, params)
         return replace(found, timings=replace(found.timings, encode=seconds))
 
     def encode(self, batch: np.ndarray, side: Side) -> Encoded:
@@ -125,9 +124,8 @@ class Reco:
         side: Side,
         snapshot: Snapshot | None,
         k: int | np.ndarray | None = None,
+        params: SearchParams = DEFAULT_PARAMS,
         *,
-        max_similarity: float | np.ndarray | None = None,
-        exclude: Sequence[Collection[Id]] | None = None,
         mode: RetrievalMode = PAPER_MODE,
     ) -> EmbeddedBatch:
         """Refine vectors with what one snapshot holds near them; without one, or with a fusion that refines nothing, they stay plain.
@@ -140,7 +138,7 @@ class Reco:
             return EmbeddedBatch(plain, plain, np.zeros(len(plain), bool), None, None, None, Timings())
         self._refuse_stranger(snapshot)
         start = time.perf_counter()
-        neighbors = self._retrieve(encoded, side, snapshot, self.k if k is None else k, max_similarity, exclude, mode)
+        neighbors = self._retrieve(encoded, side, snapshot, self.k if k is None else k, params, mode)
         middle = time.perf_counter()
         fused = self._fuse(plain, neighbors, side)
         timings = Timings(retrieve=middle - start, fuse=time.perf_counter() - middle)
@@ -154,16 +152,12 @@ class Reco:
         side: Side,
         snapshot: Snapshot,
         k: int,
-        *,
-        max_similarity: float | None = None,
-        exclude: Sequence[Collection[Id]] | None = None,
+        params: SearchParams = DEFAULT_PARAMS,
     ) -> Hits:
         """Which rows of the snapshot `enhance` would refine these vectors with; for training, which fuses them again and again."""
         self._refuse_stranger(snapshot)
         self._refuse_k(k)
-        return snapshot.search(
-            encoded.key(snapshot.key_kind(side)), side, k, max_similarity=max_similarity, exclude=exclude
-        )
+        return snapshot.search(encoded.key(snapshot.key_kind(side)), side, k, params)
 
     def embed_labels(
         self, labels: Sequence[str], templates: Sequence[str], snapshot: Snapshot | None, k: int | None = None
@@ -193,8 +187,7 @@ class Reco:
         side: Side,
         snapshot: Snapshot,
         k: int | np.ndarray,
-        max_similarity: float | np.ndarray | None,
-        exclude: Sequence[Collection[Id]] | None,
+        params: SearchParams,
         mode: RetrievalMode,
     ) -> Neighbors:
         """The neighbours of each row, those beyond its own k masked away."""
@@ -208,14 +201,7 @@ class Reco:
             )
         key = encoded.key(snapshot.key_kind(searched))
         found = [
-            snapshot.retrieve(
-                key,
-                searched,
-                most,
-                max_similarity=max_similarity,
-                exclude=exclude,
-                values="same" if valued == searched else "other",
-            )
+            snapshot.retrieve(key, searched, most, params, values="same" if valued == searched else "other")
             for valued in mode.valued(side)
         ]
         within = np.arange(found[0].mask.shape[1]) < each[:, None]  # (B, K)

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from index_store import Side, Snapshot, Store
-from index_store.types import SIDES, Id
+from index_store import SearchParams, Side, Snapshot, Store
+from index_store.types import SIDES
 from models.encoder.device import gpu_memory
 from models.reco import Reco
 from models.starter import MEMORY, install_starter, starter_labels
@@ -143,20 +143,12 @@ class Engine:
         """What answers a request that names no memory, if anything does."""
         return None if self.memories.not_ready() else self.memories.resolve(None)
 
-    def query(
-        self,
-        snapshot: Snapshot | None,
-        *,
-        k: int | None,
-        max_similarity: float,
-        exclude: frozenset[Id],
-        neighbors: bool,
-    ) -> Query:
+    def query(self, snapshot: Snapshot | None, *, k: int | None, params: SearchParams, neighbors: bool) -> Query:
         """What a request asks of its items, which `snapshot` enhances. k: None = the fusion's own. Raises InvalidValue for k."""
         wanted = self.reco.k if k is None else k
         if wanted > self.reco.max_k:
             raise InvalidValue(f"k = {wanted}: this fusion takes 1 to {self.reco.max_k} neighbours", "k")
-        return Query(snapshot, wanted, max_similarity, exclude, neighbors)
+        return Query(snapshot, wanted, params, neighbors)
 
     async def embed(self, wanted: Items, query: Query, deadline: float) -> Answered:
         """Every item's row or refusal. deadline: a `time.monotonic()` instant. Raises QueueFull, BatcherClosed for the whole."""
@@ -213,7 +205,7 @@ class Engine:
         self, images: Sequence[bytes | ItemRefused], texts: Sequence[str], deadline: float
     ) -> Sequence[EmbeddedItem | ItemRefused]:
         """Plain rows of images or of texts."""
-        plain = Query(None, self.reco.k, np.inf, frozenset(), neighbors=False)
+        plain = Query(None, self.reco.k, SearchParams(), neighbors=False)
         found = await (
             self._embed_images(images, plain, deadline) if images else self._embed_texts(texts, plain, deadline)
         )
@@ -335,7 +327,7 @@ class Engine:
             if side == "image"
             else self.reco.encoder.tokenize(["pulse"])[0]
         )
-        work = QueuedItem(array, Query(self.default_snapshot(), self.reco.k, np.inf, frozenset(), neighbors=False))
+        work = QueuedItem(array, Query(self.default_snapshot(), self.reco.k, SearchParams(), neighbors=False))
         return await self._lanes[side].submit([work], deadline)
 
     @contextmanager

@@ -1,5 +1,6 @@
-"""The rule that decides which of the rows found a caller may see."""
+"""Search parameters of a call, and the row filter that they become in one memory."""
 
+import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -10,89 +11,125 @@ from index_store.errors import QueryRefused
 from index_store.search.hits import Hits, Searched
 from index_store.types import Id
 
-FEW = 32  # so many excluded ids of a query are compared with all others' in one go, more are sorted first
+MAX_BROADCAST_IDS = 32  # ids compared with every hit in one broadcast; longer lists go through np.isin
 WHOLE_NUMBER = re.compile(r"-?[0-9]{1,19}")
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class SearchParams:
+    """Search parameters of one call with B queries; they travel with the call, no index keeps them.
+
+    max_similarity: float for all queries, or (B,) float; a pair scoring above it is passed over,
+    inf = no limit.
+    exclude: B collections of ids to pass over, one per query; None = none for any query.
+    probes: inverted lists visited per query, None = as many as the manifest says. An index without
+    lists ignores it.
+    """
+
+    max_similarity: float | np.ndarray = math.inf
+    exclude: Sequence[Collection[Id]] | None = None
+    probes: int | None = None
+
+    @classmethod
+    def stack(cls, singles: Sequence["SearchParams"]) -> "SearchParams":
+        """The parameters of a batch of B queries, from those of each query alone (B = 1).
+
+        Raises ValueError where the queries differ in `probes`, which one search has only once.
+        """
+        probes = {single.probes for single in singles}
+        if len(probes) > 1:
+            raise ValueError(f"one search cannot visit {sorted(probes, key=str)} lists: search once for each")
+        return cls(
+            max_similarity=np.array([np.reshape(single.max_similarity, ()) for single in singles], np.float32),  # (B,)
+            exclude=[() if single.exclude is None else single.exclude[0] for single in singles],
+            probes=next(iter(probes), None),
+        )
+
+
+DEFAULT_PARAMS = SearchParams()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Limits:
-    """What callers refuse to see.  ceiling: (B, 1) float32 or None.  floor: least score.  exclude: per query, ids as stored, or None."""
+class RowFilter:
+    """The row filter of B queries in one memory: which of the rows found each query may return.
+
+    ceiling: (B, 1) float32 highest score, None = no limit.  exclude: B arrays (E,) of ids as the
+    memory stores them, each with its own E, or None.
+    """
 
     ceiling: np.ndarray | None = None
-    floor: float | None = None
     exclude: Sequence[np.ndarray] | None = None
 
-    @property
-    def none(self) -> bool:
-        """True where everything found may be seen."""
-        return self.ceiling is None and self.floor is None and not self.spare
+    @classmethod
+    def of(cls, params: SearchParams, queries: int, id_kind: str) -> "RowFilter":
+        """The filter that `params` describe for that many queries.
+
+        id_kind: "i" or "S", the dtype kind of the memory's ids.
+        Raises QueryRefused where the shape or a value of the parameters does not fit the queries.
+        """
+        ceiling, exclude = np.asarray(params.max_similarity, np.float32), params.exclude
+        if ceiling.shape not in ((), (queries,)) or np.isnan(ceiling).any():
+            raise QueryRefused(
+                f"max_similarity must be one number, or one for each of {queries} queries, "
+                f"not {params.max_similarity!r}"
+            )
+        if exclude is not None and len(exclude) != queries:
+            raise QueryRefused(
+                f"exclude must hold one collection of ids for each of {queries} queries, not {len(exclude)}"
+            )
+        return cls(
+            np.broadcast_to(ceiling.reshape(-1, 1), (queries, 1)) if (ceiling < np.inf).any() else None,
+            None if exclude is None else [as_stored(ids, id_kind) for ids in exclude],
+        )
 
     @property
-    def spare(self) -> int:
-        """The most rows that exclusion by id can take from one query."""
+    def allows_all(self) -> bool:
+        """True where no row is filtered out."""
+        return self.ceiling is None and not self.max_excluded
+
+    @property
+    def max_excluded(self) -> int:
+        """The most rows that exclusion by id can remove from the hits of one query."""
         return max((len(ids) for ids in self.exclude), default=0) if self.exclude is not None else 0
 
-    def of(self, chosen: np.ndarray) -> "Limits":
-        """The limits of some of the queries.  chosen: (b,) int64."""
-        ceiling = None if self.ceiling is None else self.ceiling[chosen]
-        return Limits(ceiling, self.floor, None if self.exclude is None else [self.exclude[i] for i in chosen])
+    def select(self, chosen: np.ndarray) -> "RowFilter":
+        """The filter of some of the queries.  chosen: (b,) int64."""
+        return RowFilter(
+            None if self.ceiling is None else self.ceiling[chosen],
+            None if self.exclude is None else [self.exclude[i] for i in chosen],
+        )
 
     def allowed(self, hits: Hits, fan: Searched) -> np.ndarray:
-        """(B, K) bool, True where the row is there and the caller may see it. A dead row nobody may see."""
+        """(B, K) bool, True where a row is present, alive (not replaced or deleted) and passes."""
         allowed = hits.mask
         if fan.pairs < fan.rows:
             allowed &= fan.alive(np.maximum(hits.rows, 0))
         if self.ceiling is not None:
             allowed &= hits.scores <= self.ceiling
-        if self.floor is not None:
-            allowed &= hits.scores >= self.floor
-        if self.exclude is not None and self.spare:
-            names = fan.take(np.maximum(hits.rows, 0).ravel(), lambda part: part.ids).reshape(hits.rows.shape)
-            allowed &= ~_named(names, self.exclude)
+        if self.exclude is not None and self.max_excluded:
+            ids = fan.take(np.maximum(hits.rows, 0).ravel(), lambda part: part.ids).reshape(hits.rows.shape)
+            allowed &= ~_contained(ids, self.exclude)
         return allowed
 
 
-def _named(names: np.ndarray, lists: Sequence[np.ndarray]) -> np.ndarray:
-    """(B, K) bool, True where a query's list holds the name.  names: (B, K).  lists: B arrays (E,), each E its own."""
-    found = np.zeros(names.shape, bool)
-    few = [query for query, ids in enumerate(lists) if 0 < len(ids) <= FEW]
-    if few:
-        owner = np.repeat(few, [len(lists[query]) for query in few])  # (sum of E,)
-        row, column = np.nonzero(names[owner] == np.concatenate([lists[query] for query in few])[:, None])
+def _contained(ids: np.ndarray, lists: Sequence[np.ndarray]) -> np.ndarray:
+    """(B, K) bool, True where a query's list contains the id.  ids: (B, K).  lists: B arrays (E,)."""
+    found = np.zeros(ids.shape, bool)
+    short = [query for query, names in enumerate(lists) if 0 < len(names) <= MAX_BROADCAST_IDS]
+    if short:
+        owner = np.repeat(short, [len(lists[query]) for query in short])  # (sum of E,)
+        row, column = np.nonzero(ids[owner] == np.concatenate([lists[query] for query in short])[:, None])
         found[owner[row], column] = True
-    for query, ids in enumerate(lists):
-        if len(ids) > FEW:
-            found[query] = np.isin(names[query], ids)
+    for query, names in enumerate(lists):
+        if len(names) > MAX_BROADCAST_IDS:
+            found[query] = np.isin(ids[query], names)
     return found
 
 
-def limits_of(
-    queries: int,
-    id_kind: str,
-    *,
-    max_similarity: float | np.ndarray | None,
-    exclude: Sequence[Collection[Id]] | None,
-    min_score: float | None,
-) -> Limits:
-    """Check what the callers ask for and bring it into the memory's own terms."""
-    ceiling = None
-    if max_similarity is not None:
-        ceiling = np.asarray(max_similarity, np.float32)
-        if ceiling.shape not in ((), (queries,)) or np.isnan(ceiling).any():
-            raise QueryRefused(
-                f"max_similarity must be one number, or one for each of {queries} queries, not {max_similarity!r}"
-            )
-        ceiling = np.broadcast_to(ceiling.reshape(-1, 1), (queries, 1)) if (ceiling < np.inf).any() else None
-    if exclude is not None and len(exclude) != queries:
-        raise QueryRefused(f"exclude must hold one collection of ids for each of {queries} queries, not {len(exclude)}")
-    stored = None if exclude is None else [as_stored(ids, id_kind) for ids in exclude]
-    return Limits(ceiling, min_score, stored)
-
-
 def as_stored(ids: Collection[Id], kind: str) -> np.ndarray:
-    """Ids as the memory stores them; (E,) int64 or bytes. One that cannot be an id here is left out.
+    """Ids converted to the memory's dtype: (E,) int64 or bytes; ids that cannot occur are left out.
 
-    A form or a query string can only say "12": a memory has one type of id, so 12 and "12" can mean nothing else.
+    Forms and query strings only carry text. A memory has one type of id, so 12 and "12" are equal.
     """
     names = [str(name) for name in ids]
     if kind == "S":

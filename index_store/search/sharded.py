@@ -8,7 +8,7 @@ import faiss
 import numpy as np
 
 from index_store.float16 import widened
-from index_store.search.filters import Limits
+from index_store.search.filters import RowFilter
 from index_store.search.gpu import Abreast, Clone, shells
 from index_store.search.hits import ABSENT, Hits, Part, Searched, best
 from index_store.search.shard import Shard
@@ -120,50 +120,48 @@ def taken(
     return found
 
 
-def nearest(fan: Searched, queries: np.ndarray, k: int, probes: int, limits: Limits) -> Hits:
-    """The k best allowed rows of each query: first from the index, wider where limits left too few, at last by a scan.
+def nearest(fan: Searched, queries: np.ndarray, k: int, probes: int, row_filter: RowFilter) -> Hits:
+    """The k best allowed rows of each query: first from the index, wider where the filter left too few, at last by a scan.
 
-    queries: (B, Dk) float32.  A flat memory is answered exactly under any limits.  An index with lists is exact once it scans.
+    queries: (B, Dk) float32.  A flat memory is answered exactly under any filter.  An index with lists is exact once it scans.
     """
-    if limits.none and k <= fan.pairs == fan.rows:
+    if row_filter.allows_all and k <= fan.pairs == fan.rows:
         hits = fan.search(queries, k, probes)
         if hits.mask.all():
             return hits
     hits = Hits(np.full((len(queries), k), -1, np.int64), np.zeros((len(queries), k), np.float32))
     waiting = np.arange(len(queries))
-    for width in _widths(k, limits, fan):
+    for width in _widths(k, row_filter, fan):
         found = fan.search(queries[waiting], width, probes)
-        waiting = waiting[~_settle(hits, waiting, found, limits.of(waiting), fan)]
+        waiting = waiting[~_settle(hits, waiting, found, row_filter.select(waiting), fan)]
         if not len(waiting):
             return hits
-    mine = limits.of(waiting)
-    _settle(hits, waiting, fan.scan(queries[waiting], min(k + mine.spare, fan.rows), mine.ceiling), mine, fan)
+    mine = row_filter.select(waiting)
+    _settle(hits, waiting, fan.scan(queries[waiting], min(k + mine.max_excluded, fan.rows), mine.ceiling), mine, fan)
     return hits
 
 
-def _widths(k: int, limits: Limits, fan: Searched) -> Iterator[int]:
+def _widths(k: int, row_filter: RowFilter, fan: Searched) -> Iterator[int]:
     """How many rows to ask the index for: enough for every exclusion, then eight times more, while an index is the cheaper way."""
     dead = fan.rows - fan.pairs
-    crowd = limits.ceiling is not None or dead > 0  # nobody knows how many rows of these lie nearest
-    width = k + limits.spare + (k if limits.ceiling is not None else min(k, dead))
+    crowd = row_filter.ceiling is not None or dead > 0  # nobody knows how many rows of these lie nearest
+    width = k + row_filter.max_excluded + (k if row_filter.ceiling is not None else min(k, dead))
     yield min(width, fan.rows)
     while crowd and width < fan.rows and width * 8 <= WIDEST_SEARCH:
         width *= 8
         yield min(width, fan.rows)
 
 
-def _settle(hits: Hits, chosen: np.ndarray, found: Hits, limits: Limits, fan: Searched) -> np.ndarray:
+def _settle(hits: Hits, chosen: np.ndarray, found: Hits, row_filter: RowFilter, fan: Searched) -> np.ndarray:
     """Write the allowed rows of `found` into the chosen rows of `hits`; (b,) bool, True where no wider search could add one."""
     k = hits.rows.shape[1]
-    allowed = limits.allowed(found, fan)  # (b, width)
+    allowed = row_filter.allowed(found, fan)  # (b, width)
     order = np.argsort(~allowed, axis=1, kind="stable")[:, :k]  # (b, ≤ k), the allowed first, still best first
     kept = np.take_along_axis(allowed, order, axis=1)
     hits.rows[chosen, : order.shape[1]] = np.where(kept, np.take_along_axis(found.rows, order, axis=1), -1)
     hits.scores[chosen, : order.shape[1]] = np.where(kept, np.take_along_axis(found.scores, order, axis=1), 0)
     present = found.mask
     settled: np.ndarray = (kept.sum(axis=1) >= min(k, fan.pairs)) | (present.sum(axis=1) >= fan.rows)  # (b,)
-    if limits.floor is not None:
-        settled |= (present & (found.scores < limits.floor)).any(axis=1)
     return settled
 
 

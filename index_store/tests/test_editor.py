@@ -18,6 +18,7 @@ from index_store.edits.journal import Journal
 from index_store.edits.overlay import seal_of
 from index_store.errors import DamagedVersion, NameRefused, PairsRefused, StoreBusy, StoreUnwritable
 from index_store.memory import Memory
+from index_store.search.filters import SearchParams
 from index_store.snapshot import Snapshot
 from index_store.store import Store
 from index_store.tests.support.oracle import Oracle
@@ -102,15 +103,16 @@ def check(data: st.DataObject, snapshot: Snapshot, oracle: Oracle, options: dict
     some = st.lists(st.integers(0, POOL - 1), max_size=30).map(
         lambda rows: [row if options.get("ints") else f"pair-{row}" for row in rows]
     )
-    limits = {
-        "exclude": data.draw(st.none() | st.lists(some, min_size=batch, max_size=batch)),
-        "max_similarity": data.draw(st.none() | st.sampled_from([0.99, 0.4, -2.0]) | st.just(np.linspace(0, 1, batch))),
-        "min_score": data.draw(st.none() | st.sampled_from([0.9, 0.1, -0.5])),
-    }
+    ceilings = st.sampled_from([np.inf, 0.99, 0.4, -2.0]) | st.just(np.linspace(0, 1, batch))
+    params = SearchParams(
+        exclude=data.draw(st.none() | st.lists(some, min_size=batch, max_size=batch)),
+        max_similarity=data.draw(ceilings),
+        probes=2 if snapshot.manifest.index["probes"] else None,
+    )
     width = options.get("key_width", 8) if side == "image" else 8
     queries = unit_rows(batch, width, 1 if data.draw(st.booleans()) else data.draw(st.integers(0, 9)))
     k = data.draw(st.sampled_from([1, 5, 20, 2 * POOL]))
-    oracle.agrees(snapshot, queries, side, k, probes=2 if snapshot.manifest.index["probes"] else None, **limits)
+    oracle.agrees(snapshot, queries, side, k, params)
 
 
 def test_what_an_edit_says(tmp_path: Path) -> None:
@@ -251,8 +253,8 @@ def test_compaction_keeps_the_settings(tmp_path: Path) -> None:
     assert manifest.source == {"from": "x", "compacted": {"edits": 2, "from": "things@v1"}}
     store = Store(tmp_path)
     assert (store.current("things"), store.previous("things")) == (manifest.version, "v1")
-    oracle.agrees(new, unit_rows(4, 24, 3), "image", 12, probes=4)
-    oracle.agrees(store.open("things", "v1", encoder=ENCODER), unit_rows(4, 24, 3), "image", 12, probes=4)
+    oracle.agrees(new, unit_rows(4, 24, 3), "image", 12, SearchParams(probes=4))
+    oracle.agrees(store.open("things", "v1", encoder=ENCODER), unit_rows(4, 24, 3), "image", 12, SearchParams(probes=4))
 
 
 def test_edits_during_a_compaction_are_carried_over(tmp_path: Path) -> None:

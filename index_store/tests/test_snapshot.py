@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from index_store.errors import QueryRefused, RecallTooLow
+from index_store.search.filters import SearchParams
 from index_store.snapshot import Snapshot
 from index_store.store import Store
 from index_store.tests.support.small import built, opened, part, some_pairs, unit_rows
@@ -50,7 +51,7 @@ def test_agrees_with_brute_force(memory: tuple[Pairs, Snapshot], side: Side, que
     pairs, snapshot = memory
     asked = unit_rows(queries, pairs.keys(side).shape[1], 99)
     rows, scores = (found[:, :k] for found in ranking(pairs, asked, side))
-    found = snapshot.retrieve(asked, side, k, probes=lists(snapshot))
+    found = snapshot.retrieve(asked, side, k, SearchParams(probes=lists(snapshot)))
     present = min(k, N)
     assert found.mask.shape == found.ids.shape == found.scores.shape == (queries, k)
     assert found.mask[:, :present].all()
@@ -79,15 +80,15 @@ def test_captions_are_read_when_asked_for(memory: tuple[Pairs, Snapshot]) -> Non
     pairs, snapshot = memory
     asked = unit_rows(3, 16, 5)
     rows = ranking(pairs, asked, "text")[0][:, :4]
-    found = snapshot.retrieve(asked, "text", 4, probes=lists(snapshot))
+    found = snapshot.retrieve(asked, "text", 4, SearchParams(probes=lists(snapshot)))
     for b in range(3):
         assert found.records(b) == [{"id": pairs.ids[row], **pairs.records[row]} for row in rows[b]]
     one = found.row(2)
     assert len(one) == 1
     assert one.records(0) == found.records(2)
     np.testing.assert_array_equal(one.values, found.values[2:3])
-    far = snapshot.retrieve(asked, "text", 4, min_score=2.0)
-    assert far.records(0) == []
+    none = snapshot.retrieve(asked, "text", 4, SearchParams(max_similarity=-2.0))
+    assert none.records(0) == []
 
 
 def test_no_queries_no_answers(memory: tuple[Pairs, Snapshot]) -> None:
@@ -160,11 +161,14 @@ def test_search_parameters_travel_with_the_call(tmp_path: Path) -> None:
 
     snapshot = opened(tmp_path, some_pairs(2000), index="IVF16,Flat")
     asked = unit_rows(20, 16, 4)
-    alone = {probes: snapshot.retrieve(asked, "image", 10, probes=probes).ids for probes in (1, 16)}
+    alone = {probes: snapshot.retrieve(asked, "image", 10, SearchParams(probes=probes)).ids for probes in (1, 16)}
     assert (alone[1] != alone[16]).any()
     with ThreadPoolExecutor(4) as pool:
         together = list(
-            pool.map(lambda probes: (probes, snapshot.retrieve(asked, "image", 10, probes=probes).ids), [1, 16] * 20)
+            pool.map(
+                lambda probes: (probes, snapshot.retrieve(asked, "image", 10, SearchParams(probes=probes)).ids),
+                [1, 16] * 20,
+            )
         )
     for probes, ids in together:
         np.testing.assert_array_equal(ids, alone[probes])
@@ -176,7 +180,7 @@ def test_lists_behind_a_transform_obey_the_call_too(tmp_path: Path) -> None:
     asked = unit_rows(30, 16, 3)
     rows = ranking(pairs, asked, "image")[0][:, :10]
     share = {
-        probes: np.mean(snapshot.retrieve(asked, "image", 10, probes=probes).ids == pairs.ids[rows])
+        probes: np.mean(snapshot.retrieve(asked, "image", 10, SearchParams(probes=probes)).ids == pairs.ids[rows])
         for probes in (1, 8)
     }
     assert share[1] < 0.8
@@ -189,7 +193,7 @@ def test_candidates_of_lossy_codes_are_compared_once_more(tmp_path: Path, recipe
     snapshot = opened(tmp_path, pairs, index=recipe, shard_pairs=300, recall_floor=0.9)
     asked, lists = unit_rows(30, 16, 3), 8 if "IVF" in recipe else None
     rows = ranking(pairs, asked, "image")[0][:, :10]
-    found = snapshot.retrieve(asked, "image", 10, probes=lists)
+    found = snapshot.retrieve(asked, "image", 10, SearchParams(probes=lists))
     assert np.mean([len({*mine} & {*exact}) / 10 for mine, exact in zip(found.ids, pairs.ids[rows], strict=True)]) > 0.9
     exact = {
         (b, name): score for b in range(30) for name, score in zip(pairs.ids, asked[b] @ pairs.image.T, strict=True)
@@ -198,7 +202,7 @@ def test_candidates_of_lossy_codes_are_compared_once_more(tmp_path: Path, recipe
     codes = built(tmp_path, pairs, "v2", index=recipe.rpartition(",")[0], recall_floor=0.01)
     assert codes.recall["image"] < 0.8  # which the codes alone find
     if lists is not None:
-        assert (snapshot.retrieve(asked, "image", 10, probes=1).ids != found.ids).any()
+        assert (snapshot.retrieve(asked, "image", 10, SearchParams(probes=1)).ids != found.ids).any()
 
 
 def maps(path: Path) -> int:
@@ -231,7 +235,7 @@ def test_an_open_version_outlives_its_files(tmp_path: Path) -> None:
     pairs = some_pairs(300)
     snapshot = opened(tmp_path, pairs, index="IVF4,Flat")
     shutil.rmtree(tmp_path / "things")
-    found = snapshot.retrieve(pairs.image[:5], "image", 2, probes=4)
+    found = snapshot.retrieve(pairs.image[:5], "image", 2, SearchParams(probes=4))
     assert found.ids[:, 0].tolist() == pairs.ids[:5].tolist()
     assert found.records(1)[0]["caption"] == "caption 1"
 

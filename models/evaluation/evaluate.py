@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from index_store.search.filters import SearchParams
 from index_store.snapshot import Snapshot
 from index_store.types import SIDES, Side
 from models.encoder.encoder import Encoder
@@ -315,9 +316,8 @@ def baselines(photos: Photos, labels: Labels, snapshot: Snapshot, label_field: s
     means = class_means(image[known >= 0], known[known >= 0], len(index))
     column = {name: label for name, label in zip(ids.tolist(), known.tolist(), strict=True) if label >= 0}
     seen = photos.queries.encoded
-    near = snapshot.retrieve(
-        seen.key(snapshot.key_kind("image")), "image", min(NEAREST, len(snapshot)), exclude=photos.queries.own
-    )
+    params = SearchParams(exclude=photos.queries.own)
+    near = snapshot.retrieve(seen.key(snapshot.key_kind("image")), "image", min(NEAREST, len(snapshot)), params)
     by_photo = nearest_labels(near.ids, near.scores, near.mask, column, len(index))
     target = labels.target(photos)
     scored = {"(1-NN)": by_photo, "(class means)": seen.vectors @ means.T}

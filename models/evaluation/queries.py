@@ -1,5 +1,6 @@
 """What an evaluation asks: items encoded once, then refined under any setting. Alphabet: N queries, D width, K neighbours."""
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from index_store.build.source import Reject
+from index_store.search.filters import SearchParams
 from index_store.snapshot import Snapshot
 from index_store.types import Id, Side
 from models.data.encode import OnProgress, encode_images
@@ -39,6 +41,11 @@ class Setting:
     def enhances(self, side: Side) -> bool:
         """Whether queries on this side are refined."""
         return self.enhance in (side, "both")
+
+    def params(self, side: Side, exclude: Sequence[Collection[Id]]) -> SearchParams:
+        """The search parameters of B queries on one side.  exclude: B collections of ids."""
+        limit = self.image_limit if side == "image" else self.text_limit
+        return SearchParams(max_similarity=math.inf if limit is None else limit, exclude=exclude)
 
     def __str__(self) -> str:
         if self.enhance == "none":
@@ -116,15 +123,12 @@ def refine(reco: Reco, queries: Queries, side: Side, snapshot: Snapshot, setting
     k = reco.k if setting.k is None else setting.k
     if k > len(snapshot):
         raise ConfigError(f"k = {k}, and {snapshot.ref} holds {len(snapshot)} pairs: ask for fewer neighbours")
-    limit = setting.image_limit if side == "image" else setting.text_limit
     vectors, nearest = np.empty_like(plain), np.zeros(len(plain), np.float32)
     for at in range(0, len(plain), BLOCK):
         rows = slice(at, at + BLOCK)
         trunk = queries.encoded.trunk
         some = Encoded(plain[rows], None if trunk is None else trunk[rows])
-        found = reco.enhance(
-            some, side, snapshot, k, max_similarity=limit, exclude=queries.own[rows], mode=setting.mode
-        )
+        found = reco.enhance(some, side, snapshot, k, setting.params(side, queries.own[rows]), mode=setting.mode)
         vectors[rows] = found.vectors
         if found.neighbors is not None:
             nearest[rows] = found.neighbors.scores[:, 0]

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import normalize
 
 from index_store.errors import IncompatibleSnapshot
+from index_store.search.filters import SearchParams
 from index_store.snapshot import Snapshot
 from index_store.types import Pairs, Side
 from models.encoder.encoder import Encoded, Encoder
@@ -98,10 +99,10 @@ def test_excluded_and_too_near_pairs_are_passed_over(reco: Reco, snapshot: Snaps
     found = reco.embed(photos, "image", snapshot, 2)
     assert found.neighbors is not None
     first = found.neighbors.ids[:, 0].tolist()
-    others = reco.embed(photos, "image", snapshot, 2, exclude=[{name} for name in first])
+    others = reco.embed(photos, "image", snapshot, 2, SearchParams(exclude=[{name} for name in first]))
     assert others.neighbors is not None
     np.testing.assert_array_equal(others.neighbors.ids[:, 0], found.neighbors.ids[:, 1])
-    nobody = reco.embed(photos, "image", snapshot, 2, max_similarity=-1.0)
+    nobody = reco.embed(photos, "image", snapshot, 2, SearchParams(max_similarity=-1.0))
     np.testing.assert_array_equal(nobody.vectors, nobody.plain)  # bit for bit
     assert not nobody.enhanced.any()
     assert nobody.memory == snapshot.ref

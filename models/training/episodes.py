@@ -4,6 +4,7 @@ Alphabet: M training pairs, K neighbours, U vectors that they found, D width, B 
 """
 
 import hashlib
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from index_store.float16 import widened
+from index_store.search.filters import SearchParams
 from index_store.search.hits import Hits
 from index_store.snapshot import Snapshot
 from index_store.types import SIDES, Id, Pairs, Side, other
@@ -122,7 +124,9 @@ class Asking:
     def find(self, encoded: Encoded, side: Side, own: Sequence[Collection[Id]]) -> Hits:
         """What the memory returns, (B, K).  encoded: float16 or float32.  own: for each query the ids that it must not find."""
         wide = Encoded(widened(encoded.vectors), None if encoded.trunk is None else widened(encoded.trunk))
-        return self.reco.search(wide, side, self.snapshot, self.k, max_similarity=self.limits.get(side), exclude=own)
+        ceiling = self.limits.get(side)
+        limit = math.inf if ceiling is None else ceiling
+        return self.reco.search(wide, side, self.snapshot, self.k, SearchParams(max_similarity=limit, exclude=own))
 
 
 def covariance(episodes: Sequence[Episode], side: Side) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 from starlette.requests import ClientDisconnect
 
-from index_store import Snapshot
+from index_store import SearchParams, Snapshot
 from service.api.schemas import Options
 from service.engine import Engine
 from service.errors import InvalidValue
@@ -39,9 +39,8 @@ EngineDep = Annotated[Engine, Depends(_engine_of)]
 def query_of(engine: Engine, options: Options, snapshot: Snapshot | None) -> Query:
     """The query that a request's options describe, with `snapshot` pinned. Raises InvalidValue for k."""
     ceiling = math.inf if options.max_similarity is None else options.max_similarity
-    return engine.query(
-        snapshot, k=options.k, max_similarity=ceiling, exclude=frozenset(options.exclude), neighbors=options.neighbors
-    )
+    params = SearchParams(max_similarity=ceiling, exclude=[frozenset(options.exclude)])
+    return engine.query(snapshot, k=options.k, params=params, neighbors=options.neighbors)
 
 
 def deadline(request: Request, engine: Engine) -> float:

@@ -64,9 +64,7 @@ def _example(
 
     one, k = photos.queries.encoded.take([row]), setting.k or reco.k
     own = [photos.queries.own[row]]
-    found = reco.enhance(
-        one, "image", snapshot, k, max_similarity=setting.image_limit, exclude=own, mode=setting.mode
-    ).neighbors
+    found = reco.enhance(one, "image", snapshot, k, setting.params("image", own), mode=setting.mode).neighbors
     near = (
         []
         if found is None

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from index_store import Side, Snapshot
-from index_store.types import Id
+from index_store import SearchParams, Side, Snapshot
 from models.encoder.encoder import Encoded
 from models.reco import EmbeddedBatch, Reco, Timings
 from service.errors import ItemRefused
@@ -37,13 +36,12 @@ class Query:
     """What one request wants of every item of it.
 
     snapshot: pinned once per request, so that no reply mixes two versions; None = the plain vector.
-    max_similarity: neighbours nearer than this are ignored; inf = none.
+    params: the search parameters of one item (B = 1).
     """
 
     snapshot: Snapshot | None
     k: int
-    max_similarity: float
-    exclude: frozenset[Id]
+    params: SearchParams
     neighbors: bool
 
 
@@ -128,8 +126,7 @@ def enhance(reco: Reco, side: Side, batch: Sequence[Seen]) -> list[EmbeddedItem]
             side,
             snapshot,
             np.array([query.k for query in queries]),
-            max_similarity=np.array([query.max_similarity for query in queries], np.float32),
-            exclude=[query.exclude for query in queries],
+            SearchParams.stack([query.params for query in queries]),
         )
         found = replace(found, timings=replace(found.timings, encode=mine[0].encode_s))
         rows.update((i, _row(found, j, seen)) for j, (i, seen) in enumerate(zip(members, mine, strict=True)))

@@ -12,6 +12,7 @@ from index_store.build import tuning as curve
 from index_store.build.index import candidates, check_recipe
 from index_store.build.tuning import Clock, Point
 from index_store.errors import RecipeRefused
+from index_store.search.filters import SearchParams
 from index_store.search.probes import Probes
 from index_store.search.shard import Shard
 from index_store.search.sharded import ShardedIndex
@@ -90,7 +91,9 @@ def test_lists_hold_the_very_rows(tmp_path: Path, small_is_large: None) -> None:
     asked = unit_rows(20, 32, 77)
     stored = pairs.image.astype(np.float16).astype(np.float32)
     exact = -np.sort(-(asked @ stored.T), axis=1)[:, :10]
-    np.testing.assert_allclose(snapshot.retrieve(asked, "image", 10, probes=10_000).scores, exact, atol=1e-6)
+    np.testing.assert_allclose(
+        snapshot.retrieve(asked, "image", 10, SearchParams(probes=10_000)).scores, exact, atol=1e-6
+    )
 
 
 def test_finer_lists_are_tried_where_the_first_are_dear_and_kept_where_faster(

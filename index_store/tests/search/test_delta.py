@@ -9,6 +9,7 @@ import pytest
 
 from index_store.edits.changes import Delete, put_of, stored_ids
 from index_store.edits.overlay import SKETCHED_ROWS, Overlay
+from index_store.search.filters import SearchParams
 from index_store.snapshot import Snapshot
 from index_store.tests.support.oracle import Oracle
 from index_store.tests.support.small import opened, part, some_pairs, unit, unit_rows
@@ -45,7 +46,7 @@ def test_added_replaced_and_deleted(tmp_path: Path, options: dict[str, Any], que
         sides: tuple[Side, Side] = ("image", "text")
         for side, width in zip(sides, (24, 16), strict=True):
             for k in (7, 200):
-                oracle.agrees(snapshot, unit_rows(queries, width, step), side, k, probes=probes)
+                oracle.agrees(snapshot, unit_rows(queries, width, step), side, k, SearchParams(probes=probes))
     assert (snapshot.edits, snapshot.ref) == (8, "things@v1+8")
 
 
@@ -65,17 +66,15 @@ def test_a_tail_with_sketches_is_exact(tmp_path: Path, spread: float) -> None:
     oracle.delete(["pair-1200", "pair-4"])
     snapshot = delete(overlay, ["pair-1200", "pair-4"])
     for queries in (1, 40):
-        oracle.agrees(snapshot, unit(keys[:queries] + 0.01), "image", 10, probes=4)
+        oracle.agrees(snapshot, unit(keys[:queries] + 0.01), "image", 10, SearchParams(probes=4))
         oracle.agrees(
             snapshot,
             unit_rows(queries, 40, 7),
             "image",
             10,
-            probes=4,
-            max_similarity=0.3,
-            exclude=[["pair-3"]] * queries,
+            SearchParams(probes=4, max_similarity=0.3, exclude=[["pair-3"]] * queries),
         )
-        oracle.agrees(snapshot, unit_rows(queries, 32, 7), "text", 400, probes=4)
+        oracle.agrees(snapshot, unit_rows(queries, 32, 7), "text", 400, SearchParams(probes=4))
 
 
 def test_a_snapshot_never_changes(tmp_path: Path) -> None:
@@ -135,7 +134,8 @@ def test_longer_ids_than_any_of_the_base(tmp_path: Path) -> None:
     oracle.put(named)
     snapshot = put(overlay, named)
     assert snapshot.retrieve(named.image, "image", 1).ids[:, 0].tolist() == named.ids.tolist()
-    oracle.agrees(snapshot, unit_rows(3, 16, 0), "image", 9, exclude=[["pair-3" + "ä" * 100], ["pair-3"], []])
+    params = SearchParams(exclude=[["pair-3" + "ä" * 100], ["pair-3"], []])
+    oracle.agrees(snapshot, unit_rows(3, 16, 0), "image", 9, params)
     oracle.delete(["pair-3" + "ä" * 100])
     oracle.agrees(delete(overlay, ["pair-3" + "ä" * 100]), unit_rows(3, 16, 0), "image", 9)
 
@@ -152,10 +152,9 @@ def test_a_crowd_of_the_dead_is_passed_by(tmp_path: Path) -> None:
         ids: list[Id] = base.ids[: n - 5].tolist()
         oracle.delete(ids)
         snapshot = delete(overlay, ids)
-        oracle.agrees(snapshot, image[:2], "image", 10, probes=4)
-        oracle.agrees(
-            snapshot, image[:2], "image", 3, probes=4, max_similarity=0.5, exclude=[[ids[0]], [str(base.ids[-1])]]
-        )
+        oracle.agrees(snapshot, image[:2], "image", 10, SearchParams(probes=4))
+        params = SearchParams(probes=4, max_similarity=0.5, exclude=[[ids[0]], [str(base.ids[-1])]])
+        oracle.agrees(snapshot, image[:2], "image", 3, params)
 
 
 def test_nothing_left(tmp_path: Path) -> None:

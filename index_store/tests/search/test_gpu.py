@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from index_store.errors import DeviceRefused
+from index_store.search.filters import SearchParams
 from index_store.search.gpu import HOST, Clone, Owner
 from index_store.snapshot import Snapshot
 from index_store.store import Store
@@ -38,16 +39,15 @@ def pair_of(root: Path, **options: Any) -> tuple[Snapshot, Snapshot]:
 def test_clones_answer_as_the_originals(tmp_path: Path, recipe: str) -> None:
     plain, cloned = pair_of(tmp_path, **RECIPES[recipe])
     asked = unit_rows(9, 16, 5)
-    limits: list[dict[str, Any]] = [
-        {},
-        {"probes": 1},
-        {"probes": 4},
-        {"max_similarity": 0.3},
-        {"exclude": [["pair-3"]] * 9},
-    ]
-    for options in limits:
+    for params in (
+        SearchParams(),
+        SearchParams(probes=1),
+        SearchParams(probes=4),
+        SearchParams(max_similarity=0.3),
+        SearchParams(exclude=[["pair-3"]] * 9),
+    ):
         for k in (1, 10, 200, 205):
-            one, two = plain.retrieve(asked, "image", k, **options), cloned.retrieve(asked, "image", k, **options)
+            one, two = plain.retrieve(asked, "image", k, params), cloned.retrieve(asked, "image", k, params)
             np.testing.assert_array_equal(one.ids, two.ids)
             np.testing.assert_allclose(one.scores, two.scores, atol=1e-6)
     assert cloned.prove() == plain.prove()
@@ -87,7 +87,7 @@ def test_more_rows_than_a_gpu_returns_are_scanned(tmp_path: Path) -> None:
     built(tmp_path, pairs, index="IVF4,SQfp16", shard_pairs=1300)
     cloned = Store(tmp_path).open("things", "v1", encoder=ENCODER, devices=[HOST])
     asked = unit_rows(2, 16, 5)
-    found = cloned.retrieve(asked, "image", 2100, probes=1)
+    found = cloned.retrieve(asked, "image", 2100, SearchParams(probes=1))
     np.testing.assert_array_equal(
         found.ids, pairs.ids[np.argsort(-(asked @ pairs.image.T), axis=1, kind="stable")[:, :2100]]
     )

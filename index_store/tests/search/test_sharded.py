@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from index_store.errors import QueryRefused
-from index_store.search.filters import FEW
+from index_store.search.filters import MAX_BROADCAST_IDS, SearchParams
 from index_store.snapshot import Snapshot
 from index_store.tests.support.small import opened, some_pairs, unit, unit_rows
 from index_store.types import Id, Pairs
@@ -34,12 +34,12 @@ def memory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def expected(
-    pairs: Pairs, query: np.ndarray, k: int, ceiling: float, floor: float, exclude: Collection[Id]
+    pairs: Pairs, query: np.ndarray, k: int, ceiling: float, exclude: Collection[Id]
 ) -> tuple[list[Id], np.ndarray, bool]:
     """Brute force for one query; the last says whether rounding could decide otherwise at a threshold."""
     scores = (pairs.image @ query).astype(np.float64)
-    close = bool((np.abs(scores - ceiling) < 1e-5).any() or (np.abs(scores - floor) < 1e-5).any())
-    allowed = (scores <= ceiling) & (scores >= floor) & ~np.isin(pairs.ids, list(exclude))
+    close = bool((np.abs(scores - ceiling) < 1e-5).any())
+    allowed = (scores <= ceiling) & ~np.isin(pairs.ids, list(exclude))
     rows = np.flatnonzero(allowed)
     rows = rows[np.argsort(-scores[rows], kind="stable")][:k]
     return pairs.ids[rows].tolist(), scores[rows], close
@@ -55,16 +55,12 @@ def test_k_neighbours_come_back_where_k_remain(memory: tuple[Pairs, Snapshot], d
     ceilings = data.draw(
         st.lists(st.sampled_from([np.inf, 0.9999, 0.97, 0.4, -0.2, -2.0]), min_size=batch, max_size=batch)
     )
-    floor = data.draw(st.none() | st.sampled_from([0.95, 0.1, -0.5]))
     near = data.draw(st.booleans())
     queries = unit(pairs.image[:batch] + 0.001) if near else unit_rows(batch, D, data.draw(st.integers(0, 50)))
-    found = snapshot.retrieve(
-        queries, "image", k, probes=4, exclude=exclude, max_similarity=np.array(ceilings, np.float32), min_score=floor
-    )
+    params = SearchParams(probes=4, exclude=exclude, max_similarity=np.array(ceilings, np.float32))
+    found = snapshot.retrieve(queries, "image", k, params)
     for b in range(batch):
-        ids, scores, close = expected(
-            pairs, queries[b], k, ceilings[b], -9.0 if floor is None else floor, exclude[b] if exclude else ()
-        )
+        ids, scores, close = expected(pairs, queries[b], k, ceilings[b], exclude[b] if exclude else ())
         if close:
             continue
         count = len(ids)
@@ -88,10 +84,10 @@ def test_k_neighbours_come_back_where_k_remain(memory: tuple[Pairs, Snapshot], d
 def test_one_threshold_for_all_or_one_for_each(memory: tuple[Pairs, Snapshot]) -> None:
     pairs, snapshot = memory
     queries = pairs.image[[0, 300]]
-    one = snapshot.retrieve(queries, "image", 5, probes=4, max_similarity=0.5)
+    one = snapshot.retrieve(queries, "image", 5, SearchParams(probes=4, max_similarity=0.5))
     assert (one.scores <= 0.5).all()
     assert one.mask.all()
-    each = snapshot.retrieve(queries, "image", 5, probes=4, max_similarity=np.array([0.5, np.inf]))
+    each = snapshot.retrieve(queries, "image", 5, SearchParams(probes=4, max_similarity=np.array([0.5, np.inf])))
     np.testing.assert_array_equal(each.ids[0], one.ids[0])
     assert each.ids[1, 0] == pairs.ids[300]
 
@@ -102,7 +98,7 @@ def test_a_crowd_wider_than_any_index_search_is_scanned(tmp_path: Path) -> None:
     image = pairs.image.copy()
     image[: n - 3] = image[0]
     snapshot = opened(tmp_path, Pairs(pairs.ids, image, pairs.text, pairs.records))
-    found = snapshot.retrieve(image[:2], "image", 10, max_similarity=0.99)
+    found = snapshot.retrieve(image[:2], "image", 10, SearchParams(max_similarity=0.99))
     assert found.mask.sum(axis=1).tolist() == [3, 3]
     assert set(found.ids[0, :3].tolist()) == set(pairs.ids[-3:].tolist())
 
@@ -110,8 +106,13 @@ def test_a_crowd_wider_than_any_index_search_is_scanned(tmp_path: Path) -> None:
 def test_lists_of_any_length_exclude_what_they_name(tmp_path: Path) -> None:
     pairs = some_pairs(100, D)
     snapshot = opened(tmp_path, pairs)
-    lists = [pairs.ids[:FEW].tolist(), pairs.ids[: FEW + 1].tolist(), [], pairs.ids[90:].tolist()]
-    found = snapshot.retrieve(pairs.image[:4], "image", 20, exclude=lists)
+    lists = [
+        pairs.ids[:MAX_BROADCAST_IDS].tolist(),
+        pairs.ids[: MAX_BROADCAST_IDS + 1].tolist(),
+        [],
+        pairs.ids[90:].tolist(),
+    ]
+    found = snapshot.retrieve(pairs.image[:4], "image", 20, SearchParams(exclude=lists))
     for row, names in enumerate(lists):
         allowed = ~np.isin(pairs.ids, names)
         scores = np.where(allowed, pairs.image.astype(np.float32) @ pairs.image[row].astype(np.float32), -9)
@@ -121,7 +122,8 @@ def test_lists_of_any_length_exclude_what_they_name(tmp_path: Path) -> None:
 def test_everything_excluded_is_no_neighbour(tmp_path: Path) -> None:
     pairs = some_pairs(12, D)
     snapshot = opened(tmp_path, pairs)
-    found = snapshot.retrieve(pairs.image[:2], "image", 5, exclude=[pairs.ids.tolist(), pairs.ids[:10].tolist()])
+    params = SearchParams(exclude=[pairs.ids.tolist(), pairs.ids[:10].tolist()])
+    found = snapshot.retrieve(pairs.image[:2], "image", 5, params)
     assert found.mask.sum(axis=1).tolist() == [0, 2]
     assert not found.values[0].any()
 
@@ -131,24 +133,44 @@ def test_ids_that_are_not_here_exclude_nothing(tmp_path: Path) -> None:
     asked = some_pairs(9, D).image[:1]
     plain = words.retrieve(asked, "image", 3).ids[0].tolist()
     strange: list[Id] = ["pair-0" + "x" * 500, "pair-0\0", "\udc80", "", 7, 2**80, "pair"]
-    assert words.retrieve(asked, "image", 3, exclude=[strange]).ids[0].tolist() == plain
+    assert words.retrieve(asked, "image", 3, SearchParams(exclude=[strange])).ids[0].tolist() == plain
     nearest = numbers.retrieve(asked, "image", 3).ids[0].tolist()
     assert nearest[0] == 0
     for none in ("00x", "0.0", "", "9" * 30, str(2**63), 2**80):
-        assert numbers.retrieve(asked, "image", 3, exclude=[[none]]).ids[0].tolist() == nearest
+        assert numbers.retrieve(asked, "image", 3, SearchParams(exclude=[[none]])).ids[0].tolist() == nearest
     for zero in (0, "0"):  # a form can only send text
-        assert numbers.retrieve(asked, "image", 2, exclude=[[zero]]).ids[0].tolist() == nearest[1:]
+        assert numbers.retrieve(asked, "image", 2, SearchParams(exclude=[[zero]])).ids[0].tolist() == nearest[1:]
 
 
 @pytest.mark.parametrize(
-    "limits",
+    "params",
     [
-        {"exclude": [["a"]]},
-        {"max_similarity": np.zeros(3)},
-        {"max_similarity": np.zeros((2, 1))},
-        {"max_similarity": float("nan")},
+        SearchParams(exclude=[["a"]]),
+        SearchParams(max_similarity=np.zeros(3)),
+        SearchParams(max_similarity=np.zeros((2, 1))),
+        SearchParams(max_similarity=float("nan")),
     ],
 )
-def test_limits_that_do_not_fit_the_queries(memory: tuple[Pairs, Snapshot], limits: dict[str, object]) -> None:
+def test_parameters_that_do_not_fit_the_queries(memory: tuple[Pairs, Snapshot], params: SearchParams) -> None:
     with pytest.raises(QueryRefused, match="2 queries"):
-        memory[1].retrieve(unit_rows(2, D, 0), "image", 3, **limits)  # type: ignore[arg-type]
+        memory[1].retrieve(unit_rows(2, D, 0), "image", 3, params)
+
+
+def test_a_stacked_batch_returns_what_each_query_alone_returns(memory: tuple[Pairs, Snapshot]) -> None:
+    pairs, snapshot = memory
+    queries = pairs.image[[0, 300, 1]].astype(np.float32)
+    singles = [
+        SearchParams(probes=4, max_similarity=0.5),
+        SearchParams(probes=4, exclude=[[pairs.ids[300], pairs.ids[301]]]),
+        SearchParams(probes=4, max_similarity=np.array([0.97]), exclude=[frozenset()]),
+    ]
+    stacked = snapshot.retrieve(queries, "image", 5, SearchParams.stack(singles))
+    for b, single in enumerate(singles):
+        alone = snapshot.retrieve(queries[b : b + 1], "image", 5, single)
+        np.testing.assert_array_equal(stacked.ids[b], alone.ids[0])
+        np.testing.assert_allclose(stacked.scores[b], alone.scores[0], atol=1e-6)
+
+
+def test_queries_with_different_probes_are_not_stacked() -> None:
+    with pytest.raises(ValueError, match="4, None"):
+        SearchParams.stack([SearchParams(), SearchParams(probes=4)])

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from index_store.search.filters import DEFAULT_PARAMS, SearchParams
 from index_store.snapshot import Snapshot
 from index_store.types import Id, Pairs, Side, other
 
@@ -38,7 +39,7 @@ class Oracle:
         return [name for name in dict.fromkeys(ids) if self.there.pop(name, None) is None]
 
     def expected(
-        self, query: np.ndarray, side: Side, *, ceiling: float, floor: float, exclude: Collection[Id]
+        self, query: np.ndarray, side: Side, *, ceiling: float, exclude: Collection[Id]
     ) -> list[tuple[float, Id]]:
         """(score, id) of every pair that one query may see, nearest first."""
         if not self.there:
@@ -46,23 +47,22 @@ class Oracle:
         scores = zip(
             (np.stack([pair[f"{side}_key"] for pair in self.there.values()]) @ query).tolist(), self.there, strict=True
         )
-        allowed = [(score, name) for score, name in scores if floor <= score <= ceiling and name not in exclude]
+        allowed = [(score, name) for score, name in scores if score <= ceiling and name not in exclude]
         return sorted(allowed, key=lambda found: -found[0])
 
-    def agrees(self, snapshot: Snapshot, queries: np.ndarray, side: Side, k: int, **limits: Any) -> None:
-        """Assert that the snapshot answers as brute force over these pairs does, whatever the limits."""
+    def agrees(
+        self, snapshot: Snapshot, queries: np.ndarray, side: Side, k: int, params: SearchParams = DEFAULT_PARAMS
+    ) -> None:
+        """Assert that a search returns what brute force over these pairs returns."""
         assert len(snapshot) == len(self.there)
-        found = snapshot.retrieve(queries, side, k, **limits)
-        ceilings = np.broadcast_to(
-            np.inf if limits.get("max_similarity") is None else limits["max_similarity"], len(queries)
-        )
-        floor = -9.0 if limits.get("min_score") is None else limits["min_score"]
+        found = snapshot.retrieve(queries, side, k, params)
+        ceilings = np.broadcast_to(params.max_similarity, len(queries))
         for b, query in enumerate(queries):
-            exclude = limits["exclude"][b] if limits.get("exclude") else ()
-            every = np.array([score for score, _ in self.expected(query, side, ceiling=9, floor=-9, exclude=())])
-            if any((np.abs(every - limit) < SLACK).any() for limit in (ceilings[b], floor)):
+            exclude = params.exclude[b] if params.exclude else ()
+            every = np.array([score for score, _ in self.expected(query, side, ceiling=9, exclude=())])
+            if (np.abs(every - ceilings[b]) < SLACK).any():
                 continue  # rounding may decide otherwise at a threshold
-            best = self.expected(query, side, ceiling=float(ceilings[b]), floor=floor, exclude=exclude)
+            best = self.expected(query, side, ceiling=float(ceilings[b]), exclude=exclude)
             count = min(k, len(best))
             assert found.mask[b].tolist() == [True] * count + [False] * (k - count)
             np.testing.assert_allclose(found.scores[b, :count], [score for score, _ in best[:count]], atol=SLACK / 2)

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from index_store.build.source import Reject
+from index_store.search.filters import SearchParams
 from index_store.snapshot import Snapshot
 from index_store.types import Pairs
 from models.data.encode import encode_samples
@@ -97,7 +98,7 @@ def test_the_four_figures_are_those_computed_by_hand(reco: Reco, tar: Path, phot
     samples = [item for item in read_samples(tar, caption="{class}") if isinstance(item, Sample)]
     target = np.array([LABELS.index(item.caption) for item in samples])
     pixels = np.stack([reco.encoder.read_image(item.image) for item in samples])
-    images = reco.embed(pixels, "image", snapshot, 2, exclude=[{item.id} for item in samples])
+    images = reco.embed(pixels, "image", snapshot, 2, SearchParams(exclude=[{item.id} for item in samples]))
     for image, text, method in ((0, 0, "none"), (1, 0, "image, k 2"), (0, 1, "text, k 2"), (1, 1, "both, k 2")):
         labels = reco.embed_labels(LABELS, templates, snapshot if text else None, 2)
         best = ((images.vectors if image else images.plain) @ labels.T).argmax(1)
