@@ -97,6 +97,35 @@ WRONG_VALUE = [
     ("memory activate x", "x: name the version too, as NAME@VERSION"),
     ("memory delete x", "x: name the version too, as NAME@VERSION"),
 ]
+WRONG_USAGE = [
+    ("", "command", "reco --help"),
+    ("--colour red", "--colour"),
+    ("nothing", "nothing"),
+    ("serve --colour red", "--colour", "reco serve --help"),
+    ("serve extra", "extra"),
+    ("serve --port x", "--port", "x"),
+    ("serve --device tpu", "--device", "tpu", "auto", "cpu", "cuda"),
+    ("serve --port", "--port"),
+    ("memory", "command", "reco memory --help"),
+    ("memory nothing", "nothing"),
+    ("memory lst", "lst", "list"),
+    ("memory build", "NAME", "reco memory build --help"),
+    ("memory build x", "SOURCE"),
+    ("memory build x . --keep y", "--keep", "y"),
+    ("memory build x . --image-key colour", "--image-key", "colour", "vector", "trunk"),
+    ("memory build x . --recall-floor y", "--recall-floor", "y"),
+    ("memory import x", "DIR"),
+    ("memory show", "NAME"),
+    ("train", "CONFIG.toml"),
+    ("eval", "command"),
+    ("eval classify", "SOURCE"),
+    ("eval classify nowhere.tar --k a", "--k", "a"),
+    ("eval classify nowhere.tar --k 1 a", "--k", "a"),
+    ("eval classify nowhere.tar --enhance both all", "--enhance", "all", "image"),
+    ("eval ablate nowhere.tar", "--learn-from"),
+    ("info extra", "extra"),
+    ("info --device tpu", "--device", "tpu"),
+]
 
 
 @pytest.fixture
@@ -117,7 +146,7 @@ def test_a_failure_is_one_line_and_one(line: str, word: str) -> None:
 
 
 @pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize("case", WRONG_VALUE, ids=lambda case: case[0] or "nothing")
+@pytest.mark.parametrize("case", [*WRONG_VALUE, *WRONG_USAGE], ids=lambda case: case[0] or "nothing")
 def test_wrong_usage_is_one_line_and_two(case: tuple[str, ...]) -> None:
     line, *words = case
     told = error_line(run(*line.split()), 2)

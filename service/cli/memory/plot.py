@@ -1,17 +1,21 @@
-"""Recall against latency as a picture."""
+"""Plot of an index: recall against milliseconds per query, as measured at the build."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from index_store.storage.manifest import Manifest
 from service.errors import ServiceError
+
+if TYPE_CHECKING:
+    from index_store.storage.manifest import Manifest
 
 
 def draw_curve(manifest: Manifest, path: Path) -> None:
-    """Draw the points measured when a version was built; the setting that serves has a ring around it.
+    """Draw the points measured at the build; the setting that serves has a ring around it.
 
-    matplotlib is no part of serving and is imported here alone.
+    Raises ServiceError where matplotlib is not installed (it is no part of serving), or where the
+    picture cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -37,5 +41,5 @@ def draw_curve(manifest: Manifest, path: Path) -> None:
     axes.legend()
     try:
         figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:  # ValueError: an ending that no picture has
+    except (OSError, ValueError) as error:  # ValueError: a file ending that is no picture's
         raise ServiceError(f"cannot draw {path} ({error}): name a .png in a folder that can be written") from error

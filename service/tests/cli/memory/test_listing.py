@@ -1,7 +1,9 @@
-"""`reco memory list`, `show` and `verify` as a user types them, on stores that are not all as they should be."""
+"""`reco memory list`, `show` and `verify`, on stores with edits and with damaged versions."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from index_store import Store
 from index_store.editor import Editor
 from index_store.tests.support.small import ENCODER, built, some_pairs
 from service.cli.main import main
+from service.tests.cli.in_process import run, terminal
 from service.tests.conftest import one_line, reco
 
 
@@ -79,6 +82,45 @@ def test_show_tells_of_the_edits(store: Store, capsys: pytest.CaptureFixture[str
     assert told["edits"] == "2 made online on top of it"
 
 
+def test_json_holds_what_the_table_holds(store: Store) -> None:
+    (store.root / "things" / "v2" / "manifest.json").write_text('{"format": 99}')
+    done = run("memory", "list", "--json", "--store", str(store.root))
+    assert (done.returncode, done.stderr) == (0, "")
+    first, second = json.loads(done.stdout)
+    assert (first["name"], first["version"], first["current"], first["pairs"]) == ("things", "v1", True, 30)
+    assert (first["recall"], first["encoder"], first["resident_bytes"]) == (1.0, ENCODER, 30 * 16 * 4 * 2)
+    assert second["error"].startswith("things@v2: manifest.json has format 99")
+    assert json.loads(run("memory", "list", "--json", "--store", str(store.root / "none")).stdout) == []
+
+
+def on_terminal(columns: int, *args: str) -> list[str]:
+    """The lines that a command writes to a terminal of this width."""
+    with terminal(columns) as lines:
+        assert main(args) == 0
+    return lines
+
+
+def test_a_terminal_gets_colours_and_whole_columns(tmp_path: Path) -> None:
+    built(tmp_path, some_pairs(30), "v1", name="a-memory-with-a-long-name")
+    Store(tmp_path).activate("a-memory-with-a-long-name", "v1")
+    wide_title, wide = on_terminal(200, "memory", "list", "--store", str(tmp_path))
+    narrow = on_terminal(60, "memory", "list", "--store", str(tmp_path))
+    assert "\x1b[1m" in wide_title
+    assert "\x1b[" in wide
+    words = [re.sub(r"\x1b\[[\d;]*m", "", line).split() for line in (wide, *narrow)]
+    assert words[0] == [*words[2][:-1], words[2][-1] + words[3][0]]  # only the encoder is folded
+    assert words[0][:3] == ["a-memory-with-a-long-name", "v1", "current"]
+
+
+def test_a_pipe_gets_whole_lines_without_colours(tmp_path: Path) -> None:
+    encoder = "an-encoder/" + "x" * 300 + "[red]@0123456789ab"
+    built(tmp_path, some_pairs(30), "v1", encoder=encoder)
+    title, row = run("memory", "list", "--store", str(tmp_path), COLUMNS="40").stdout.splitlines()
+    assert row.endswith(encoder)
+    assert row.index("30") == title.index("pairs")
+    assert "\x1b" not in title + row
+
+
 def test_verify_reads_the_edits_too(store: Store) -> None:
     asked = ("memory", "verify", "things@v1", "--store", str(store.root))
     assert reco(*asked).stdout.startswith("things@v1+2: ")
@@ -96,8 +138,6 @@ def test_verify_names_file_and_bytes(store: Store, damage: str) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] if damage == "cut" else whole[:200] + b"\0\xff" + whole[202:])
     told = one_line(reco("memory", "verify", "things@v2", "--store", str(store.root)), 1)
-    assert (
-        f"things@v2: shard-0000/text.npy {'has 1087 bytes, the manifest says 1088, and ' * (damage == 'cut')}differs in bytes 0-1087"
-        in told
-    )
+    length = "has 1087 bytes, the manifest says 1088, and " if damage == "cut" else ""
+    assert f"things@v2: shard-0000/text.npy {length}differs in bytes 0-1087" in told
     assert told.endswith(": restore or rebuild the version")

@@ -1,4 +1,4 @@
-"""`reco memory build` and `import` as a user types them: stopped and gone on with, tried dry, fed with embeddings and with versions."""
+"""`reco memory build` and `import`: interrupted, dry, of photos, embeddings and versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from PIL import Image
 from pyarrow import parquet
 
 from index_store import Store
-from service.cli import commands
 from service.tests.conftest import one_line, reco, start_reco
 
 CROPS = 160
@@ -25,7 +24,7 @@ SLOWLY = {"RECO_MAX_BATCH": "1", "OMP_NUM_THREADS": "1"}  # long enough that Ctr
 
 @pytest.fixture(scope="module")
 def crops(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of crops of real photos with captions.jsonl; one line names a file that is not there."""
+    """Crops of real photos with captions.jsonl; one of its lines names a file that is missing."""
     folder = tmp_path_factory.mktemp("crops")
     photos = {
         name: Image.fromarray(getattr(skimage.data, name)()) for name in ("astronaut", "chelsea", "coffee", "rocket")
@@ -148,20 +147,6 @@ def test_a_retention_of_nothing_is_wrong_usage(crops: Path, tmp_path: Path) -> N
     told = one_line(reco("memory", "build", "x", str(crops), "--keep", "0", "--store", str(tmp_path)), 2)
     assert told == "reco: --keep 0: at least 1, the version that is built"
     assert not list(tmp_path.iterdir())
-
-
-def test_progress_in_a_log_is_a_line_for_each_state(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(commands, "LINE_S", 0)
-    with commands.progress(4, "things") as bar:
-        for _ in range(4):
-            bar.update()
-    told = capsys.readouterr().err
-    assert "\r" not in told
-    states = [re.fullmatch(r"things: (\d)/4 \[\d\d:\d\d<.*, .*item/s\]", line) for line in told.splitlines()]
-    assert [int(state[1]) for state in states if state is not None][:5] == [0, 1, 2, 3, 4]
-    assert None not in states
 
 
 def test_embeddings_made_elsewhere_are_imported(tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""`reco memory activate`, `compact` and `delete`: in the store, or in a running service."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Annotated, Any
+
+import typer
+
+from service.cli.options import STORE, complete_memory, with_settings
+from service.settings import Settings, UsageError
+
+app = typer.Typer(rich_markup_mode=None)
+Name = Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete_memory)]
+Ref = Annotated[str, typer.Argument(metavar="NAME@VERSION", autocompletion=complete_memory)]
+
+
+@app.command("compact")
+@with_settings(*STORE)
+def compact(
+    settings: Settings,
+    name: Name,
+    url: Annotated[
+        str | None, typer.Option(help="do it in the running service that edits it, e.g. http://127.0.0.1:8000")
+    ] = None,
+) -> None:
+    """Fold the online edits into a new version; with --url, in the running service."""
+    from index_store import Store
+    from index_store.editor import Editor
+    from index_store.store import plain
+    from service.cli.progress import progress
+
+    if url:
+        job = _run_job(url, f"/memories/{plain(name)}/compact", {})
+        print(f"{name}@{job['version']} is being served, with every edit of {job['retired']}")
+        return
+    store = Store(settings.store)
+    editor = Editor.open(store, name, encoder=store.manifest(name).encoder)
+    before = editor.snapshot
+    with progress(len(before), f"compact {before.ref}") as meter:
+        after = editor.compact(on_progress=lambda done, _: meter.advance(done - meter.done))
+    editor.close()
+    print(f"{after.ref}: {len(after)} pairs, with every edit of {before.ref}; it is what the next start serves")
+
+
+@app.command("delete")
+@with_settings(*STORE)
+def delete(settings: Settings, ref: Ref) -> None:
+    """Remove one version, never the current one."""
+    from index_store import Store
+
+    name, version = _split_ref(ref)
+    Store(settings.store).delete(name, version)
+    print(f"{ref} is deleted")
+
+
+@app.command("activate")
+@with_settings(*STORE)
+def activate(
+    settings: Settings,
+    ref: Ref,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="swap it in a running service instead, e.g. http://127.0.0.1:8000 (RECO_ADMIN_KEY is sent if set)"
+        ),
+    ] = None,
+) -> None:
+    """Choose what the next start serves; with --url, swap it in the running service."""
+    from index_store import Store
+
+    name, version = _split_ref(ref)
+    if url:
+        job = _run_job(url, f"/memories/{name}/activate", {"version": version})
+        print(f"{name}@{version} is being served" + (f", {job['retired']} was before" if job["retired"] else ""))
+        return
+    Store(settings.store).activate(name, version)
+    print(f"{ref} is what the next start serves; add --url to swap it in a running service")
+
+
+def _split_ref(ref: str) -> tuple[str, str]:
+    """The name and the version of NAME@VERSION. Raises UsageError without a version."""
+    from index_store.store import plain
+
+    name, _, version = ref.partition("@")
+    if not version:
+        raise UsageError(f"{ref}: name the version too, as NAME@VERSION; `reco memory list` shows them")
+    return plain(name), plain(version)
+
+
+def _run_job(url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Start a job in a running service, and wait for its end."""
+    import httpx
+
+    from service.errors import ServiceError
+
+    key = os.environ.get("RECO_ADMIN_KEY")
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=30) as client:
+        try:
+            job = _body(client.post(path, json=body))
+            while job["state"] == "running":
+                time.sleep(0.1)
+                job = _body(client.get(f"/jobs/{job['id']}"))
+        except httpx.HTTPError as error:
+            raise ServiceError(f"{url} does not answer ({error}): is it the service's address?") from error
+    if job["state"] != "done":
+        raise ServiceError(f"the {job['kind']} of {job['memory']} failed, what served goes on: {job['error']}")
+    return job
+
+
+def _body(reply: Any) -> dict[str, Any]:
+    from service.errors import ServiceError
+
+    body: dict[str, Any] = reply.json()
+    if reply.status_code >= 400:
+        raise ServiceError(f"{reply.url.host} refused ({reply.status_code}): {body['error']['message']}")
+    return body
