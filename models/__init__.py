@@ -1,4 +1,5 @@
-"""The models of RECO: a frozen CLIP, a memory it asks, a fusion that listens. Read `models.reco` first.
+"""The models of RECO: a frozen CLIP encoder, retrieval from a memory, and a trained fusion.
 
-Nothing is imported here: torch takes seconds, and `reco --help` has none to spare.
+Read `models.reco` first. This package imports nothing itself: torch takes seconds to import, which
+`reco --help` must not.
 """

@@ -1,42 +1,43 @@
-"""Everything the models refuse, as one drawn tree.
+"""Errors raised by the models, as a tree.
 
     ModelError
-    ├── EncoderUnavailable      the CLIP cannot be loaded
-    ├── IncompatibleFusion      the fusion file does not fit what is running
-    ├── ConfigError             an option or a training file asks for what cannot be done
-    ├── DataError               a source of samples cannot be read at all
+    ├── EncoderUnavailable      the CLIP model cannot be loaded
+    ├── IncompatibleFusion      the fusion file does not fit the encoder in use
+    ├── ConfigError             an option or a configuration file holds an impossible value
+    ├── DataError               a source of samples cannot be read as a whole
     ├── TrainingFailed          a training run ended without a usable result
-    └── ImageError              one image is refused; its neighbours are not
-        ├── UnsupportedImage    not one of the image types read here
-        ├── ImageTooLarge       more pixels than allowed, by its header
-        └── BrokenImage         the right type, but it does not decode
+    └── ImageError              one image is refused, the others of its batch are not
+        ├── UnsupportedImage    not one of the accepted image formats
+        ├── ImageTooLarge       more pixels than allowed, according to its header
+        └── BrokenImage         an accepted format that does not decode
 
-Every message is one line: the value, the limit, the remedy; file names, never whole paths.
+Every message is one line with the value, the limit and the remedy; it names files, never whole
+paths.
 """
 
 
 class ModelError(Exception):
-    """Anything the models refuse to do."""
+    """Any error raised by the models on purpose."""
 
 
 class EncoderUnavailable(ModelError):
-    """The encoder cannot be loaded: unknown name, no hub, a bad weights file, no such device."""
+    """The encoder cannot be loaded: unknown name, no hub access, bad weights, or missing device."""
 
 
 class IncompatibleFusion(ModelError):
-    """The fusion file is damaged, or was trained on another encoder or width than the one running."""
+    """The fusion file is damaged, or was trained for another encoder or width."""
 
 
 class ConfigError(ModelError):
-    """An option or a configuration file asks for something impossible, such as more neighbours than the fusion takes."""
+    """An option or a configuration file holds an impossible value, such as k above max_k."""
 
 
 class DataError(ModelError):
-    """A source of samples cannot be opened or understood as a whole; a single bad item is a Reject instead."""
+    """A source of samples cannot be read as a whole; a single bad item becomes a Reject instead."""
 
 
 class TrainingFailed(ModelError):
-    """Training stopped without a usable result, for instance because the loss was no longer finite."""
+    """Training stopped without a usable result, for instance when the loss was not finite."""
 
 
 class ImageError(ModelError):
@@ -44,12 +45,12 @@ class ImageError(ModelError):
 
 
 class UnsupportedImage(ImageError):
-    """The bytes are not an image of a type read here."""
+    """The bytes are not in one of the accepted image formats."""
 
 
 class ImageTooLarge(ImageError):
-    """The image's header announces more pixels than the limit."""
+    """The image's header states more pixels than the limit."""
 
 
 class BrokenImage(ImageError):
-    """The bytes begin like an image and do not decode: truncated or damaged."""
+    """The bytes begin like an image but do not decode: truncated or damaged."""

@@ -1,4 +1,4 @@
-"""The frozen CLIP: loading any open_clip model, its two towers, preprocessing, and faster ways to run it.
+"""The frozen CLIP encoder: loading open_clip models, their two towers, preprocessing, optimisation.
 
-`encoder.Encoder` is the only face that the rest of the project sees.
+The rest of the project uses `encoder.Encoder` alone.
 """

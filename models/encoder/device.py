@@ -1,4 +1,4 @@
-"""What the accelerator's memory holds, for the gauge; without CUDA there is nothing to tell."""
+"""GPU memory figures for the metrics."""
 
 import torch
 
@@ -6,9 +6,10 @@ __all__ = ["gpu_memory"]
 
 
 def gpu_memory(device: str) -> dict[str, int]:
-    """Bytes by kind; {} where the device is not CUDA.
+    """Bytes of GPU memory by kind; {} where the device is not CUDA.
 
-    allocated, reserved: torch's tensors and its pool, this process alone.  used, total: of the card, faiss and other processes included.
+    allocated, reserved: torch's tensors and torch's pool, in this process.
+    used, total: of the whole card, faiss and other processes included.
     """
     if not device.startswith("cuda"):
         return {}

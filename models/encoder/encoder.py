@@ -1,4 +1,8 @@
-"""The encoder: any open_clip model, frozen. torch comes only where a model is really loaded."""
+"""The encoder: any open_clip model, frozen, from images or texts to unit vectors.
+
+torch and open_clip are imported when a model is loaded, not when this module is.
+Alphabet: B batch, H W pixels, L tokens, D width, Dt trunk width, Dk key width.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,27 +14,30 @@ from PIL import Image
 
 from index_store.types import KeyKind, Side
 from models.encoder.image_io import MAX_PIXELS, read_image
-from models.encoder.image_tower import ImageTower, build_crop, unit
-from models.encoder.loading import STARTER, digest, found
+from models.encoder.image_tower import ImageTower, build_crop, unit_vectors
+from models.encoder.loading import STARTER, load_model, model_digest
 from models.encoder.text_tower import TrimmedText, build_text_encoder
 from models.errors import ConfigError, EncoderUnavailable
 
 __all__ = ["STARTER", "Encoded", "Encoder", "EncoderSpec", "FixedShapes", "Precision", "concatenate_encoded"]
 
-_Run = Callable[[np.ndarray], list[np.ndarray]]
+_Runner = Callable[[np.ndarray], list[np.ndarray]]  # a batch -> unit vectors (B, D), and (B, Dt) where there is a trunk
 Precision = Literal["fp32", "bf16", "fp16"]
 FixedShapes = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderSpec:
-    """Which model to load, and how.
+    """Which model to load, and how to run it.
 
-    model: "starter", an open_clip name, or a path to an open_clip configuration (.json).
-    pretrained: a hub tag, a local weights file, or "random" (seeded; for speed tests); None = what stands beside the configuration.
-    device: "auto" is CUDA where there is one.
-    fixed_shapes: whether batches are padded to a few sizes up to max_batch, recorded when the model is loaded (`replay`); "auto" on CUDA.
-    packed: on the CPU, lay out the weights for speed once (`packed`); `module` is then good for nothing but encoding.
+    model: "starter", an open_clip name, or the path of an open_clip configuration (.json).
+    pretrained: a hub tag, a local weights file, or "random" (seeded; for speed tests); None = the
+    .safetensors file beside the configuration.
+    device: "auto" is CUDA where there is a GPU.
+    fixed_shapes: whether batches are padded to a few sizes up to max_batch, recorded when the model
+    is loaded (`cuda_graphs`); "auto" on CUDA alone.
+    packed: on the CPU, reorder the weights once for speed (`onednn`); `Encoder.module` can then
+    encode, but not be trained or saved.
     """
 
     model: str = "starter"
@@ -44,16 +51,17 @@ class EncoderSpec:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What the encoder made of a batch.
+    """The vectors of an encoded batch.
 
-    vectors: (B, D) float32 unit.  trunk: (B, Dt) float32 unit, the image tower's features before projection, where it shows them.
+    vectors: (B, D) float32 unit.  trunk: (B, Dt) float32 unit, the image tower's features before
+    its projection; None for texts, and for architectures that do not expose them.
     """
 
     vectors: np.ndarray
     trunk: np.ndarray | None
 
     def key(self, kind: KeyKind) -> np.ndarray:
-        """(B, Dk) float32 unit: what a memory with this kind of key is searched with."""
+        """(B, Dk) float32 unit, the search keys for this kind of memory. Raises ConfigError."""
         if kind == "vector":
             return self.vectors
         if self.trunk is None:
@@ -61,13 +69,13 @@ class Encoded:
         return self.trunk
 
     def take(self, rows: Sequence[int]) -> "Encoded":
-        """Some of the items, as a batch of their own."""
-        chosen = list(rows)
-        return Encoded(self.vectors[chosen], None if self.trunk is None else self.trunk[chosen])
+        """The given rows, as a batch of their own."""
+        index = list(rows)
+        return Encoded(self.vectors[index], None if self.trunk is None else self.trunk[index])
 
 
 def concatenate_encoded(blocks: Sequence[Encoded]) -> Encoded:
-    """Several blocks as one."""
+    """Join batches into one, in order. The trunk is kept where all of them have one."""
     trunks = [block.trunk for block in blocks if block.trunk is not None]
     return Encoded(
         np.concatenate([block.vectors for block in blocks]),
@@ -76,63 +84,76 @@ def concatenate_encoded(blocks: Sequence[Encoded]) -> Encoded:
 
 
 class Encoder:
-    """A loaded CLIP. Immutable, and `encode` may run in several threads at once."""
+    """A loaded CLIP model. It is immutable, and `encode` may run in several threads at once.
+
+    fingerprint: MODEL/TAG@DIGEST, the digest being that of the weights.  device: "cpu" or
+    "cuda[:n]".
+    image_size: (H, W).  context_length: L.  dim: D.  trunk_dim: Dt or None.
+    logit_scale: the model's inverse softmax temperature.
+    """
 
     def __init__(self, spec: EncoderSpec, model: Any, tokenizer: Any, fingerprint: str) -> None:
         self.spec = spec
         self.fingerprint = fingerprint
-        self.device = _device(spec.device)
+        self.device = _resolve_device(spec.device)
         self.logit_scale = math.exp(model.logit_scale.item())  # before any rounding to half precision
-        self._model = _frozen(model, self.device, spec.precision)
+        self._model = _freeze(model, self.device, spec.precision)
         if spec.packed and self.device == "cpu":
-            from models.encoder.onednn import pack
+            from models.encoder.onednn import pack_layers
 
-            pack(self._model)
+            pack_layers(self._model)
         self._tokenizer = tokenizer
         self._crop = build_crop(model.visual.preprocess_cfg)
-        self.image_size = self._crop.size  # (H, W)
+        self.image_size = self._crop.size
         self.context_length = int(self.tokenize([""]).shape[1])
-        self._see, self._read = self._towers()
+        self._encode_images, self._encode_texts = self._build_runners()
         probe = self.encode(np.zeros((1, 3, *self.image_size), np.uint8), "image")
         self.dim = probe.vectors.shape[1]
         self.trunk_dim = None if probe.trunk is None else probe.trunk.shape[1]
 
     @classmethod
     def load(cls, spec: EncoderSpec) -> "Encoder":
-        """Load the model or raise EncoderUnavailable, in one line that names the way out."""
-        return cls(spec, *found(spec.model, spec.pretrained))
+        """Load a model. Raises EncoderUnavailable, in one line with the remedy."""
+        return cls(spec, *load_model(spec.model, spec.pretrained))
 
     @property
     def module(self) -> Any:
-        """The open_clip model itself, for a script that trains or takes it apart; serving has no use for it."""
+        """The open_clip model itself, for training and inspection; serving does not use it."""
         return self._model
 
     def with_model(self, model: Any) -> "Encoder":
-        """This encoder with other weights: what training made of a copy of `module`. Its fingerprint is that of the weights."""
-        return Encoder(self.spec, model, self._tokenizer, f"{self.fingerprint.partition('@')[0]}+tuned@{digest(model)}")
+        """An encoder of the same kind with other weights, such as a fine-tuned copy of `module`.
+
+        Its fingerprint carries the digest of the new weights.
+        """
+        label = self.fingerprint.partition("@")[0]
+        return Encoder(self.spec, model, self._tokenizer, f"{label}+tuned@{model_digest(model)}")
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
-        """(3, H, W) uint8: open_clip's own resize and crop; normalising is left to `encode`, on the device."""
+        """(3, H, W) uint8, resized and cropped as by open_clip; not yet normalized."""
         return np.ascontiguousarray(np.asarray(self._crop(image)).transpose(2, 0, 1))
 
     def read_image(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-        """`preprocess` of an encoded image, which may come from anyone; or an ImageError."""
-        return self.preprocess(read_image(data, max_pixels=max_pixels, frame=self.image_size))
+        """Decode and preprocess untrusted image bytes: (3, H, W) uint8. Raises ImageError."""
+        return self.preprocess(read_image(data, max_pixels=max_pixels, target_size=self.image_size))
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
-        """(B, L) int64, cut at the context length. Half a surrogate pair, which no tokenizer survives, becomes a "?"."""
+        """(B, L) int64, cut at the context length.
+
+        A lone surrogate becomes a "?", because tokenizers fail on it.
+        """
         tokens: np.ndarray = self._tokenizer([text.encode("utf-8", "replace").decode() for text in texts]).numpy()
         return tokens
 
     def encode(self, batch: np.ndarray, side: Side) -> Encoded:
-        """The unit vectors of a batch.
+        """Compute the unit vectors of a batch.
 
         batch: (B, 3, H, W) uint8 from `preprocess`, or (B, L) int64 from `tokenize`.
         """
         import torch
 
         with torch.inference_mode():
-            vectors, *trunk = self._see(batch) if side == "image" else self._read(batch)
+            vectors, *trunk = self._encode_images(batch) if side == "image" else self._encode_texts(batch)
         return Encoded(vectors, trunk[0] if trunk else None)
 
     @property
@@ -140,28 +161,35 @@ class Encoder:
         """Whether batches are padded to a few recorded sizes."""
         return self.spec.fixed_shapes == "on" or (self.spec.fixed_shapes == "auto" and self.device.startswith("cuda"))
 
-    def _towers(self) -> "tuple[_Run, _Run]":
-        """What encodes images, and what encodes texts; each recorded here where shapes are fixed, texts only where they can be trimmed."""
+    def _build_runners(self) -> "tuple[_Runner, _Runner]":
+        """The functions that encode images and texts, recorded at fixed shapes where those are on.
+
+        Texts have fixed shapes only where the text tower can be trimmed.
+        """
         import torch
 
-        from models.encoder.cuda_graphs import FixedTexts, Replay, Stage, as_they_come, sizes_to
+        from models.encoder.cuda_graphs import (
+            FixedSizeRunner,
+            FixedTextRunner,
+            GraphStream,
+            fixed_batch_sizes,
+            run_unpadded,
+        )
 
         image, text = ImageTower(self._model, self.device), build_text_encoder(self._model)
-        eager = as_they_come(lambda tokens: [unit(text(tokens))], self.device)
+        encode_texts = run_unpadded(lambda tokens: [unit_vectors(text(tokens))], self.device)
         if not self.fixed_shapes:
-            return as_they_come(image, self.device), eager
-        sizes = sizes_to(self.spec.max_batch)
-        with torch.inference_mode():  # a stage for each, so that an image never waits for a list of labels
-            see = Replay(image, torch.zeros(3, *self.image_size, dtype=torch.uint8), sizes, Stage(self.device))
-            read = (
-                FixedTexts(text, self.context_length, sizes, Stage(self.device))
-                if isinstance(text, TrimmedText)
-                else eager
-            )
-        return see, read
+            return run_unpadded(image, self.device), encode_texts
+        sizes = fixed_batch_sizes(self.spec.max_batch)
+        pixels = torch.zeros(3, *self.image_size, dtype=torch.uint8)
+        with torch.inference_mode():  # one stream for each side, so that an image never waits for a list of labels
+            encode_images = FixedSizeRunner(image, pixels, sizes, GraphStream(self.device))
+            if not isinstance(text, TrimmedText):
+                return encode_images, encode_texts
+            return encode_images, FixedTextRunner(text, self.context_length, sizes, GraphStream(self.device))
 
 
-def _device(wanted: str) -> str:
+def _resolve_device(wanted: str) -> str:
     import torch
 
     if wanted == "auto":
@@ -171,7 +199,7 @@ def _device(wanted: str) -> str:
     return wanted
 
 
-def _frozen(model: Any, device: str, precision: Precision) -> Any:
+def _freeze(model: Any, device: str, precision: Precision) -> Any:
     import torch
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,4 +1,7 @@
-"""Untrusted bytes to an RGB image: the header first, then the limits, then the pixels. No torch here."""
+"""Image decoding from untrusted bytes: parse the header, check the limits, decode the pixels.
+
+This module does not import torch.
+"""
 
 import io
 import struct
@@ -9,18 +12,14 @@ from PIL import Image, UnidentifiedImageError
 
 from models.errors import BrokenImage, ImageTooLarge, UnsupportedImage
 
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "AVIF",
-)  # an allow-list: each further decoder is more surface for hostile bytes
+# The image formats that are accepted. Each further decoder is one more that hostile bytes can
+# reach.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PIXELS = 64_000_000
-FINER = 3  # times the encoder's frame at which a JPEG is decoded at least: from there the vector of a smaller decoding equals the full one's
-_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+# A JPEG is decoded at no less than this many times the size it will be resized to. From 3 on the
+# vector of the smaller decoding has a cosine above 0.999 with that of the full one.
+MIN_DRAFT_SCALE = 3
+_MAGIC_BYTES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 _FAILURES = (
     OSError,
     SyntaxError,
@@ -35,7 +34,7 @@ _FAILURES = (
     zlib.error,
     UserWarning,  # a damaged tag, where warnings are errors
 )
-_ORIENTATION = 0x0112  # the EXIF tag
+_ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -46,37 +45,38 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow's own alarm is a process-wide limit that warns at one size and fails at twice that; `max_pixels` takes its place.
+# Pillow's own pixel limit is global, warns at one size and fails at twice that; `max_pixels`
+# replaces it.
 Image.MAX_IMAGE_PIXELS = None
 
 
-def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS, frame: tuple[int, int] | None = None) -> Image.Image:
-    """The first frame, upright, as RGB; or an ImageError.
+def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS, target_size: tuple[int, int] | None = None) -> Image.Image:
+    """Decode the first frame of an image, turned upright, as RGB. Raises an ImageError.
 
-    frame: (H, W) that it will be resized to. A JPEG several times as large is then decoded at a half, a quarter or an eighth, which costs a
-    third of the time for a photo of 12 megapixels; the cosine of its vector with that of the full decoding stays above 0.999.
-    Alpha is dropped as open_clip's convert("RGB") does; 16-bit grey is scaled to 8, where Pillow alone would clip it to white.
+    target_size: (H, W) to which the caller will resize the image. A JPEG several times as large is
+    then decoded at a half, a quarter or an eighth of its size, which takes a third of the time for
+    a photo of 12 megapixels. The alpha channel is dropped, as by open_clip's convert("RGB"). 16-bit
+    grey is scaled to 8 bits, where Pillow alone would clip it to white.
     """
-    image = _opened(data)
+    image = _open_image(data)
     _check_size(image, max_pixels)
     try:
-        if frame is not None:
-            image.draft(
-                None, (FINER * frame[1], FINER * frame[0])
-            )  # nothing happens to other formats, or where a half would be too small
+        if target_size is not None:
+            # no effect on other formats, or where half the size would be below MIN_DRAFT_SCALE
+            image.draft(None, (MIN_DRAFT_SCALE * target_size[1], MIN_DRAFT_SCALE * target_size[0]))
         image.load()
-        orientation = _orientation(image)
-        rgb = _rgb(image)
+        orientation = _exif_orientation(image)
+        rgb = _convert_to_rgb(image)
     except _FAILURES as error:
         raise BrokenImage(
-            f"the {image.format} image does not decode ({_reason(error)}): it is cut or damaged, send it again"
+            f"the {image.format} image does not decode ({_short_reason(error)}): it is cut or damaged, send it again"
         ) from error
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
 def check_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
-    """An ImageError where the header alone tells that `read_image` would raise one."""
-    _check_size(_opened(data), max_pixels)
+    """Raise the ImageError that `read_image` would raise, as far as the header alone shows it."""
+    _check_size(_open_image(data), max_pixels)
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
@@ -85,27 +85,29 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         raise ImageTooLarge(f"the image has {width}x{height} pixels, the limit is {max_pixels}: send a smaller one")
 
 
-def _opened(data: bytes) -> Image.Image:
-    """The image with its header read and no pixel decoded."""
+def _open_image(data: bytes) -> Image.Image:
+    """Parse the header; no pixel is decoded."""
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except (UnidentifiedImageError, *_FAILURES) as error:
-        if data.startswith(_STARTS) or data[8:12] == b"WEBP" or data[4:12] == b"ftypavif":
+        if data.startswith(_MAGIC_BYTES) or data[8:12] == b"WEBP" or data[4:12] == b"ftypavif":
             raise BrokenImage("the image's header does not decode: it is cut or damaged, send it again") from error
-        kinds = ", ".join(FORMATS)
-        raise UnsupportedImage(f"the {len(data)} bytes are not an image of a type read here: send {kinds}") from error
+        accepted = ", ".join(FORMATS)
+        raise UnsupportedImage(
+            f"the {len(data)} bytes are not an image of a type read here: send {accepted}"
+        ) from error
 
 
-def _orientation(image: Image.Image) -> int:
-    """How the camera was held, by EXIF; 1 where nothing legible is said, since a damaged tag does not spoil the picture."""
+def _exif_orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 (upright) where the tag is missing or damaged."""
     try:
-        found = image.getexif().get(_ORIENTATION, 1)
+        value = image.getexif().get(_ORIENTATION, 1)
     except _FAILURES:
         return 1
-    return found if isinstance(found, int) else 1
+    return value if isinstance(value, int) else 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -115,5 +117,5 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(error: BaseException) -> str:
+def _short_reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:100] or type(error).__name__

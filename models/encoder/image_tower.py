@@ -1,6 +1,6 @@
-"""open_clip's image tower taken apart: pixels, the numbers it wants, the features before its projection.
+"""The image tower: normalization of pixels, and the features before and after its projection.
 
-Alphabet: B batch, H W pixels, D width, Dt width of the trunk.
+Alphabet: B batch, H W pixels, D width, Dt trunk width (features before the projection).
 """
 
 from collections.abc import Mapping
@@ -11,18 +11,22 @@ from models.encoder.preprocess import Crop
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ImageTower", "attends_to_itself", "build_crop", "normalize_pixels", "unit"]
+__all__ = ["ImageTower", "build_crop", "is_self_attention_block", "normalize_pixels", "unit_vectors"]
 
 
 def build_crop(preprocess: Mapping[str, Any]) -> Crop:
-    """The half of open_clip's evaluation transform that makes pixels; its ToTensor and Normalize are `normalize_pixels`."""
+    """The resizing half of open_clip's evaluation transform.
+
+    preprocess: a model's `visual.preprocess_cfg`.  `normalize_pixels` is the other half, ToTensor
+    and Normalize.
+    """
     from open_clip.transform import PreprocessCfg, image_transform_v2
     from torchvision.transforms import Compose
 
     config = PreprocessCfg(**preprocess)
     height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
-    *pixels, _to_tensor, _normalize = image_transform_v2(config, is_train=False).transforms
-    return Crop((height, width), config.resize_mode, config.interpolation, Compose(pixels))
+    *resizing, _to_tensor, _normalize = image_transform_v2(config, is_train=False).transforms
+    return Crop((height, width), config.resize_mode, config.interpolation, Compose(resizing))
 
 
 def normalize_pixels(pixels: "Tensor", preprocess: Mapping[str, Any]) -> "Tensor":
@@ -32,36 +36,43 @@ def normalize_pixels(pixels: "Tensor", preprocess: Mapping[str, Any]) -> "Tensor
     return (scaled - mean) / std
 
 
-def unit(vectors: "Tensor") -> "Tensor":
-    """(B, D) any precision -> float32 unit, where it is."""
+def unit_vectors(vectors: "Tensor") -> "Tensor":
+    """(B, D) of any precision -> (B, D) float32 of unit length, on the same device."""
     import torch.nn.functional as F
 
     return F.normalize(vectors.float(), dim=-1)
 
 
-def attends_to_itself(block: Any) -> bool:
-    """Whether this is one of open_clip's blocks whose `attn` takes one sequence three times, a mask and nothing else."""
+def is_self_attention_block(block: Any) -> bool:
+    """Whether a module is an open_clip block whose attention takes one sequence and a mask."""
     from open_clip.transformer import ResidualAttentionBlock
 
     return type(block) is ResidualAttentionBlock and not hasattr(block, "ln_1_kv")
 
 
 class ImageTower:
-    """A frozen model's image side on its device. The same work whatever the pixels are, and nothing crosses to the device but they."""
+    """A frozen model's image side on its device.
+
+    The operations do not depend on the pixels' values, and nothing but the pixels is copied to the
+    device, so that a call can be recorded as a CUDA graph.
+    """
 
     def __init__(self, model: Any, device: str) -> None:
         import torch
 
         self._model, self._dtype = model, model.logit_scale.dtype
-        wanted = model.visual.preprocess_cfg
-        self._mean, self._std = (torch.tensor(wanted[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
+        config = model.visual.preprocess_cfg
+        self._mean, self._std = (torch.tensor(config[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
 
     def __call__(self, pixels: "Tensor") -> "list[Tensor]":
-        """(B, 3, H, W) uint8 -> the vectors (B, D) float32 unit and, where the tower shows them, its features before projection (B, Dt)."""
-        vectors, trunk = self._seen(((pixels.float() / 255 - self._mean) / self._std).to(self._dtype))
-        return [unit(vectors)] if trunk is None else [unit(vectors), unit(trunk)]
+        """(B, 3, H, W) uint8 -> [vectors (B, D)] or [vectors (B, D), trunk (B, Dt)], float32 unit.
 
-    def _seen(self, pixels: "Tensor") -> "tuple[Tensor, Tensor | None]":
+        trunk: the features before the projection, where the architecture has them.
+        """
+        vectors, trunk = self._forward(((pixels.float() / 255 - self._mean) / self._std).to(self._dtype))
+        return [unit_vectors(vectors)] if trunk is None else [unit_vectors(vectors), unit_vectors(trunk)]
+
+    def _forward(self, pixels: "Tensor") -> "tuple[Tensor, Tensor | None]":
         from open_clip.timm_model import TimmModel
         from open_clip.transformer import VisionTransformer
 

@@ -1,7 +1,8 @@
-"""Linear layers on the processor with their weights laid out once, as oneDNN reads them fastest.
+"""Linear layers on the CPU with weights reordered once into oneDNN's blocked layout.
 
-torch's own `Linear` has the weights packed anew by every call, which for a batch of one is a sixth of the time. The operators here are
-those that torch.compile puts in `Linear`'s place on the processor; using them directly needs no compiler and costs no seconds at the start.
+torch's own `Linear` reorders its weights in every call, which takes a sixth of the time of a batch
+of one. The operators used here are those by which torch.compile replaces `Linear` on the CPU;
+called directly they need no compiler and no compile time.
 Alphabet: B batch, L tokens, W width, H heads.
 """
 
@@ -12,28 +13,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.encoder.image_tower import attends_to_itself
+from models.encoder.image_tower import is_self_attention_block
 
-__all__ = ["pack"]
+__all__ = ["pack_layers"]
 
 
 class PackedLinear(nn.Linear):
-    """A frozen `nn.Linear`, and the GELU behind it where there is one, while what it is applied to is still in the cache.
+    """A frozen `nn.Linear` with packed weights, and the GELU behind it fused in where there is one.
 
-    weight: laid out for oneDNN, good for nothing else.  It is a `Linear` for the towers that ask whether it is one.
+    weight: opaque, in oneDNN's layout; no other operator can read it.  The class derives from
+    `nn.Linear` because some towers test their layers with isinstance.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, gelu: nn.GELU | None = None) -> None:
-        nn.Module.__init__(self)  # Linear's own would allocate the weights
+        nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a second weight
         self.out_features, self.in_features = weight.shape
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         self.bias = bias  # type: ignore[assignment]
-        self._then = ("none", "") if gelu is None else ("gelu", gelu.approximate)
+        self._activation, self._approximation = ("none", "") if gelu is None else ("gelu", gelu.approximate)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)."""
-        then, how = self._then
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, then, [], how))
+        linear = torch.ops.mkldnn._linear_pointwise
+        return cast(Tensor, linear(x, self.weight, self.bias, self._activation, [], self._approximation))
 
 
 class PackedAttention(nn.Module):
@@ -42,47 +44,49 @@ class PackedAttention(nn.Module):
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         self._heads, self._batch_first = attention.num_heads, attention.batch_first
-        self._into = PackedLinear(attention.in_proj_weight, attention.in_proj_bias)
-        self._out = PackedLinear(attention.out_proj.weight, attention.out_proj.bias)
+        self._in_projection = PackedLinear(attention.in_proj_weight, attention.in_proj_bias)
+        self._out_projection = PackedLinear(attention.out_proj.weight, attention.out_proj.bias)
 
     def forward(
         self, query: Tensor, _key: Tensor, _value: Tensor, *, attn_mask: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, None]:
-        """(B, L, W) -> (B, L, W), or (L, B, W) where the batch is not first. attn_mask: (L, L), added to the scores."""
+        """(B, L, W) -> (B, L, W), or (L, B, W) -> (L, B, W) where the batch is not first.
+
+        attn_mask: (L, L), added to the attention scores.
+        """
         x = query if self._batch_first else query.transpose(0, 1)
         batch, length, width = x.shape
-        parts = (
-            self._into(x).view(batch, length, 3, self._heads, width // self._heads).permute(2, 0, 3, 1, 4)
-        )  # (3, B, H, L, W/H)
-        q, k, v = parts.unbind()
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-        made = self._out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return made if self._batch_first else made.transpose(0, 1), None
+        projected = self._in_projection(x).view(batch, length, 3, self._heads, width // self._heads)
+        q, k, v = projected.permute(2, 0, 3, 1, 4).unbind()  # (B, H, L, W/H) each
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)  # (B, H, L, W/H)
+        output = self._out_projection(attended.transpose(1, 2).reshape(batch, length, width))  # (B, L, W)
+        return output if self._batch_first else output.transpose(0, 1), None
 
 
-def pack(model: nn.Module) -> None:
-    """Put packed layers in the place of the model's linear ones and of its blocks' attention, if this processor knows its precision.
+def pack_layers(model: nn.Module) -> None:
+    """Replace a model's linear layers and its blocks' attention by packed ones.
 
-    From then on the model can be neither trained nor saved.
+    Nothing is replaced where the processor does not support the model's dtype. A packed model can
+    be neither trained nor saved.
     """
-    if not _known(next(model.parameters()).dtype):
+    if not packs_dtype(next(model.parameters()).dtype):
         return
     for module in list(model.modules()):
         children = list(module.named_children())
-        following = dict(pairwise(children)) if isinstance(module, nn.Sequential) else {}
+        next_child = dict(pairwise(children)) if isinstance(module, nn.Sequential) else {}
         for name, child in children:
             if type(child) is nn.Linear:
-                behind, after = following.get((name, child), ("", None))
-                gelu = after if type(after) is nn.GELU else None
+                next_name, following = next_child.get((name, child), ("", None))
+                gelu = following if type(following) is nn.GELU else None
                 setattr(module, name, PackedLinear(child.weight, child.bias, gelu))
                 if gelu is not None:
-                    setattr(module, behind, nn.Identity())
-            elif type(child) is nn.MultiheadAttention and attends_to_itself(module):
+                    setattr(module, next_name, nn.Identity())
+            elif type(child) is nn.MultiheadAttention and is_self_attention_block(module):
                 setattr(module, name, PackedAttention(child))
 
 
-def _known(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies numbers of this type here."""
+def packs_dtype(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of this dtype on this processor."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     operators = torch.ops.mkldnn

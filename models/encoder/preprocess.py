@@ -1,18 +1,21 @@
-"""Any image to the encoder's frame, as open_clip would, in bounded memory."""
+"""Image resizing and cropping, equal to open_clip's own transform but with bounded memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image
 
-EXTREME = 8  # aspect ratio from which the shortcuts below are taken: resized before cropping, 50000x1 would fill 7.5 GB
+# From this aspect ratio on the image is cropped before it is resized. open_clip resizes first,
+# which for an image of 50000x1 pixels would allocate 7.5 GB.
+LONG_ASPECT_RATIO = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """open_clip's own resize and crop, with a shortcut for very long images.
+    """open_clip's resize and crop, with a cheaper path for very long images.
 
-    size: (H, W).  resize_mode, interpolation: open_clip's words.  transform: its transform, up to the RGB conversion.
+    size: (H, W).  resize_mode, interpolation: open_clip's names.
+    transform: open_clip's transform up to the RGB conversion.
     """
 
     size: tuple[int, int]
@@ -21,23 +24,29 @@ class Crop:
     transform: Callable[[Image.Image], Image.Image]
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Resized and cropped to `size`, RGB."""
-        if max(image.size) > EXTREME * min(image.size):
+        """The image resized and cropped to `size`, as RGB."""
+        if max(image.size) > LONG_ASPECT_RATIO * min(image.size):
             if self.resize_mode == "shortest":
-                return self._centre(image.convert("RGB"))
+                return self._crop_then_resize(image.convert("RGB"))
             if self.resize_mode == "longest":
-                image = self._fitted(image.convert("RGB"))
+                image = self._resize_within(image.convert("RGB"))
         return self.transform(image)
 
-    def _centre(self, image: Image.Image) -> Image.Image:
-        """The part that survives the central crop, resized alone: the same pixels but for a fraction of one at the borders."""
+    def _crop_then_resize(self, image: Image.Image) -> Image.Image:
+        """Resize only the part that the central crop keeps.
+
+        The pixels equal those of resize-then-crop up to a fraction of one pixel at the borders.
+        """
         (height, width), (w, h) = self.size, image.size
         scale = max(height / h, width / w)
         left, top = (w - width / scale) / 2, (h - height / scale) / 2
         return image.resize((width, height), self._resample, box=(left, top, w - left, h - top))
 
-    def _fitted(self, image: Image.Image) -> Image.Image:
-        """The whole image within the frame, its short side at least one pixel, where open_clip would round it to none and fail."""
+    def _resize_within(self, image: Image.Image) -> Image.Image:
+        """Resize the whole image to fit within `size`, with a short side of at least one pixel.
+
+        open_clip rounds the short side of such an image to zero and fails.
+        """
         (height, width), (w, h) = self.size, image.size
         scale = min(height / h, width / w)
         return image.resize((max(1, round(w * scale)), max(1, round(h * scale))), self._resample)

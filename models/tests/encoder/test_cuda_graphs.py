@@ -1,4 +1,4 @@
-"""Fixed shapes against the same batches as they come: on the CPU always, with recorded graphs where there is a GPU."""
+"""Fixed batch sizes compared with unpadded batches, with CUDA graphs where there is a GPU."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from index_store.types import Side
-from models.encoder.cuda_graphs import Replay, Stage, sizes_to
+from models.encoder.cuda_graphs import FixedSizeRunner, GraphStream, fixed_batch_sizes
 from models.encoder.encoder import Encoder, EncoderSpec
 from models.tests.small import picture
 
@@ -29,12 +29,12 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module", params=["tinyvit", "tinymobile"])
 def pair(request: pytest.FixtureRequest, configs: Path, device: str) -> tuple[Encoder, Encoder]:
-    """The same encoder twice: batches as they come, and at fixed shapes of 1 to 6 items."""
+    """The same encoder twice: with unpadded batches, and at fixed sizes of 1 to 6 items."""
     plain = Encoder.load(spec(configs, request.param, device=device, fixed_shapes="off"))
     return plain, Encoder.load(spec(configs, request.param, device=device, fixed_shapes="on", max_batch=6))
 
 
-def batch_of(encoder: Encoder, side: Side, count: int) -> np.ndarray:
+def make_batch(encoder: Encoder, side: Side, count: int) -> np.ndarray:
     if side == "text":
         return encoder.tokenize([TEXTS[i % len(TEXTS)] for i in range(count)])
     return np.stack([encoder.preprocess(picture(seed)) for seed in range(count)])
@@ -42,9 +42,9 @@ def batch_of(encoder: Encoder, side: Side, count: int) -> np.ndarray:
 
 @pytest.mark.parametrize("side", ["image", "text"])
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 14])
-def test_vectors_are_those_of_the_batch_as_it_comes(pair: tuple[Encoder, Encoder], side: Side, count: int) -> None:
+def test_vectors_equal_those_of_the_unpadded_batch(pair: tuple[Encoder, Encoder], side: Side, count: int) -> None:
     plain, fixed = pair
-    batch = batch_of(plain, side, count)
+    batch = make_batch(plain, side, count)
     expected, found = plain.encode(batch, side), fixed.encode(batch, side)
     assert found.vectors.dtype == np.float32
     np.testing.assert_allclose(found.vectors, expected.vectors, atol=2e-6)
@@ -54,66 +54,66 @@ def test_vectors_are_those_of_the_batch_as_it_comes(pair: tuple[Encoder, Encoder
     assert fixed.fingerprint == plain.fingerprint
 
 
-def test_what_an_earlier_batch_left_in_the_padding_reaches_nobody(pair: tuple[Encoder, Encoder]) -> None:
+def test_rows_of_an_earlier_batch_in_the_padding_change_no_vector(pair: tuple[Encoder, Encoder]) -> None:
     _, fixed = pair
-    batch = batch_of(fixed, "image", 6)
+    batch = make_batch(fixed, "image", 6)
     first = fixed.encode(batch[:5], "image").vectors.copy()
     fixed.encode(255 - batch, "image")
     np.testing.assert_array_equal(fixed.encode(batch[:5], "image").vectors, first)
 
 
-def test_an_answer_is_not_overwritten_by_the_next_one(pair: tuple[Encoder, Encoder]) -> None:
+def test_returned_vectors_are_not_overwritten_by_the_next_batch(pair: tuple[Encoder, Encoder]) -> None:
     _, fixed = pair
-    batch = batch_of(fixed, "image", 4)
+    batch = make_batch(fixed, "image", 4)
     first = fixed.encode(batch[:2], "image").vectors
     kept = first.copy()
     fixed.encode(batch[2:], "image")
     np.testing.assert_array_equal(first, kept)
 
 
-def test_threads_of_both_sides_share_an_encoder(pair: tuple[Encoder, Encoder]) -> None:
+def test_concurrent_image_and_text_batches_give_the_right_vectors(pair: tuple[Encoder, Encoder]) -> None:
     plain, fixed = pair
-    images, texts = batch_of(plain, "image", 5), batch_of(plain, "text", 5)
+    images, texts = make_batch(plain, "image", 5), make_batch(plain, "text", 5)
     expected = {"image": plain.encode(images, "image").vectors, "text": plain.encode(texts, "text").vectors}
 
-    def ask(turn: int) -> float:
+    def max_error(turn: int) -> float:
         side: Side = "image" if turn % 2 else "text"
         rows = slice(turn % 4, turn % 4 + 1 + turn % 2)
         found = fixed.encode((images if turn % 2 else texts)[rows], side).vectors
         return float(np.abs(found - expected[side][rows]).max())
 
     with ThreadPoolExecutor(4) as pool:
-        assert max(pool.map(ask, range(40))) < 2e-6
+        assert max(pool.map(max_error, range(40))) < 2e-6
 
 
-def test_the_function_sees_few_shapes_and_memory_that_stays(device: str) -> None:
-    stage, seen = Stage(device), set()
+def test_the_function_is_called_with_few_shapes_in_constant_buffers(device: str) -> None:
+    stream, calls = GraphStream(device), set()
 
-    def doubled(batch: torch.Tensor) -> list[torch.Tensor]:
-        seen.add((tuple(batch.shape), batch.data_ptr()))
+    def double_and_sum(batch: torch.Tensor) -> list[torch.Tensor]:
+        calls.add((tuple(batch.shape), batch.data_ptr()))
         return [batch * 2, batch.sum(1)]
 
     with torch.inference_mode():
-        replay = Replay(doubled, torch.zeros(3, dtype=torch.int64), sizes_to(4), stage)
+        run = FixedSizeRunner(double_and_sum, torch.zeros(3, dtype=torch.int64), fixed_batch_sizes(4), stream)
         for count in range(12):
             rows = np.arange(3 * count).reshape(count, 3)
-            twice, total = replay(rows)
+            twice, total = run(rows)
             np.testing.assert_array_equal(twice, rows * 2)
             np.testing.assert_array_equal(total, rows.sum(1))
-    assert len(seen) == 4
-    assert {shape for shape, _ in seen} == {(1, 3), (2, 3), (3, 3), (4, 3)}
+    assert len(calls) == 4
+    assert {shape for shape, _ in calls} == {(1, 3), (2, 3), (3, 3), (4, 3)}
 
 
 @pytest.mark.parametrize("largest", [1, 2, 3, 5, 32, 100])
-def test_sizes_end_at_the_largest_and_pad_by_less_than_half(largest: int) -> None:
-    sizes = sizes_to(largest)
+def test_fixed_batch_sizes_end_at_the_largest_and_pad_by_less_than_half(largest: int) -> None:
+    sizes = fixed_batch_sizes(largest)
     assert sizes[-1] == largest
     assert list(sizes) == sorted(set(sizes))
     for count in range(1, largest + 1):
         assert next(size for size in sizes if size >= count) < 1.5 * count
 
 
-def test_a_tower_that_reads_its_padding_is_served_as_it_comes(tmp_path: Path) -> None:
+def test_a_text_tower_that_cannot_be_trimmed_runs_unpadded(tmp_path: Path) -> None:
     from models.tests.conftest import VIT
 
     text = {**VIT["text_cfg"], "no_causal_mask": True, "pool_type": "last"}  # type: ignore[dict-item]
@@ -127,7 +127,7 @@ def test_a_tower_that_reads_its_padding_is_served_as_it_comes(tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_what_serves_was_recorded(configs: Path) -> None:
+def test_on_a_gpu_every_batch_size_has_a_recorded_graph(configs: Path) -> None:
     auto = Encoder.load(spec(configs, "tinyvit", device="cuda", fixed_shapes="auto", max_batch=2))
-    assert isinstance(auto._see, Replay)
-    assert all(shape._graph is not None for shape in auto._see._shapes.values())
+    assert isinstance(auto._encode_images, FixedSizeRunner)
+    assert all(shape._graph is not None for shape in auto._encode_images._buffers.values())

@@ -24,7 +24,7 @@ TEXTS = [
     "two dogs on a beach, one of them with a very long tail that goes on and on and on",
     "naïve café 🍎",
 ]
-NOWHERE = "http://127.0.0.1:9"  # nobody listens there
+UNREACHABLE = "http://127.0.0.1:9"  # no server listens there
 
 
 def spec(configs: Path, name: str, **options: Any) -> EncoderSpec:
@@ -46,23 +46,23 @@ def cosines(ours: np.ndarray, theirs: torch.Tensor) -> np.ndarray:
     return np.asarray((ours * torch.nn.functional.normalize(theirs.float(), dim=-1).numpy()).sum(1))
 
 
-def own_transform(model: Any) -> Any:
+def open_clip_transform(model: Any) -> Any:
     return image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
 
 
 @pytest.mark.parametrize("size", [(80, 64), (64, 200), (224, 224), (31, 37), (500, 64), (1, 1)])
-def test_preprocessing_is_open_clips(tower: tuple[Encoder, Any], size: tuple[int, int]) -> None:
+def test_preprocessing_equals_open_clips(tower: tuple[Encoder, Any], size: tuple[int, int]) -> None:
     encoder, model = tower
     pixels = encoder.preprocess(picture(0, *size))
     assert pixels.shape == (3, *encoder.image_size)
     assert pixels.dtype == np.uint8
-    own = own_transform(model)(picture(0, *size))
+    own = open_clip_transform(model)(picture(0, *size))
     mean, std = (torch.tensor(model.visual.preprocess_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     np.testing.assert_array_equal(pixels, ((own * std + mean) * 255).round().to(torch.uint8).numpy())
 
 
-def test_a_large_jpeg_decoded_small_has_the_vector_of_the_whole() -> None:
-    """With trained weights: random ones would see no difference."""
+def test_a_large_jpeg_decoded_at_a_smaller_scale_has_nearly_the_same_vector() -> None:
+    """With trained weights, since random ones would hide a difference."""
     encoder = Encoder.load(EncoderSpec(device="cpu"))
     retina, *others = (
         Image.fromarray(getattr(data, name)()) for name in ("retina", "astronaut", "chelsea", "coffee", "rocket")
@@ -73,7 +73,7 @@ def test_a_large_jpeg_decoded_small_has_the_vector_of_the_whole() -> None:
         busy.paste(tiles[(place + place // 4) % 4], (place % 4 * 480, place // 4 * 480))
     for photo in (retina, busy, tiles[0].resize((4000, 3000))):
         jpeg = image_bytes(photo, "JPEG", quality=90)
-        assert read_image(jpeg, frame=encoder.image_size).width < photo.width
+        assert read_image(jpeg, target_size=encoder.image_size).width < photo.width
         both = encoder.encode(np.stack([encoder.read_image(jpeg), encoder.preprocess(read_image(jpeg))]), "image")
         assert both.vectors[0] @ both.vectors[1] > 0.999
         assert both.trunk is not None
@@ -81,11 +81,11 @@ def test_a_large_jpeg_decoded_small_has_the_vector_of_the_whole() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_image_vectors_are_open_clips_in_any_batch(tower: tuple[Encoder, Any], batch: int) -> None:
+def test_image_vectors_equal_open_clips_for_any_batch_size(tower: tuple[Encoder, Any], batch: int) -> None:
     encoder, model = tower
     images = [picture(seed, 90, 70) for seed in range(5)]
     with torch.inference_mode():
-        own = model.encode_image(torch.stack([own_transform(model)(image) for image in images]))
+        own = model.encode_image(torch.stack([open_clip_transform(model)(image) for image in images]))
     pixels = np.stack([encoder.preprocess(image) for image in images])
     vectors = np.concatenate([encoder.encode(pixels[at : at + batch], "image").vectors for at in range(0, 5, batch)])
     assert vectors.dtype == np.float32
@@ -94,7 +94,7 @@ def test_image_vectors_are_open_clips_in_any_batch(tower: tuple[Encoder, Any], b
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
-def test_text_vectors_are_open_clips_in_any_batch(tower: tuple[Encoder, Any], batch: int) -> None:
+def test_text_vectors_equal_open_clips_for_any_batch_size(tower: tuple[Encoder, Any], batch: int) -> None:
     encoder, model = tower
     tokens = encoder.tokenize(TEXTS)
     assert tokens.shape == (4, encoder.context_length)
@@ -106,14 +106,14 @@ def test_text_vectors_are_open_clips_in_any_batch(tower: tuple[Encoder, Any], ba
     assert encoded[0].trunk is None
 
 
-def test_trunk_features_are_what_the_projection_sees(tower: tuple[Encoder, Any]) -> None:
+def test_trunk_features_are_the_input_of_the_projection(tower: tuple[Encoder, Any]) -> None:
     encoder, model = tower
     encoded = encoder.encode(np.stack([encoder.preprocess(picture(seed)) for seed in range(3)]), "image")
     trunk = encoded.key("trunk")
     assert trunk.shape == (3, encoder.trunk_dim)
     np.testing.assert_allclose(np.linalg.norm(trunk, axis=1), 1, atol=1e-6)
     with torch.inference_mode():
-        pixels = torch.stack([own_transform(model)(picture(seed)) for seed in range(3)])
+        pixels = torch.stack([open_clip_transform(model)(picture(seed)) for seed in range(3)])
         if hasattr(model.visual, "trunk"):
             own = model.visual.trunk(pixels)
         else:
@@ -124,12 +124,12 @@ def test_trunk_features_are_what_the_projection_sees(tower: tuple[Encoder, Any])
     np.testing.assert_array_equal(encoded.take([2, 0]).key("trunk"), trunk[[2, 0]])
 
 
-def test_what_has_no_trunk_says_so(encoder: Encoder) -> None:
+def test_asking_for_missing_trunk_features_is_a_config_error(encoder: Encoder) -> None:
     with pytest.raises(ConfigError, match="vector keys"):
         encoder.encode(encoder.tokenize(["x"]), "text").key("trunk")
 
 
-def test_a_resnet_tower_is_served_without_trunk(configs: Path) -> None:
+def test_a_resnet_tower_has_no_trunk_features(configs: Path) -> None:
     (configs / "tinyresnet.json").write_text(
         '{"embed_dim": 32, "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8},'
         ' "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}}'
@@ -139,7 +139,7 @@ def test_a_resnet_tower_is_served_without_trunk(configs: Path) -> None:
     assert encoder.encode(np.zeros((2, 3, 64, 64), np.uint8), "image").vectors.shape == (2, 32)
 
 
-def test_threads_share_one_encoder(encoder: Encoder) -> None:
+def test_concurrent_batches_give_the_right_vectors(encoder: Encoder) -> None:
     pixels = [np.stack([encoder.preprocess(picture(seed))]) for seed in range(12)]
     alone = [encoder.encode(each, "image").vectors for each in pixels]
     with ThreadPoolExecutor(4) as pool:
@@ -148,7 +148,7 @@ def test_threads_share_one_encoder(encoder: Encoder) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_stays_near_and_keeps_the_fingerprint(
+def test_half_precision_gives_similar_vectors_and_the_same_fingerprint(
     tower: tuple[Encoder, Any], configs: Path, precision: str
 ) -> None:
     encoder = tower[0]
@@ -162,43 +162,43 @@ def test_half_precision_stays_near_and_keeps_the_fingerprint(
         assert half.encode(batch, side).vectors.dtype == np.float32  # type: ignore[arg-type]
 
 
-def test_half_a_surrogate_pair_does_not_stop_a_batch(encoder: Encoder) -> None:
+def test_a_lone_surrogate_is_tokenized_as_a_question_mark(encoder: Encoder) -> None:
     np.testing.assert_array_equal(encoder.tokenize(["a \ud800 b"]), encoder.tokenize(["a ? b"]))
 
 
-def test_the_logit_scale_is_the_temperature(encoder: Encoder) -> None:
+def test_the_logit_scale_is_the_inverse_temperature(encoder: Encoder) -> None:
     assert encoder.logit_scale == pytest.approx(1 / 0.07, rel=1e-6)
 
 
 @pytest.mark.parametrize("size", [(50_000, 1), (1, 50_000), (3_000, 2)])
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
-def test_very_long_images_fit_into_the_frame(encoder: Encoder, size: tuple[int, int], mode: str) -> None:
+def test_very_long_images_are_cropped_to_the_image_size(encoder: Encoder, size: tuple[int, int], mode: str) -> None:
     from models.encoder.image_tower import build_crop
 
     config = {**encoder._model.visual.preprocess_cfg, "resize_mode": mode}
-    framed = build_crop(config)(Image.new("L", size))
-    assert (framed.size, framed.mode) == ((64, 64), "RGB")
+    cropped = build_crop(config)(Image.new("L", size))
+    assert (cropped.size, cropped.mode) == ((64, 64), "RGB")
 
 
-def test_the_shortcut_for_long_images_gives_open_clips_pixels(tower: tuple[Encoder, Any]) -> None:
+def test_crop_then_resize_gives_open_clips_pixels(tower: tuple[Encoder, Any]) -> None:
     encoder, model = tower
     for size in ((70, 900), (900, 70)):
         image = picture(3, *size)
-        own = own_transform(model).transforms[0](image)
-        expected = np.asarray(own_transform(model).transforms[1](own)).transpose(2, 0, 1).astype(int)
+        own = open_clip_transform(model).transforms[0](image)
+        expected = np.asarray(open_clip_transform(model).transforms[1](own)).transpose(2, 0, 1).astype(int)
         assert np.abs(encoder.preprocess(image) - expected).max() <= 3
 
 
 # --- loading
 
 
-def weights_file(encoder: Encoder, path: Path) -> Path:
+def write_weights(encoder: Encoder, path: Path) -> Path:
     save_file({name: tensor.clone() for name, tensor in encoder._model.state_dict().items()}, path)
     return path
 
 
 def test_a_local_file_gives_the_same_encoder(encoder: Encoder, configs: Path, tmp_path: Path) -> None:
-    path = weights_file(encoder, tmp_path / "mine.safetensors")
+    path = write_weights(encoder, tmp_path / "mine.safetensors")
     local = Encoder.load(spec(configs, "tinyvit", pretrained=str(path)))
     assert local.fingerprint == f"tinyvit/mine@{encoder.fingerprint.rpartition('@')[2]}"
     tokens = encoder.tokenize(TEXTS)
@@ -207,9 +207,9 @@ def test_a_local_file_gives_the_same_encoder(encoder: Encoder, configs: Path, tm
     assert Encoder.load(spec(configs, "tinyvit", pretrained=str(tmp_path / "mine.pt"))).fingerprint == local.fingerprint
 
 
-def test_weights_beside_the_configuration_are_found(encoder: Encoder, tmp_path: Path, configs: Path) -> None:
+def test_weights_beside_the_configuration_are_loaded(encoder: Encoder, tmp_path: Path, configs: Path) -> None:
     (tmp_path / "both.json").write_text((configs / "tinyvit.json").read_text())
-    weights_file(encoder, tmp_path / "both.safetensors")
+    write_weights(encoder, tmp_path / "both.safetensors")
     assert Encoder.load(EncoderSpec(str(tmp_path / "both.json"))).fingerprint.startswith("both/both@")
 
 
@@ -221,7 +221,7 @@ def test_one_changed_weight_changes_the_fingerprint(encoder: Encoder, configs: P
     assert other.fingerprint.rpartition("@")[2] != encoder.fingerprint.rpartition("@")[2]
 
 
-def refusal(spec: EncoderSpec) -> str:
+def refusal_message(spec: EncoderSpec) -> str:
     with pytest.raises(EncoderUnavailable) as refused:
         Encoder.load(spec)
     message = str(refused.value)
@@ -229,24 +229,24 @@ def refusal(spec: EncoderSpec) -> str:
     return message
 
 
-def test_unknown_names_are_refused_with_near_ones(configs: Path, tmp_path: Path) -> None:
-    assert "ViT-B-32" in refusal(EncoderSpec("ViT-B-33", "openai"))
-    assert "laion2b_s34b_b79k" in refusal(EncoderSpec("ViT-B-32", "laion9b"))
-    assert "a local .safetensors file, or one of its tags (openai, " in refusal(EncoderSpec("ViT-B/32"))
-    missing = refusal(spec(configs, "tinyvit", pretrained=str(tmp_path / "gone.safetensors")))
+def test_unknown_names_are_refused_with_the_nearest_known_ones(configs: Path, tmp_path: Path) -> None:
+    assert "ViT-B-32" in refusal_message(EncoderSpec("ViT-B-33", "openai"))
+    assert "laion2b_s34b_b79k" in refusal_message(EncoderSpec("ViT-B-32", "laion9b"))
+    assert "a local .safetensors file, or one of its tags (openai, " in refusal_message(EncoderSpec("ViT-B/32"))
+    missing = refusal_message(spec(configs, "tinyvit", pretrained=str(tmp_path / "gone.safetensors")))
     assert missing.startswith("'gone.safetensors' is neither a file nor a hub tag of tinyvit")
-    assert "no model configuration gone.json" in refusal(EncoderSpec(str(tmp_path / "gone.json")))
+    assert "no model configuration gone.json" in refusal_message(EncoderSpec(str(tmp_path / "gone.json")))
 
 
-def test_bad_files_are_refused_without_a_path(encoder: Encoder, configs: Path, tmp_path: Path) -> None:
+def test_bad_weights_files_are_refused_without_their_folder(encoder: Encoder, configs: Path, tmp_path: Path) -> None:
     state = {name: tensor.clone() for name, tensor in encoder._model.state_dict().items()}
     save_file({**state, "text_projection": torch.zeros(32, 31)}, tmp_path / "shape.safetensors")
     save_file({name: state[name] for name in list(state)[1:]}, tmp_path / "less.safetensors")
-    whole = weights_file(encoder, tmp_path / "cut.safetensors")
+    whole = write_weights(encoder, tmp_path / "cut.safetensors")
     whole.write_bytes(whole.read_bytes()[:1000])
     (tmp_path / "text.pt").write_text("hello")
     for name in ("shape.safetensors", "less.safetensors", "cut.safetensors", "text.pt"):
-        message = refusal(spec(configs, "tinyvit", pretrained=str(tmp_path / name)))
+        message = refusal_message(spec(configs, "tinyvit", pretrained=str(tmp_path / name)))
         assert message.startswith(f"{name} does not hold weights of tinyvit (")
         assert str(tmp_path) not in message
 
@@ -257,19 +257,19 @@ def test_a_pickle_is_never_executed(configs: Path, tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "executed",))
 
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
-    assert "evil.pt" in refusal(spec(configs, "tinyvit", pretrained=str(tmp_path / "evil.pt")))
+    assert "evil.pt" in refusal_message(spec(configs, "tinyvit", pretrained=str(tmp_path / "evil.pt")))
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_tag_that_was_trained_with_quick_gelu_is_served_with_it(
+def test_a_tag_trained_with_quick_gelu_is_loaded_with_it(
     encoder: Encoder, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """open_clip alone only warns, as it does for ViT-B-32 with the openai weights."""
+    """open_clip alone only logs a warning, as for ViT-B-32 with the openai weights."""
     from huggingface_hub import constants
 
-    path = weights_file(encoder, tmp_path / "mine.safetensors")
+    path = write_weights(encoder, tmp_path / "mine.safetensors")
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tinyvit", {"mine": {"file": str(path), "quick_gelu": True}})
-    monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
+    monkeypatch.setattr(constants, "ENDPOINT", UNREACHABLE)
     tagged = Encoder.load(spec(configs, "tinyvit", pretrained="mine"))
     assert tagged.fingerprint.startswith("tinyvit/mine@")
     model = open_clip.create_model("tinyvit", str(path), force_quick_gelu=True).eval()
@@ -278,24 +278,24 @@ def test_a_tag_that_was_trained_with_quick_gelu_is_served_with_it(
     assert cosines(tagged.encode(tagged.tokenize(TEXTS), "text").vectors, own).min() > 0.99999
 
 
-def test_a_missing_hub_names_the_local_file_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_the_hub_the_error_proposes_a_local_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
+    monkeypatch.setattr(constants, "ENDPOINT", UNREACHABLE)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    message = refusal(EncoderSpec("ViT-B-32", "laion2b_s34b_b79k"))
+    message = refusal_message(EncoderSpec("ViT-B-32", "laion2b_s34b_b79k"))
     assert message.endswith("give the file, as in --model ViT-B-32 --pretrained weights.safetensors")
     assert not constants.HF_HUB_OFFLINE
 
 
-def test_a_device_that_is_not_there_is_refused(configs: Path) -> None:
+def test_a_missing_device_is_refused(configs: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    assert "sees no CUDA device: use cpu or auto" in refusal(spec(configs, "tinyvit", device="cuda"))
+    assert "sees no CUDA device: use cpu or auto" in refusal_message(spec(configs, "tinyvit", device="cuda"))
     assert Encoder.load(spec(configs, "tinyvit", device="auto")).device == "cpu"
 
 
-def test_importing_the_module_brings_neither_torch_nor_open_clip() -> None:
+def test_importing_the_module_imports_neither_torch_nor_open_clip() -> None:
     code = (
         "import sys, models.encoder.encoder; sys.exit(bool({'torch', 'open_clip', 'torchvision'} & set(sys.modules)))"
     )

@@ -13,7 +13,7 @@ from models.tests.small import image_bytes, picture
 
 
 def png(width: int, height: int, *, bits: int = 8, colour: int = 2, rows: bytes = b"") -> bytes:
-    """A PNG made by hand, so that its header may say what its pixels do not hold."""
+    """A handmade PNG whose header may contradict its pixel data."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -26,7 +26,7 @@ LOSSLESS = ["PNG", "BMP", "TIFF", "WEBP"]
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
-def test_lossless_formats_keep_every_pixel(kind: str) -> None:
+def test_lossless_formats_keep_all_pixels(kind: str) -> None:
     image = picture(1)
     read = read_image(image_bytes(image, kind, **({"lossless": True} if kind == "WEBP" else {})))
     assert read.mode == "RGB"
@@ -42,15 +42,15 @@ def test_lossy_formats_are_read(kind: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "RGBA", "LA", "CMYK", "YCbCr", "LAB"])
-def test_every_colour_mode_becomes_what_convert_rgb_makes_of_it(mode: str) -> None:
+def test_every_colour_mode_is_converted_as_by_convert_rgb(mode: str) -> None:
     kind = {"CMYK": "TIFF", "YCbCr": "TIFF", "LAB": "TIFF"}.get(mode, "PNG")
-    source = picture(2).convert("RGB").convert("L").convert("LA") if mode == "LA" else _as(mode)
+    source = picture(2).convert("RGB").convert("L").convert("LA") if mode == "LA" else convert_mode(mode)
     data = image_bytes(source, kind)
     expected = Image.open(io.BytesIO(data)).convert("RGB")
     np.testing.assert_array_equal(np.asarray(read_image(data)), np.asarray(expected))
 
 
-def _as(mode: str) -> Image.Image:
+def convert_mode(mode: str) -> Image.Image:
     if mode == "LAB":
         return Image.merge("LAB", picture(2).split())
     return picture(2).convert(mode)
@@ -60,20 +60,20 @@ def test_a_cmyk_jpeg_is_read() -> None:
     assert read_image(image_bytes(picture(2).convert("CMYK"), "JPEG")).mode == "RGB"
 
 
-def test_transparency_is_dropped_as_open_clip_does() -> None:
+def test_transparency_is_dropped_as_by_open_clip() -> None:
     image = picture(3).convert("RGBA")
     image.putalpha(0)
     np.testing.assert_array_equal(np.asarray(read_image(image_bytes(image, "PNG"))), np.asarray(picture(3)))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_16_bit_grey_keeps_its_shades(kind: str) -> None:
+def test_16_bit_grey_is_scaled_to_8_bits(kind: str) -> None:
     shades = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     read = np.asarray(read_image(image_bytes(Image.fromarray(shades), kind)))
     np.testing.assert_array_equal(read[:, :, 0], shades >> 8)
 
 
-def test_16_bit_colour_keeps_its_shades() -> None:
+def test_16_bit_colour_is_scaled_to_8_bits() -> None:
     row = b"\0" + struct.pack(">HHH", 0x8000, 0x0040, 0xFFFF) * 3
     assert read_image(png(3, 2, bits=16, rows=row * 2)).getpixel((1, 1)) == (128, 0, 255)
 
@@ -84,7 +84,7 @@ def test_float_pixels_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_of_an_animation_the_first_frame_counts(kind: str) -> None:
+def test_the_first_frame_of_an_animation_is_read(kind: str) -> None:
     red, blue = (Image.new("RGB", (20, 10), colour) for colour in ("red", "blue"))
     data = image_bytes(red, kind, save_all=True, append_images=[blue], duration=50)
     pixel = read_image(data).getpixel((5, 5))
@@ -104,17 +104,17 @@ def test_exif_orientation_turns_the_image_upright(orientation: int) -> None:
     np.testing.assert_array_equal(np.asarray(read_image(data)), np.asarray(upright))
 
 
-def test_a_damaged_exif_does_not_spoil_the_picture() -> None:
+def test_an_image_with_damaged_exif_data_is_read() -> None:
     read_image(image_bytes(picture(4), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff garbage"))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (50_000, 1), (1, 50_000)])
-def test_odd_sizes_are_images_too(size: tuple[int, int]) -> None:
+def test_extreme_sizes_are_read(size: tuple[int, int]) -> None:
     assert read_image(image_bytes(Image.new("RGB", size), "PNG")).size == size
 
 
-def test_pixels_are_limited_by_the_header_alone() -> None:
-    bomb = png(20_000, 20_000)  # 60 bytes of pixels: decoding would fail, were it tried
+def test_the_pixel_limit_is_checked_before_decoding() -> None:
+    bomb = png(20_000, 20_000)  # 60 bytes of pixel data: decoding them would fail
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(ImageTooLarge, match=r"20000x20000 pixels, the limit is 64000000: send a smaller one"):
@@ -126,7 +126,7 @@ def test_pixels_are_limited_by_the_header_alone() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
-def test_truncated_images_are_broken(kind: str, share: float) -> None:
+def test_truncated_images_are_refused_as_broken(kind: str, share: float) -> None:
     data = image_bytes(picture(5, 200, 150), kind)
     with pytest.raises(BrokenImage, match="cut or damaged"):
         read_image(data[: max(12, int(len(data) * share))])
@@ -135,7 +135,7 @@ def test_truncated_images_are_broken(kind: str, share: float) -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"hello", b"<svg xmlns='x'/>", b"%PDF-1.4", b"RIFF\0\0\0\0WAVEfmt ", b"\0" * 100]
 )
-def test_what_is_no_image_is_unsupported(data: bytes) -> None:
+def test_other_bytes_are_refused_as_unsupported(data: bytes) -> None:
     with pytest.raises(
         UnsupportedImage, match=f"{len(data)} bytes are not an image of a type read here: send JPEG, PNG"
     ):
@@ -143,12 +143,12 @@ def test_what_is_no_image_is_unsupported(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PPM", "TGA", "ICO", "PCX", "JPEG2000"])
-def test_formats_off_the_list_are_unsupported(kind: str) -> None:
+def test_other_image_formats_are_refused_as_unsupported(kind: str) -> None:
     with pytest.raises(UnsupportedImage):
         read_image(image_bytes(picture(6), kind))
 
 
-def test_flipped_bits_never_escape_as_another_error() -> None:
+def test_corrupted_bytes_raise_image_errors_alone() -> None:
     rng = np.random.default_rng(0)
     for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"):
         clean = np.frombuffer(image_bytes(picture(7), kind), np.uint8)
@@ -172,20 +172,20 @@ def test_flipped_bits_never_escape_as_another_error() -> None:
         (20_000, 200, (20_000, 200)),
     ],
 )
-def test_a_jpeg_far_larger_than_the_frame_is_decoded_at_a_smaller_scale(
+def test_a_jpeg_far_larger_than_the_target_size_is_decoded_at_a_smaller_scale(
     width: int, height: int, read: tuple[int, int]
 ) -> None:
     photo = image_bytes(picture(5, width, height), "JPEG")
-    assert read_image(photo, frame=(224, 224)).size == read
+    assert read_image(photo, target_size=(224, 224)).size == read
     assert read_image(photo).size == (width, height)
 
 
-def test_a_smaller_scale_stands_upright_too() -> None:
+def test_a_jpeg_decoded_at_a_smaller_scale_is_turned_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert read_image(image_bytes(picture(5, 1600, 1400), "JPEG", exif=exif), frame=(224, 224)).size == (700, 800)
+    assert read_image(image_bytes(picture(5, 1600, 1400), "JPEG", exif=exif), target_size=(224, 224)).size == (700, 800)
 
 
-def test_the_limit_is_of_what_the_header_says() -> None:
+def test_the_pixel_limit_applies_to_the_full_size_of_the_header() -> None:
     with pytest.raises(ImageTooLarge, match="1600x1400"):
-        read_image(image_bytes(picture(5, 1600, 1400), "JPEG"), max_pixels=2_000_000, frame=(224, 224))
+        read_image(image_bytes(picture(5, 1600, 1400), "JPEG"), max_pixels=2_000_000, target_size=(224, 224))

@@ -1,4 +1,4 @@
-"""Weights laid out once, against the same model as open_clip made it."""
+"""Packed layers compared with the same layers of torch and the same models of open_clip."""
 
 import json
 from pathlib import Path
@@ -34,57 +34,58 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def loaded(folder: Path, name: str, *, packed: bool, precision: Any = "fp32") -> Encoder:
-    """The same random weights each time."""
+def load_encoder(folder: Path, name: str, *, packed: bool, precision: Any = "fp32") -> Encoder:
+    """An encoder with the same random weights in every call."""
     path = folder / f"{name}-to-pack.json"
     path.write_text(json.dumps(MODELS[name]))
     return Encoder.load(EncoderSpec(str(path), "random", precision, "cpu", packed=packed))
 
 
-def least_cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
+def min_cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float((ours.astype(np.float64) * theirs).sum(1).min())
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_vectors_are_those_of_the_model_as_it_came(name: str, tmp_path: Path) -> None:
-    ours, theirs = (loaded(tmp_path, name, packed=packed) for packed in (True, False))
+def test_packed_encoders_give_the_vectors_of_unpacked_ones(name: str, tmp_path: Path) -> None:
+    ours, theirs = (load_encoder(tmp_path, name, packed=packed) for packed in (True, False))
     assert ours.fingerprint == theirs.fingerprint
     assert any(isinstance(module, PackedLinear) for module in ours.module.modules())
     assert not any(type(module) is nn.Linear for module in ours.module.modules())
     images, texts = np.stack([theirs.preprocess(picture(seed, 90, 70)) for seed in range(5)]), theirs.tokenize(TEXTS)
     for rows in (1, 3, len(images)):
         mine, own = ours.encode(images[:rows], "image"), theirs.encode(images[:rows], "image")
-        assert least_cosine(mine.vectors, own.vectors) > 0.99999
+        assert min_cosine(mine.vectors, own.vectors) > 0.99999
         if own.trunk is not None:
             assert mine.trunk is not None
-            assert least_cosine(mine.trunk, own.trunk) > 0.99999
+            assert min_cosine(mine.trunk, own.trunk) > 0.99999
     for rows in (1, len(texts)):
         assert (
-            least_cosine(ours.encode(texts[:rows], "text").vectors, theirs.encode(texts[:rows], "text").vectors)
-            > 0.99999
+            min_cosine(ours.encode(texts[:rows], "text").vectors, theirs.encode(texts[:rows], "text").vectors) > 0.99999
         )
 
 
-def test_attention_of_a_clip_tower_is_packed_whole(tmp_path: Path) -> None:
-    module = loaded(tmp_path, "vit", packed=True).module
+def test_all_attention_layers_of_a_clip_model_are_packed(tmp_path: Path) -> None:
+    module = load_encoder(tmp_path, "vit", packed=True).module
     assert sum(isinstance(part, PackedAttention) for part in module.modules()) == 4
     assert not any(isinstance(part, nn.MultiheadAttention) for part in module.modules())
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precisions_stay_as_near_as_they_are_unpacked(precision: str, tmp_path: Path) -> None:
-    exact = loaded(tmp_path, "vit", packed=False)
+def test_packed_half_precision_gives_vectors_similar_to_float32(precision: str, tmp_path: Path) -> None:
+    exact = load_encoder(tmp_path, "vit", packed=False)
     pixels = np.stack([exact.preprocess(picture(seed, 90, 70)) for seed in range(3)])
     wanted = exact.encode(pixels, "image").vectors
     assert (
-        least_cosine(loaded(tmp_path, "vit", packed=True, precision=precision).encode(pixels, "image").vectors, wanted)
+        min_cosine(
+            load_encoder(tmp_path, "vit", packed=True, precision=precision).encode(pixels, "image").vectors, wanted
+        )
         > 0.999
     )
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
-def test_attention_is_torchs(batch_first: bool, masked: bool) -> None:
+def test_packed_attention_equals_torchs(batch_first: bool, masked: bool) -> None:
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(24, 3, batch_first=batch_first).eval().requires_grad_(False)
     x = torch.randn(2, 5, 24) if batch_first else torch.randn(5, 2, 24)
@@ -101,7 +102,9 @@ def test_attention_is_torchs(batch_first: bool, masked: bool) -> None:
     bias=st.booleans(),
     gelu=st.sampled_from([None, "none", "tanh"]),
 )
-def test_a_layer_is_torchs_for_any_shape(shape: list[int], width: int, out: int, bias: bool, gelu: str | None) -> None:
+def test_a_packed_linear_layer_equals_torchs_for_any_shape(
+    shape: list[int], width: int, out: int, bias: bool, gelu: str | None
+) -> None:
     torch.manual_seed(width)
     linear, x = nn.Linear(width, out, bias=bias).requires_grad_(False), torch.randn(*shape, width)
     own = linear(x) if gelu is None else F.gelu(linear(x), approximate=gelu)

@@ -1,4 +1,4 @@
-"""Texts without their padding, against open_clip's own encode_text at the full context length."""
+"""Trimmed texts compared with open_clip's own encode_text at the full context length."""
 
 import json
 from pathlib import Path
@@ -34,40 +34,40 @@ TOWERS: dict[str, tuple[bool, dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture(params=sorted(TOWERS))
 def tower(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[bool, Any]:
-    """Whether this kind of tower can be trimmed, and open_clip's model of it with random weights."""
-    trims, text, rest = TOWERS[request.param]
+    """Whether this kind of text tower can be trimmed, and an open_clip model that has one."""
+    can_be_trimmed, text, rest = TOWERS[request.param]
     config = {**VIT, "text_cfg": {**VIT["text_cfg"], **text}, **rest}  # type: ignore[dict-item]
     path = tmp_path / f"tower-{request.param}.json"
     path.write_text(json.dumps(config))
     open_clip.add_model_config(path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return trims, open_clip.create_model(path.stem).eval()
+        return can_be_trimmed, open_clip.create_model(path.stem).eval()
 
 
-def worst_cosine(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def min_cosine(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float(torch.cosine_similarity(ours.double(), theirs.double()).min())
 
 
-def test_vectors_are_open_clips_and_padding_is_left_out_where_it_may(tower: tuple[bool, Any]) -> None:
-    trims, model = tower
+def test_vectors_equal_open_clips_and_padding_is_left_out_where_possible(tower: tuple[bool, Any]) -> None:
+    can_be_trimmed, model = tower
     tokens = open_clip.tokenize(TEXTS, context_length=16)
     encode = build_text_encoder(model)
-    assert isinstance(encode, TrimmedText) is trims
+    assert isinstance(encode, TrimmedText) is can_be_trimmed
     seen: list[int] = []
     transformer = getattr(model, "text", model).transformer
     with torch.inference_mode():
         own = model.encode_text(tokens)
         transformer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
         for rows in ([0], [1, 4], [0, 4, 0, 3], list(range(len(TEXTS)))):
-            assert worst_cosine(encode(tokens[rows]), own[rows]) > 0.99999
-    assert (seen[0] == len(["start", "a", "cat", "end"])) is trims
+            assert min_cosine(encode(tokens[rows]), own[rows]) > 0.99999
+    assert (seen[0] == len(["start", "a", "cat", "end"])) is can_be_trimmed
 
 
-def test_long_texts_do_not_lengthen_short_ones(tower: tuple[bool, Any]) -> None:
-    trims, model = tower
-    if not trims:
-        pytest.skip("this tower reads its padding")
+def test_long_texts_do_not_add_padding_to_short_ones(tower: tuple[bool, Any]) -> None:
+    can_be_trimmed, model = tower
+    if not can_be_trimmed:
+        pytest.skip("this tower cannot be trimmed")
     tokens = open_clip.tokenize(["a cat"] * 20 + ["word " * 30] * 2, context_length=16)
     seen: list[tuple[int, ...]] = []
     getattr(model, "text", model).transformer.register_forward_pre_hook(
@@ -79,9 +79,9 @@ def test_long_texts_do_not_lengthen_short_ones(tower: tuple[bool, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", [str(STARTER), "ViT-B-32"])
-def test_whole_models_give_open_clips_vectors(name: str) -> None:
+def test_encoders_of_whole_models_give_open_clips_vectors(name: str) -> None:
     encoder = Encoder.load(EncoderSpec(name, None if name == str(STARTER) else "random", device="cpu"))
     tokens = encoder.tokenize(TEXTS)
     with torch.inference_mode():
         own = encoder.module.encode_text(torch.from_numpy(tokens))
-    assert worst_cosine(torch.from_numpy(encoder.encode(tokens, "text").vectors), own) > 0.99999
+    assert min_cosine(torch.from_numpy(encoder.encode(tokens, "text").vectors), own) > 0.99999
