@@ -1,4 +1,4 @@
-"""The settings' model, loaded: what the service answers with and what an evaluation asks."""
+"""Loading of the encoder and the fusion that the settings name, for serving and evaluation."""
 
 from __future__ import annotations
 
@@ -11,20 +11,27 @@ from service.settings import Settings
 
 def load_encoder(settings: Settings) -> Encoder:
     """The encoder that the settings name. Raises ModelError."""
-    chosen = settings
-    shapes = (chosen.fixed_shapes, chosen.max_batch)
-    return Encoder.load(
-        EncoderSpec(chosen.model, chosen.pretrained, chosen.precision, chosen.device, *shapes, packed=True)
+    spec = EncoderSpec(
+        settings.model,
+        settings.pretrained,
+        settings.precision,
+        settings.device,
+        settings.fixed_shapes,
+        settings.max_batch,
+        packed=True,
     )
+    return Encoder.load(spec)
 
 
 def load_reco(settings: Settings) -> Reco:
-    """The encoder, with the fusion asked for, else the starter's own, else the training-free rule. Raises ModelError."""
+    """The encoder with its fusion: the named one, else the starter's own, else the rule `mean`.
+
+    Raises ModelError.
+    """
     encoder = load_encoder(settings)
     name = settings.fusion or (str(FUSION) if settings.model == "starter" else None)
-    file = (
-        fusions_by_name(name, encoder=encoder.fingerprint, dim=encoder.dim)
-        if name
-        else training_free_fusions("mean", encoder.dim)
-    )
+    if name:
+        file = fusions_by_name(name, encoder=encoder.fingerprint, dim=encoder.dim)
+    else:
+        file = training_free_fusions("mean", encoder.dim)
     return Reco(encoder, file.fusions, fusion_id=file.fusion_id, k=file.k)

@@ -177,32 +177,44 @@ def import_embeddings(
 ) -> None:
     """Make one new version of embeddings made elsewhere, or of another version."""
     from index_store import Store
-    from index_store.build.from_version import is_version
-    from index_store.storage.manifest import read_manifest
-    from models.data.clip_retrieval import is_embedding_folder, read_embedding_folder
-    from models.data.streams import Encoding, embedding_stream, version_stream
-    from models.errors import DataError
+    from models.data.streams import Encoding
     from service.pipeline.load import load_encoder
 
     options.check(name)
     folder = folder.resolve()
+    _check_folder(folder)
+    encoder = load_encoder(settings)
+    stream, kinds = _open_folder(folder, encoder, id_column)
+    _carry_out(Plan(name, options, Store(settings.store), encoder, [stream], kinds), Encoding(encoder, kinds))
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be imported, before a model is loaded. Raises DataError."""
+    from index_store.build.from_version import is_version
+    from models.data.clip_retrieval import is_embedding_folder
+    from models.errors import DataError
+
     if not is_version(folder) and not is_embedding_folder(folder):
         raise DataError(
             f"{folder.name} holds neither img_emb, text_emb and metadata nor a version of our own: give a folder "
             "that does"
         )
-    encoder = load_encoder(settings)
-    kinds: dict[Side, KeyKind] = {"image": "vector", "text": "vector"}
+
+
+def _open_folder(folder: Path, encoder: Encoder, id_column: str | None) -> tuple[Stream, dict[Side, KeyKind]]:
+    """The stream of a version, or of embeddings made elsewhere, and what each side searches."""
+    from index_store.build.from_version import is_version
+    from index_store.storage.manifest import read_manifest
+    from models.data.clip_retrieval import read_embedding_folder
+    from models.data.streams import embedding_stream, version_stream
+
     if is_version(folder):
         manifest = read_manifest(folder)
-        kinds = {"image": manifest.key_kind("image"), "text": manifest.key_kind("text")}
-        stream = version_stream(folder, encoder.fingerprint, kinds)
-    else:
-        stream = embedding_stream(
-            read_embedding_folder(folder, dim=encoder.dim, encoder=encoder.fingerprint, id_column=id_column)
-        )
-        print(UNVERIFIABLE.format(encoder=encoder.fingerprint))
-    _carry_out(Plan(name, options, Store(settings.store), encoder, [stream], kinds), Encoding(encoder, kinds))
+        kinds: dict[Side, KeyKind] = {side: manifest.key_kind(side) for side in ("image", "text")}
+        return version_stream(folder, encoder.fingerprint, kinds), kinds
+    found = read_embedding_folder(folder, dim=encoder.dim, encoder=encoder.fingerprint, id_column=id_column)
+    print(UNVERIFIABLE.format(encoder=encoder.fingerprint))
+    return embedding_stream(found), {"image": "vector", "text": "vector"}
 
 
 def _carry_out(plan: Plan, encoding: Encoding) -> None:

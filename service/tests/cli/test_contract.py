@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from service.tests.cli.in_process import error_line, run
+from service.tests.conftest import cold_reco
 
 COMMON = ("--help", "--verbose", "--config")
 STORE = (*COMMON, "--store")
@@ -152,6 +154,16 @@ def test_wrong_usage_is_one_line_and_two(case: tuple[str, ...]) -> None:
     told = error_line(run(*line.split()), 2)
     for word in words:
         assert word in told
+
+
+def test_help_answers_in_under_a_second() -> None:
+    """The best of three tries, since the machine may be busy; 0.2 s on two cores."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert cold_reco("--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1
 
 
 def test_an_empty_store_is_no_error(tmp_path: Path) -> None:
