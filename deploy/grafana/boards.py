@@ -115,7 +115,7 @@ OVERVIEW = Dashboard(
             "Alerts firing",
             (('ALERTS{alertname=~"Reco.+",alertstate="firing"}', "{{alertname}} {{severity}} {{instance}} {{name}}"),),
             "short",
-            "Empty unless an alert fires. docs/OPERATIONS.md says what to do about each.",
+            "Empty unless an alert fires. docs/how-to/operations.md says what to do about each.",
             width=12,
         ),
         Panel(

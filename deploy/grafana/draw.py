@@ -1,4 +1,4 @@
-"""Draws the dashboards without Grafana: `python deploy/grafana/draw.py http://127.0.0.1:9090 [--minutes 30] [--out docs/dashboards]`.
+"""Draws the dashboards without Grafana: `python deploy/grafana/draw.py http://127.0.0.1:9090 [--minutes 30] [--out docs/how-to/dashboards]`.
 
 Every panel is asked of Prometheus with the query that Grafana would send, and drawn by its kind; time runs in minutes. Needs matplotlib.
 """

@@ -1,4 +1,4 @@
-"""What a pair weighs and what a row costs on this machine: the constants of docs/SCALE.md.
+"""What a pair weighs and what a row costs on this machine: the constants of docs/concepts/scale.md.
 
     python -m index_store.benchmarks.constants [--rows 100000] [--out loadtests/results/constants.json]
 
@@ -91,7 +91,7 @@ def _disk(folder: Path) -> dict[str, float]:
 
 
 def table(constants: dict[str, Any]) -> str:
-    """Bytes and milliseconds per query by recipe, size and width: the formulas of docs/SCALE.md."""
+    """Bytes and milliseconds per query by recipe, size and width: the formulas of docs/concepts/scale.md."""
     head = ["pairs", "D", "values + rest on disk", "recipe", "index bytes", "where", "ms of one core per query", "note"]
     rows = [head, ["---"] * len(head)]
     for name, pairs in SIZES.items():

@@ -79,7 +79,7 @@ def _read(kept: Path, identity: str) -> list[Row]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table of docs/RESULTS.md."""
+    """The table of docs/concepts/results.md."""
     cells = [
         (
             row.claim,

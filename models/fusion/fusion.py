@@ -4,7 +4,7 @@
     values (B, K, D) ─ tokens ─ start ─ + attend ─ + mlp ─┴─ unit ─> (B, D)
 
 The start is the query (`paper`, `paper-split`) or the training-free rule, whose few numbers learn (`Pool`, `Metric`). `default` is the
-learned rule alone: the matrices of a layer on top of it learn the training entities by heart (`corrected`; docs/RESULTS.md).
+learned rule alone: the matrices of a layer on top of it learn the training entities by heart (`corrected`; docs/concepts/results.md).
 
 Only token 0, the query's, is read out, so only its row of the layer is computed: queries, output projection and MLP for
 one token, keys and values for all. The numbers are those of the full layer at about a quarter of the work.
@@ -154,7 +154,7 @@ class Metric(nn.Module):
 
     Cosines of CLIP vectors are ruled by the few directions in which everything varies; what tells two species apart lies in the others.
     One factor per direction is learned, which holds for entities never seen; a whole matrix learns the training entities by heart
-    (docs/RESULTS.md). Until it has learned it changes nothing.
+    (docs/concepts/results.md). Until it has learned it changes nothing.
     """
 
     basis: Tensor

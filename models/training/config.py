@@ -44,7 +44,7 @@ class TrainConfig:
     every: steps between two looks at the held-out accuracy and two checkpoints.  patience: looks without a better one before the run
     stops with the best it saw; 0 = never.
     precision: "bf16" does the arithmetic of the layers in half the bits, the weights stay fp32.  compile: the layers through torch.compile,
-    which needs a C++ compiler; where they help is told in docs/RESULTS.md.  tensorboard: the curve for TensorBoard too, beside curve.jsonl.
+    which needs a C++ compiler; where they help is told in docs/concepts/results.md.  tensorboard: the curve for TensorBoard too, beside curve.jsonl.
     drop: share of the neighbours hidden in each step.  held_out: share of the photos kept for the accuracy before and after.
     """
 

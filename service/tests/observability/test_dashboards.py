@@ -186,7 +186,7 @@ def anchors(markdown: str) -> set[str]:
 
 
 def test_links_of_the_operations_page_lead_somewhere() -> None:
-    page = ROOT / "docs/OPERATIONS.md"
+    page = ROOT / "docs/how-to/operations.md"
     text = page.read_text()
     for link in re.findall(r"\]\(([^)]+)\)", text):
         path, _, anchor = link.partition("#")

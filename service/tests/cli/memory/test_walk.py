@@ -1,4 +1,4 @@
-"""docs/MEMORY.md, command by command, as a newcomer would type it."""
+"""docs/tutorial/your-catalogue.md, command by command, as a newcomer would type it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(folder: Path, script: str, url: str = "") -> str:
 
 
 def test_every_command_of_the_walk_through_works(folder: Path) -> None:
-    blocks = BLOCK.findall((ROOT / "docs" / "MEMORY.md").read_text())
+    blocks = BLOCK.findall((ROOT / "docs" / "tutorial" / "your-catalogue.md").read_text())
     assert sum(bool(serves) for serves, _ in blocks) == 1
     before = [script for serves, script in blocks[: [bool(serves) for serves, _ in blocks].index(True)]]
     after = [script for serves, script in blocks[len(before) + 1 :]]

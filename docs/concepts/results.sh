@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that docs/RESULTS.md tells, with the bundled starter: docs/results.sh DATA [WORK]. About an hour on two cores; goes on where it stopped.
+# Everything that docs/concepts/results.md tells, with the bundled starter: docs/concepts/results.sh DATA [WORK]. About an hour on two cores; goes on where it stopped.
 set -euo pipefail
 DATA=${1:?the folder that holds flickr8k/, grocery/, caltech101/ and imagen/} WORK=${2:-var/results}
 export RECO_STORE=$WORK/store
