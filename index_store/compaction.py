@@ -4,12 +4,12 @@ import hashlib
 from collections.abc import Collection, Iterator
 
 from index_store.edits.journal import read_records
-from index_store.edits.overlay import seal_of
+from index_store.edits.overlay import manifest_digest
 from index_store.errors import StoreError
 from index_store.store import Store
 
 
-def repeated(store: Store, name: str, served: Collection[str]) -> list[str]:
+def redundant_versions(store: Store, name: str, served: Collection[str]) -> list[str]:
     """The versions that compactions made and that repeat one of `served`, by way of others or not; none of `served` itself.
 
     One that was edited after a compaction had folded it away holds what no other does, and is not among them.
@@ -49,5 +49,5 @@ def _holdings(store: Store, name: str, version: str, base: str, folded: int) -> 
 
 def _edits(store: Store, name: str, version: str) -> list[bytes]:
     """A digest of each edit made on a version."""
-    records = read_records(store.journal(name, version), seal_of(store.manifest(name, version)))
+    records = read_records(store.journal_path(name, version), manifest_digest(store.manifest(name, version)))
     return [hashlib.sha256(payload).digest() for _, payload in records]

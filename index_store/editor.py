@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from index_store.build.build import build_version
-from index_store.edits.changes import Change, Delete, put_of, stored_ids
+from index_store.edits.changes import Change, Delete, encode_ids, make_put
 from index_store.edits.journal import Journal, read_records
-from index_store.edits.overlay import Overlay, decoded, replayed, seal_of
+from index_store.edits.overlay import Overlay, decode_record, manifest_digest, replay_journal
 from index_store.errors import DamagedVersion, PairsRefused, StoreBusy, StoreUnwritable
 from index_store.snapshot import Snapshot
 from index_store.storage.manifest import Manifest
@@ -20,7 +20,7 @@ Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
+class CompactedVersion:
     """A compacted version, built and open but not yet serving.
 
     snapshot: the new version alone.  base: the one that it was made from.  edits, size: how much of the base's journal is in it.
@@ -53,7 +53,7 @@ class Editor:
         """
         version = store.current(name) if version is None else version
         base = Snapshot.open(store.path(name, version), encoder=encoder, devices=devices)
-        return cls(store, *replayed(base, store.journal(name, version)), devices)
+        return cls(store, *replay_journal(base, store.journal_path(name, version)), devices)
 
     @property
     def snapshot(self) -> Snapshot:
@@ -66,7 +66,7 @@ class Editor:
         PairsRefused where they are not of this memory's kind, StoreUnwritable where the disk does not take them: then nothing changed.
         """
         manifest = self._overlay.base.manifest
-        change = put_of(pairs, manifest, self._overlay.base.id_kind)
+        change = make_put(pairs, manifest, self._overlay.base.id_kind)
         if not len(change.ids):
             return self.snapshot
         with self._lock:
@@ -75,7 +75,7 @@ class Editor:
     def delete(self, ids: Sequence[Id]) -> tuple[Snapshot, list[Id]]:
         """Remove pairs by id, as durable as put(); also those of the ids that no pair had."""
         base, wanted = self._overlay.base, list(dict.fromkeys(ids))
-        names = stored_ids(wanted, base.id_kind, base.manifest.ref)
+        names = encode_ids(wanted, base.id_kind, base.manifest.ref)
         with self._lock:
             self._writer()
             known = self._overlay.known(names)
@@ -86,7 +86,7 @@ class Editor:
         """Fold version and edits into a new version and serve that: compact_build(), then switch()."""
         return self.switch(self.compact_build(version, on_progress))
 
-    def compact_build(self, version: str | None = None, on_progress: Progress | None = None) -> Prepared:
+    def compact_build(self, version: str | None = None, on_progress: Progress | None = None) -> CompactedVersion:
         """Build a new version of what is there now; edits go on meanwhile, and nothing changes for them.
 
         version: None takes the next free name of today.  on_progress: told pairs written and pairs in all.
@@ -114,9 +114,9 @@ class Editor:
             source={**base.source, "compacted": {"edits": edits, "from": base.ref}},
         )
         opened = Snapshot.open(self._store.path(base.name, built.version), encoder=base.encoder, devices=self._devices)
-        return Prepared(opened, overlay.base, edits, size)
+        return CompactedVersion(opened, overlay.base, edits, size)
 
-    def switch(self, prepared: Prepared) -> Snapshot:
+    def switch(self, prepared: CompactedVersion) -> Snapshot:
         """Carry over the edits made since the build began, make the new version current, and serve and edit it from now on.
 
         Should the process die on the way, either version opens with every acknowledged edit. CURRENT is left alone where it names
@@ -132,11 +132,13 @@ class Editor:
             fresh = Overlay(prepared.snapshot)
             payloads = [
                 payload
-                for _, payload in read_records(self._store.journal(old.name, old.version), seal_of(old), prepared.size)
+                for _, payload in read_records(
+                    self._store.journal_path(old.name, old.version), manifest_digest(old), prepared.size
+                )
             ]
             for number, payload in enumerate(payloads, prepared.edits + 1):
-                fresh.apply(decoded(payload, prepared.base, number))
-            journal = Journal.create(self._store.journal(new.name, new.version), seal_of(new), payloads)
+                fresh.apply(decode_record(payload, prepared.base, number))
+            journal = Journal.create(self._store.journal_path(new.name, new.version), manifest_digest(new), payloads)
             self._activate(new, old, journal)
             self._close()
             self._overlay, self._journal = fresh, journal
@@ -162,15 +164,15 @@ class Editor:
         """The journal, taken for writing at the first edit; edits that another process made until then are read first."""
         if self._journal is None:
             base = self._overlay.base
-            path = self._store.journal(base.manifest.name, base.manifest.version)
-            journal = Journal.open(path, seal_of(base.manifest))
+            path = self._store.journal_path(base.manifest.name, base.manifest.version)
+            journal = Journal.open(path, manifest_digest(base.manifest))
             if journal.edits < self.snapshot.edits:
                 journal.close()
                 raise DamagedVersion(
                     f"{path.name} held {self.snapshot.edits} edits and now holds {journal.edits}: restore it from a copy"
                 )
             if journal.size != self._size:
-                self._overlay, self._size = replayed(base, path)
+                self._overlay, self._size = replay_journal(base, path)
             self._journal = journal
         return self._journal
 

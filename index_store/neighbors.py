@@ -33,7 +33,7 @@ class Neighbors:
             self.ids[one], self.scores[one], self.values[one], self.mask[one], self._rows[one], self._record
         )
 
-    def beside(self, others: "Neighbors") -> "Neighbors":
+    def concatenate(self, others: "Neighbors") -> "Neighbors":
         """These, then others found by the same queries in the same snapshot."""
 
         def joined(name: str) -> np.ndarray:

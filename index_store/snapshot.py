@@ -12,18 +12,18 @@ from typing import Any, Literal
 import numpy as np
 
 from index_store.errors import IncompatibleSnapshot, QueryRefused, RecallTooLow
-from index_store.float16 import widened
+from index_store.float16 import to_float32
 from index_store.neighbors import Neighbors
-from index_store.search.delta import Delta, Edited
+from index_store.search.delta import Delta, EditedIndex
 from index_store.search.filters import DEFAULT_PARAMS, RowFilter, SearchParams
-from index_store.search.gpu import Owner
-from index_store.search.hits import Hits, Searched
-from index_store.search.probes import DEPTH, Probes
+from index_store.search.gpu import DeviceThread
+from index_store.search.hits import Hits, SideIndex
+from index_store.search.probes import RECALL_K, ProbeQueries
 from index_store.search.shard import Shard
-from index_store.search.sharded import ShardedIndex, nearest
+from index_store.search.sharded import ShardedIndex, find_nearest
 from index_store.storage.checksums import verify
 from index_store.storage.manifest import Manifest, read_manifest, same_encoder
-from index_store.types import SIDES, KeyKind, Pairs, Side, other, readable
+from index_store.types import SIDES, KeyKind, Pairs, Side, decode_ids, other
 
 BLOCK = 8_192  # pairs handed out at a time: 40 MB at D = 512
 
@@ -41,13 +41,13 @@ class Snapshot:
         self,
         manifest: Manifest,
         shards: Sequence[Shard],
-        probes: dict[Side, Probes],
+        probes: dict[Side, ProbeQueries],
         unread: frozenset[str] = frozenset(),
     ) -> None:
         self.manifest = manifest
-        self.unread = unread  # files taken on the word of an earlier reading: read them again at leisure
+        self.unread_files = unread  # files taken on the word of an earlier reading: read them again at leisure
         self._fans = {side: ShardedIndex(shards, side) for side in SIDES}
-        self._searched: Mapping[Side, Searched] = self._fans
+        self._searched: Mapping[Side, SideIndex] = self._fans
         self._tail: Delta | None = None
         self._probes = probes
         self._resident = sum(shard.resident_bytes() for shard in shards)
@@ -69,23 +69,23 @@ class Snapshot:
                 f"{manifest.ref} was built by {manifest.encoder}, this service encodes with {encoder}: rebuild it, or serve its encoder"
             )
         unread = verify(path, manifest, trust=True)
-        owners = cycle([Owner.of(device) for device in devices] or [None])
+        owners = cycle([DeviceThread.of(device) for device in devices] or [None])
         shards = [
             Shard(path, shard["folder"], shard["pairs"], manifest, owner=next(owners)) for shard in manifest.shards
         ]
-        return cls(manifest, shards, {side: Probes.read(path, side, manifest) for side in SIDES}, unread)
+        return cls(manifest, shards, {side: ProbeQueries.read(path, side, manifest) for side in SIDES}, unread)
 
-    def with_tail(self, tail: Delta) -> "Snapshot":
+    def with_delta(self, tail: Delta) -> "Snapshot":
         """The same version with these edits on top: a snapshot of its own that shares every file and index with this one."""
         edited = copy.copy(self)
         edited._tail = tail
-        edited._searched = {side: Edited(fan, tail) for side, fan in self._fans.items()}
+        edited._searched = {side: EditedIndex(fan, tail) for side, fan in self._fans.items()}
         with _living_lock:
             _living.add(edited)
         return edited
 
     @staticmethod
-    def alive() -> dict[str, int]:
+    def count_open() -> dict[str, int]:
         """How many openings of each memory are still held by anyone: more than one after a swap's last batch is a leak.
 
         Snapshots that edits made of one opening share its files, and count once.
@@ -103,7 +103,7 @@ class Snapshot:
         return self._tail.edits if self._tail else 0
 
     @property
-    def overlaid(self) -> int:
+    def edited_rows(self) -> int:
         """How many rows edits have added or removed: what a compaction folds away."""
         return self._tail.pairs + self._tail.dead if self._tail else 0
 
@@ -155,13 +155,13 @@ class Snapshot:
         queries = self._checked(queries, fan, k)
         lists = self.manifest.index["probes"]
         row_filter = RowFilter.of(params, len(queries), self.id_kind)
-        return nearest(fan, queries, k, (params.probes or lists) if lists else 0, row_filter)
+        return find_nearest(fan, queries, k, (params.probes or lists) if lists else 0, row_filter)
 
     def vectors(self, rows: np.ndarray, side: Side) -> np.ndarray:
         """(R, D) float16 as stored.  rows: (R,) int64 that a search of this snapshot found, none absent."""
         return self._searched[side].take(rows, lambda part: part.values[side])
 
-    def prove(self) -> dict[Side, float]:
+    def check_recall(self) -> dict[Side, float]:
         """Answer the stored probe queries; recall per side, or RecallTooLow where one is below the manifest's floor."""
         floor, depth = self.manifest.recall["floor"], self.manifest.recall["k"]
         proven = {side: self._probes[side].recall(self._fans[side], self.manifest.index["probes"]) for side in SIDES}
@@ -172,7 +172,7 @@ class Snapshot:
                 )
         return proven
 
-    def rows_of(self, ids: np.ndarray) -> np.ndarray:
+    def find_rows(self, ids: np.ndarray) -> np.ndarray:
         """(n,) int64 rows of the version itself that have these ids, -1 = none; edits are not looked at.  ids: (n,) as stored."""
         fan = self._fans["image"]
         rows = np.full(len(ids), -1, np.int64)
@@ -190,7 +190,7 @@ class Snapshot:
             if len(numbers):
                 yield self._pairs(fan, numbers)
 
-    def _pairs(self, fan: Searched, rows: np.ndarray) -> Pairs:
+    def _pairs(self, fan: SideIndex, rows: np.ndarray) -> Pairs:
         """Some rows as they were given.  rows: (R,) int64, all present."""
 
         def values(side: Side) -> np.ndarray:
@@ -199,19 +199,19 @@ class Snapshot:
         def own_keys(side: Side) -> np.ndarray | None:
             return None if self.key_kind(side) == "vector" else fan.take(rows, lambda part: part.keys[side])
 
-        ids, records = readable(fan.take(rows, lambda part: part.ids)), [self._record(row) for row in rows.tolist()]
+        ids, records = decode_ids(fan.take(rows, lambda part: part.ids)), [self._record(row) for row in rows.tolist()]
         return Pairs(ids, values("image"), values("text"), records, own_keys("image"), own_keys("text"))
 
-    def recall_of(self, queries: np.ndarray, side: Side) -> float:
+    def measure_recall(self, queries: np.ndarray, side: Side) -> float:
         """Share of the exact 10 best of `queries` that the index finds: reads every row, so ask it away from requests.
 
         queries: (B, Dk) float32 unit rows.  Edits do not count: they are searched exactly.
         """
         fan = self._fans[side]
-        exact = fan.scan(self._checked(queries, fan, DEPTH), min(DEPTH, fan.pairs)).scores  # (B, k)
-        return Probes(queries, exact).recall(fan, self.manifest.index["probes"])
+        exact = fan.scan(self._checked(queries, fan, RECALL_K), min(RECALL_K, fan.pairs)).scores  # (B, k)
+        return ProbeQueries(queries, exact).recall(fan, self.manifest.index["probes"])
 
-    def _checked(self, queries: np.ndarray, fan: Searched, k: int) -> np.ndarray:
+    def _checked(self, queries: np.ndarray, fan: SideIndex, k: int) -> np.ndarray:
         if k < 1:
             raise QueryRefused(f"k is {k}: ask for at least one neighbour")
         if queries.ndim != 2 or queries.shape[1] != fan.width:
@@ -223,12 +223,12 @@ class Snapshot:
             raise QueryRefused("a query holds a value that is not finite: check the encoder's precision")
         return np.ascontiguousarray(queries, np.float32)
 
-    def _gathered(self, hits: Hits, fan: Searched, valued: Side) -> Neighbors:
+    def _gathered(self, hits: Hits, fan: SideIndex, valued: Side) -> Neighbors:
         """Bring ids and the `valued` side's vectors of the rows found; zeros where none was."""
         mask = hits.mask
         rows = np.maximum(hits.rows, 0).ravel()  # (B * K,)
-        ids = readable(fan.take(rows, lambda part: part.ids)).reshape(mask.shape)
-        values = widened(fan.take(rows, lambda part: part.values[valued])).reshape(*mask.shape, self.dim)
+        ids = decode_ids(fan.take(rows, lambda part: part.ids)).reshape(mask.shape)
+        values = to_float32(fan.take(rows, lambda part: part.values[valued])).reshape(*mask.shape, self.dim)
         if not mask.all():
             ids[~mask] = ids.dtype.type()
             values[~mask] = 0

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from index_store.errors import PairsRefused
-from index_store.float16 import widened
+from index_store.float16 import to_float32
 
 Side = Literal["image", "text"]
 KeyKind = Literal["vector", "trunk"]
@@ -75,7 +75,7 @@ class Pairs:
         return (self.image_key if side == "image" else self.text_key) is not None
 
 
-def readable(ids: np.ndarray) -> np.ndarray:
+def decode_ids(ids: np.ndarray) -> np.ndarray:
     """(R,) ids as the user gave them, from how a shard stores them: int64, or str from UTF-8 bytes."""
     if ids.dtype.kind != "S":
         return ids
@@ -109,7 +109,7 @@ def _check_rows(what: str, rows: np.ndarray, pairs: int) -> None:
         raise PairsRefused(f"{what} must be ({pairs}, width) beside {pairs} ids, not {rows.shape}")
     if rows.dtype not in (np.float16, np.float32):
         raise PairsRefused(f"{what} must be float16 or float32, not {rows.dtype}")
-    exact = widened(rows)
+    exact = to_float32(rows)
     lengths = np.sqrt(np.einsum("nd,nd->n", exact, exact))  # (N,), far from 1 where a row is not finite
     wrong = np.flatnonzero(~(np.abs(lengths - 1.0) <= NORM_TOLERANCE))
     if len(wrong):

@@ -206,7 +206,7 @@ class Reco:
         ]
         within = np.arange(found[0].mask.shape[1]) < each[:, None]  # (B, K)
         kept = [one if within.all() else _only(one, within) for one in found]
-        return kept[0] if len(kept) == 1 else kept[0].beside(kept[1])
+        return kept[0] if len(kept) == 1 else kept[0].concatenate(kept[1])
 
     def _fuse(self, plain: np.ndarray, neighbors: Neighbors, side: Side) -> Fused:
         """(B, D) refined, on the encoder's device, in float32 whatever the encoder's precision."""

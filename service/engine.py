@@ -243,7 +243,7 @@ class Engine:
         """Set what is only known when asked; called at each scrape."""
         for side, lane in self._lanes.items():
             self.metrics.queue_depth.labels(side).set(lane.depth)
-        for name, alive in Snapshot.alive().items():
+        for name, alive in Snapshot.count_open().items():
             self.metrics.snapshots_alive.labels(name).set(alive)
         for kind, size in gpu_memory(self.reco.encoder.device).items():
             self.metrics.gpu_memory_bytes.labels(kind).set(size)

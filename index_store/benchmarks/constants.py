@@ -21,7 +21,7 @@ import numpy as np
 
 from index_store.benchmarks.synthetic import Collection
 from index_store.build.index import empty_index
-from index_store.storage.atomic import digest
+from index_store.storage.atomic import file_digest
 from loadtests.report import environment, write
 
 DIMS = (512, 768)
@@ -71,7 +71,7 @@ def _disk(folder: Path) -> dict[str, float]:
         os.fsync(file.fileno())
         size, rng = 1 << 30, np.random.default_rng(1)
         begun = time.perf_counter()
-        digest(Path(file.name))
+        file_digest(Path(file.name))
         through = size / (time.perf_counter() - begun)
 
         def read(offset: int) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from index_store.benchmarks.turns import BATCHES, compared, median, rates
+from index_store.benchmarks.turns import BATCHES, compare_rates, median, queries_per_second
 from index_store.editor import Editor
 from index_store.storage.manifest import Manifest
 from index_store.store import Store
@@ -19,7 +19,7 @@ def measure_edits(
     store: Store, manifest: Manifest, pairs: Pairs, queries: np.ndarray, k: int, repeats: int
 ) -> dict[str, Any]:
     """Pairs with ready embeddings added, each batch on the disk before the next; then the search that sees them all against the base's."""
-    journal = store.journal(manifest.name, manifest.version)
+    journal = store.journal_path(manifest.name, manifest.version)
     adds = []
     for _ in range(repeats):
         journal.unlink(missing_ok=True)
@@ -34,7 +34,9 @@ def measure_edits(
         "edited": lambda batch: edited.retrieve(batch, "image", k),
     }
     slowed = {
-        f"batch_{batch}": compared(rates(searches, queries, batch, repeats), {"slowed": ("base", "edited")})
+        f"batch_{batch}": compare_rates(
+            queries_per_second(searches, queries, batch, repeats), {"slowed": ("base", "edited")}
+        )
         for batch in BATCHES
     }
     journal.unlink()

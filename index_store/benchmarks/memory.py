@@ -23,10 +23,10 @@ import numpy as np
 from index_store.benchmarks.editing import ADDED, measure_edits
 from index_store.benchmarks.picture import draw
 from index_store.benchmarks.synthetic import Collection
-from index_store.benchmarks.turns import BATCHES, Search, compared, median, rates, seconds
+from index_store.benchmarks.turns import BATCHES, Search, compare_rates, measure_seconds, median, queries_per_second
 from index_store.build.build import build_version
 from index_store.build.index import FLAT, empty_index, training_rows
-from index_store.search.shard import BLOCK_ROWS, flat_index
+from index_store.search.shard import BLOCK_ROWS, build_flat_index
 from index_store.storage.manifest import Manifest, index_file
 from index_store.store import Store
 from index_store.types import SIDES
@@ -59,7 +59,7 @@ def measure_build(store: Store, collection: Collection, repeats: int) -> tuple[d
 def measure_search(store: Store, manifest: Manifest, collection: Collection, repeats: int) -> dict[str, Any]:
     """Queries per second of an exact flat search, of the version's own index alone, and of retrieve, which also gathers; and recall."""
     snapshot = store.open(NAME, manifest.version, encoder=ENCODER)
-    queries, flat = collection.queries("image", QUERIES), flat_index(collection.rows["image"])
+    queries, flat = collection.queries("image", QUERIES), build_flat_index(collection.rows["image"])
     index, lists = _bare_index(store, manifest, flat)
     searches: dict[str, Search] = {
         "flat": lambda batch: flat.search(batch, K),
@@ -70,16 +70,19 @@ def measure_search(store: Store, manifest: Manifest, collection: Collection, rep
     names = [{f"item-{row:09d}" for row in rows} for rows in exact.tolist()]
     recall = statistics.mean(len(known & set(ids)) / K for known, ids in zip(names, found.tolist(), strict=True))
     ratios = {f"retrieve_vs_{name}": ("retrieve", name) for name in ("flat", "bare")}
-    measured = {f"batch_{batch}": compared(rates(searches, queries, batch, repeats), ratios) for batch in BATCHES}
+    measured = {
+        f"batch_{batch}": compare_rates(queries_per_second(searches, queries, batch, repeats), ratios)
+        for batch in BATCHES
+    }
     return {"recall_at_10": round(recall, 4), **measured}
 
 
 def measure_open(store: Store, manifest: Manifest, repeats: int) -> dict[str, Any]:
     """Seconds to open a version that was just built, and to read every byte of it, as happens behind its back."""
-    opened = [seconds(lambda: store.open(NAME, manifest.version, encoder=ENCODER)) for _ in range(repeats)]
+    opened = [measure_seconds(lambda: store.open(NAME, manifest.version, encoder=ENCODER)) for _ in range(repeats)]
     return {
         "seconds": median(opened),
-        "verify_seconds": round(seconds(lambda: store.verify(NAME, manifest.version)), 3),
+        "verify_seconds": round(measure_seconds(lambda: store.verify(NAME, manifest.version)), 3),
     }
 
 

@@ -14,13 +14,15 @@ SLICE_S = 0.05
 Search = Callable[[np.ndarray], object]
 
 
-def rates(searches: Mapping[str, Search], queries: np.ndarray, batch: int, repeats: int) -> dict[str, list[float]]:
+def queries_per_second(
+    searches: Mapping[str, Search], queries: np.ndarray, batch: int, repeats: int
+) -> dict[str, list[float]]:
     """Queries per second of each search, repeat by repeat; the first, which finds everything cold, does not count."""
     turns = [_turn(searches, queries, batch) for _ in range(repeats + 1)][1:]
     return {name: [turn[name] for turn in turns] for name in searches}
 
 
-def compared(found: Mapping[str, Sequence[float]], ratios: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+def compare_rates(found: Mapping[str, Sequence[float]], ratios: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     """Medians of the rates, and of their ratios repeat by repeat.  ratios: name -> (above, below) the line."""
     medians = {name: round(median(values), 1) for name, values in found.items()}
     quotients = {
@@ -35,7 +37,7 @@ def median(values: Sequence[float]) -> float:
     return round(statistics.median(values), 4)
 
 
-def seconds(work: Callable[[], object]) -> float:
+def measure_seconds(work: Callable[[], object]) -> float:
     """How long one piece of work takes."""
     begun = time.perf_counter()
     work()

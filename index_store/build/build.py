@@ -11,11 +11,11 @@ from index_store.build.index import index_version
 from index_store.build.shards import VersionWriter, fill, fill_from
 from index_store.build.source import BuildSource
 from index_store.build.staging import forget_notes, workplace
-from index_store.search.probes import DEPTH
-from index_store.storage.atomic import digests, replace_text, sync, writing
-from index_store.storage.checksums import Sight, record
-from index_store.storage.manifest import FILE_NAME, Manifest
-from index_store.store import Store, plain, plain_version
+from index_store.search.probes import RECALL_K
+from index_store.storage.atomic import file_digests, fsync_path, replace_text, translate_write_errors
+from index_store.storage.checksums import FileStats, record_verified
+from index_store.storage.manifest import MANIFEST_FILE, Manifest
+from index_store.store import Store, check_name, check_version_name
 from index_store.types import KeyKind, Pairs, Side
 
 
@@ -47,7 +47,7 @@ def build_version(
         else ""
     )
     version = _chosen(store, name, version, job)
-    with workplace(store.root / plain(name), version) as work:
+    with workplace(store.root / check_name(name), version) as work:
         filling = VersionWriter(work, kinds, index, shard_pairs)
         content = fill_from(filling, blocks, job, version) if isinstance(blocks, BuildSource) else fill(filling, blocks)
         draft = Manifest(
@@ -56,7 +56,7 @@ def build_version(
             encoder=encoder,
             **content.described(),
             index={"asked": index},
-            recall={"k": DEPTH, "floor": recall_floor},
+            recall={"k": RECALL_K, "floor": recall_floor},
             files={file: {} for file in content.files},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             parent=parent,
@@ -67,9 +67,9 @@ def build_version(
 
 def _chosen(store: Store, name: str, version: str | None, job: str) -> str:
     """The version asked for, else the one that an interrupted run of this job was building, else the next name; free of deleted ones."""
-    store.finish_deletions(name)
+    store.remove_deleted(name)
     if version is not None:
-        return plain_version(version)
+        return check_version_name(version)
     return unfinished_version(store.root / name, job) or store.next_version(name)
 
 
@@ -79,17 +79,19 @@ def _published(work: Path, indexed: Manifest, written: Iterable[str]) -> Manifes
     written: the files that came after those of the shards.
     """
     names = [*indexed.files, *written]
-    sight = Sight.of(work, names)  # before their digests are taken, so that the first opening need not read them again
-    manifest = dataclasses.replace(indexed, files=digests(work, names))
-    with writing(manifest.ref):
+    sight = FileStats.of(
+        work, names
+    )  # before their digests are taken, so that the first opening need not read them again
+    manifest = dataclasses.replace(indexed, files=file_digests(work, names))
+    with translate_write_errors(manifest.ref):
         for name in manifest.files:
-            sync(work / name)
+            fsync_path(work / name)
         for folder in {(work / name).parent for name in manifest.files}:
-            sync(folder)
-        replace_text(work / FILE_NAME, manifest.to_json())
+            fsync_path(folder)
+        replace_text(work / MANIFEST_FILE, manifest.to_json())
         finished = work.with_name(manifest.version)
         work.rename(finished)
-        sync(finished.parent)
+        fsync_path(finished.parent)
     forget_notes(finished)
-    record(finished, manifest, sight)
+    record_verified(finished, manifest, sight)
     return manifest

@@ -15,8 +15,8 @@ import numpy as np
 
 from index_store.build.source import BuildSource, Done, Kept, Reject, Step
 from index_store.build.staging import IDS, LOCK, PROGRESS, REJECTS
-from index_store.storage.atomic import replace_text, sync, writing
-from index_store.storage.columns import open_lines, written_rows
+from index_store.storage.atomic import fsync_path, replace_text, translate_write_errors
+from index_store.storage.columns import map_rows, open_lines
 from index_store.types import SIDES, Id, Side
 
 log = logging.getLogger("reco")
@@ -88,7 +88,7 @@ def keep_only(work: Path, progress: Progress) -> None:
     """Remove what does not count: half-made indexes, shards begun after the last checkpoint."""
     known = {folder for folder, _ in progress.rows()}
     files = {*progress.files, *(f"{progress.open_folder}/{name}" for name in _row_files(progress.keys))}
-    with writing(work.parent.name):
+    with translate_write_errors(work.parent.name):
         for entry in work.iterdir():
             if entry.is_dir() and entry.name not in known:
                 shutil.rmtree(entry)
@@ -108,13 +108,13 @@ class BuildCheckpoint:
         self._items, self._rejected = (earlier.items, earlier.rejected) if earlier else (0, 0)
         self._settled = earlier
         self._saved, self._saved_at = earlier, time.monotonic()
-        with writing(work.parent.name):
+        with translate_write_errors(work.parent.name):
             self._ids, _ = open_lines(work / IDS, earlier.pairs if earlier else 0)
             self._rejects, _ = open_lines(work / REJECTS, self._rejected)
 
     def note(self, step: Step) -> None:
         """Remember what a step brought; it counts once `settle` says that its rows are written."""
-        with writing(self._work.parent.name):
+        with translate_write_errors(self._work.parent.name):
             if step.pairs is not None:
                 self._ids.writelines(json.dumps(name).encode() + b"\n" for name in step.pairs.ids.tolist())
             self._rejects.writelines(_line(reject) for reject in step.rejects)
@@ -138,28 +138,28 @@ class BuildCheckpoint:
         """Sync everything that is settled, then say so in one step. The shard's own rows must have been flushed."""
         if self._settled is None or self._settled == self._saved:
             return
-        with writing(self._work.parent.name):
+        with translate_write_errors(self._work.parent.name):
             for file in (self._ids, self._rejects):
                 file.flush()
                 os.fsync(file.fileno())
             for folder, _ in list(self._settled.rows())[len(self._saved.shards) if self._saved else 0 :]:
                 for path in (*(self._work / folder).iterdir(), self._work / folder):
-                    sync(path)
+                    fsync_path(path)
             replace_text(self._work / PROGRESS, json.dumps(asdict(self._settled)))
         self._saved, self._saved_at = self._settled, time.monotonic()
 
     def publish_rejects(self, target: Path) -> None:
         """Put the list of rejects, whole, where people look for it; none where nothing was rejected."""
-        with writing(target.name):
+        with translate_write_errors(target.name):
             self._rejects.flush()
             if not self._rejected:
                 target.unlink(missing_ok=True)
                 return
             fresh = target.with_name(f".{target.name}.fresh")
             shutil.copyfile(self._work / REJECTS, fresh)
-            sync(fresh)
+            fsync_path(fresh)
             fresh.replace(target)
-            sync(target.parent)
+            fsync_path(target.parent)
 
     def first_reject(self) -> Reject | None:
         """For an error that explains why nothing is left."""
@@ -208,7 +208,7 @@ def id_array(ids: list[Id], kind: str) -> np.ndarray:
 def _kept(work: Path, progress: Progress) -> Iterator[Kept]:
     with (work / IDS).open("rb") as file:
         for folder, rows in progress.rows():
-            image, text = (written_rows(work / folder / f"{side}.npy", progress.dim, rows) for side in SIDES)
+            image, text = (map_rows(work / folder / f"{side}.npy", progress.dim, rows) for side in SIDES)
             for start in range(0, rows, KEPT_ROWS):
                 part = slice(start, min(rows, start + KEPT_ROWS))
                 ids: list[Id] = [json.loads(line) for line in islice(file, part.stop - part.start)]
@@ -237,9 +237,9 @@ def _whole(work: Path, progress: Progress) -> bool:
     try:
         for folder, rows in progress.rows():
             for side in SIDES:
-                written_rows(work / folder / f"{side}.npy", progress.dim, rows)
+                map_rows(work / folder / f"{side}.npy", progress.dim, rows)
                 if progress.keys[side]["kind"] != "vector":
-                    written_rows(work / folder / f"{side}_key.npy", progress.keys[side]["dim"], rows)
+                    map_rows(work / folder / f"{side}_key.npy", progress.keys[side]["dim"], rows)
         records = f"{progress.open_folder}/records.jsonl"
         for name, lines in ((IDS, progress.pairs), (REJECTS, progress.rejected), (records, progress.filled)):
             if lines and _lines(work / name, lines) < lines:

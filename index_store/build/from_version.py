@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from index_store.build.source import Reject, Step, first_of_each
-from index_store.edits.journal import SUFFIX, log, read_records
-from index_store.edits.overlay import seal_of
+from index_store.edits.journal import JOURNAL_SUFFIX, log, read_records
+from index_store.edits.overlay import manifest_digest
 from index_store.errors import IncompatibleSnapshot, PairsRefused
 from index_store.storage.checksums import verify
-from index_store.storage.manifest import FILE_NAME, Manifest, read_manifest, same_encoder
-from index_store.types import SIDES, Id, KeyKind, Pairs, Side, readable
+from index_store.storage.manifest import MANIFEST_FILE, Manifest, read_manifest, same_encoder
+from index_store.types import SIDES, Id, KeyKind, Pairs, Side, decode_ids
 
 BLOCK_ROWS = 4096
 REPEATED = "its id came before: ids must be unique"
@@ -21,7 +21,7 @@ REPEATED = "its id came before: ids must be unique"
 
 def is_version(path: Path) -> bool:
     """True for a directory of our own format."""
-    return (path / FILE_NAME).is_file()
+    return (path / MANIFEST_FILE).is_file()
 
 
 def stored_manifest(path: Path, *, encoder: str, kinds: Mapping[Side, KeyKind]) -> Manifest:
@@ -40,7 +40,7 @@ def stored_manifest(path: Path, *, encoder: str, kinds: Mapping[Side, KeyKind]) 
             raise PairsRefused(
                 f"{manifest.ref} holds {held} {side} keys, {kinds[side]} keys are asked for: build it from its images"
             )
-    edits = sum(1 for _ in read_records(path.with_name(path.name + SUFFIX), seal_of(manifest)))
+    edits = sum(1 for _ in read_records(path.with_name(path.name + JOURNAL_SUFFIX), manifest_digest(manifest)))
     if edits:
         log.warning(
             "%s: %d edits made on it online are left out: compact it, then take what that makes", manifest.ref, edits
@@ -65,14 +65,14 @@ def _shard_steps(folder: Path, kinds: Mapping[Side, KeyKind], seen: set[Id], ski
     names = ["ids", "records", *SIDES, *(f"{side}_key" for side in SIDES if kinds[side] != "vector")]
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
     lines = np.memmap(folder / "records.jsonl", np.uint8, mode="r")
-    seen.update(readable(np.asarray(arrays["ids"][:skip])).tolist())
+    seen.update(decode_ids(np.asarray(arrays["ids"][:skip])).tolist())
     for start in range(skip, len(arrays["ids"]), BLOCK_ROWS):
         yield _step(arrays, lines, start, seen)
 
 
 def _step(arrays: Mapping[str, np.ndarray], lines: np.ndarray, start: int, seen: set[Id]) -> Step:
     """The rows of one block whose ids are new."""
-    ids = readable(np.asarray(arrays["ids"][start : start + BLOCK_ROWS]))
+    ids = decode_ids(np.asarray(arrays["ids"][start : start + BLOCK_ROWS]))
     first = np.array(first_of_each(ids.tolist(), seen))
     rows = start + np.flatnonzero(first)
     rejects = [Reject(str(name), REPEATED) for name in ids[~first].tolist()]

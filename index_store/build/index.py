@@ -12,11 +12,11 @@ import numpy as np
 
 from index_store.build.tuning import Clock, Point, flat_point, settle
 from index_store.errors import RecallTooLow, RecipeRefused, reason
-from index_store.float16 import widened
-from index_store.search.probes import DEPTH, Probes
+from index_store.float16 import to_float32
+from index_store.search.probes import RECALL_K, ProbeQueries
 from index_store.search.shard import BLOCK_ROWS, Shard, keys_file
 from index_store.search.sharded import ShardedIndex
-from index_store.storage.atomic import writing
+from index_store.storage.atomic import translate_write_errors
 from index_store.storage.manifest import Manifest, index_file
 from index_store.types import SIDES, Side
 
@@ -38,7 +38,7 @@ class Indexed:
 
     recipe: str
     files: list[str]
-    questions: Mapping[Side, Probes]
+    questions: Mapping[Side, ProbeQueries]
     best: Point
     curve: list[Point]
 
@@ -77,16 +77,16 @@ def index_version(work: Path, draft: Manifest) -> tuple[Manifest, list[str]]:
     if done.best.worst < floor:
         side = min(SIDES, key=done.best.recall.__getitem__)
         raise RecallTooLow(
-            f"{done.recipe} finds {done.best.worst:.4f} of the {side} side's best {DEPTH}, the floor is {floor}: "
+            f"{done.recipe} finds {done.best.worst:.4f} of the {side} side's best {RECALL_K}, the floor is {floor}: "
             "take a finer recipe, auto, or a lower floor"
         )
-    with writing("probes"):
+    with translate_write_errors("probes"):
         names = [name for side in SIDES for name in done.questions[side].write(work, side)]
     curve = [point.described() for point in done.curve]
     index = {"asked": draft.index["asked"], "recipe": done.recipe, "probes": done.best.probes, "curve": curve}
     recall = {
         **draft.recall,
-        "k": min(DEPTH, draft.pairs),
+        "k": min(RECALL_K, draft.pairs),
         **{str(side): share for side, share in done.best.recall.items()},
     }
     return dataclasses.replace(draft, index=index, recall=recall), [*done.files, *names]
@@ -156,8 +156,8 @@ def _likewise(draft: Manifest, shard: Mapping[str, Any], recipe: str) -> str:
     return fitting[min(nth, len(fitting) - 1)]
 
 
-def _questions(fans: Mapping[Side, ShardedIndex]) -> dict[Side, Probes]:
-    return {side: Probes.sample(fans[side]) for side in SIDES}
+def _questions(fans: Mapping[Side, ShardedIndex]) -> dict[Side, ProbeQueries]:
+    return {side: ProbeQueries.sample(fans[side]) for side in SIDES}
 
 
 def _fans(
@@ -198,8 +198,8 @@ def _write_index(path: Path, side: Side, keys: np.ndarray, recipe: str, *, may_s
             f"{recipe} cannot be trained on {len(keys)} {side} rows: take fewer lists, or auto"
         ) from error
     for start in range(0, len(keys), BLOCK_ROWS):
-        index.add(widened(keys[start : start + BLOCK_ROWS]))  # (BLOCK_ROWS, Dk)
-    with writing(f"{path.name}/{index_file(side)}"):
+        index.add(to_float32(keys[start : start + BLOCK_ROWS]))  # (BLOCK_ROWS, Dk)
+    with translate_write_errors(f"{path.name}/{index_file(side)}"):
         faiss.write_index(index, str(path / index_file(side)))
     return [f"{path.name}/{index_file(side)}"]
 
@@ -226,6 +226,6 @@ def training_rows(keys: np.ndarray, index: faiss.Index) -> np.ndarray:
     inverted = faiss.try_extract_index_ivf(index)
     wanted = max(TRAIN_ROWS, TRAIN_ROWS_PER_LIST * (inverted.nlist if inverted is not None else 0))
     if wanted >= len(keys):
-        return widened(keys)
+        return to_float32(keys)
     rows = np.sort(np.random.default_rng(0).choice(len(keys), size=wanted, replace=False))
-    return widened(keys[rows])
+    return to_float32(keys[rows])

@@ -21,7 +21,7 @@ from index_store.build.source import BuildSource, Step
 from index_store.build.staging import clear
 from index_store.errors import PairsRefused, StoreUnwritable
 from index_store.storage.columns import ShardWriter
-from index_store.storage.layout import rejects_file
+from index_store.storage.layout import rejects_path
 from index_store.types import SIDES, KeyKind, Pairs, Side
 
 
@@ -142,7 +142,7 @@ def fill_from(filling: VersionWriter, job: BuildSource, digest: str, version: st
     try:
         for step in job.steps(done_of(work, earlier)):
             _take(step, filling, ledger)
-        return _finished(filling, ledger, rejects_file(work.parent, version))
+        return _finished(filling, ledger, rejects_path(work.parent, version))
     except BaseException:
         with suppress(OSError, StoreUnwritable):  # no room: the checkpoint before this one stands
             filling.flush()

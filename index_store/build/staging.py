@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from index_store.errors import PairsRefused, StoreBusy, StoreUnwritable, VersionExists
-from index_store.storage.atomic import make_folder, writing
-from index_store.storage.layout import partial
+from index_store.storage.atomic import make_folder, translate_write_errors
+from index_store.storage.layout import partial_folder
 
 LOCK = ".lock"  # held by the living builder; the kernel lets go when it dies, so a dead one's leftover is told apart
 PROGRESS = ".progress.json"  # how much of the rest counts
@@ -24,8 +24,8 @@ def workplace(memory: Path, version: str) -> Iterator[Path]:
 
     Gone afterwards unless it was renamed into a version, or holds progress that a next run can go on from.
     """
-    work = partial(memory, version)
-    with writing(f"{memory.name}/{version}"):
+    work = partial_folder(memory, version)
+    with translate_write_errors(f"{memory.name}/{version}"):
         make_folder(memory)
         work.mkdir(parents=True, exist_ok=True)  # a builder that gives up may take the folder away in between
         lock = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -50,7 +50,7 @@ def workplace(memory: Path, version: str) -> Iterator[Path]:
 
 def clear(work: Path) -> None:
     """Remove what a builder that died left behind."""
-    with writing(work.parent.name):
+    with translate_write_errors(work.parent.name):
         for entry in work.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)

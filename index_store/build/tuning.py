@@ -11,8 +11,8 @@ from typing import Any
 import faiss
 import numpy as np
 
-from index_store.search.probes import Probes
-from index_store.search.shard import flat_index
+from index_store.search.probes import ProbeQueries
+from index_store.search.shard import build_flat_index
 from index_store.search.sharded import ShardedIndex
 from index_store.types import SIDES, Side
 
@@ -55,12 +55,15 @@ class Clock:
     the wall clock. Milliseconds are those that the block took when the clock was made.
     """
 
-    def __init__(self, fans: Mapping[Side, ShardedIndex], questions: Mapping[Side, Probes]) -> None:
+    def __init__(self, fans: Mapping[Side, ShardedIndex], questions: Mapping[Side, ProbeQueries]) -> None:
         self._questions, self._block, self._rows = questions, dict[Side, Search](), dict[Side, int]()
         self._block_ms = dict[Side, float]()
         for side in SIDES:
             rows = fans[side].shards[0].keys[side][:BLOCK]
-            self._block[side], self._rows[side] = partial(flat_index(rows).search, k=questions[side].depth), len(rows)
+            self._block[side], self._rows[side] = (
+                partial(build_flat_index(rows).search, k=questions[side].depth),
+                len(rows),
+            )
             self._block_ms[side] = statistics.median(_ms(self._block[side], batch) for batch in self._batches(side))
 
     def ms(self, side: Side, search: Search) -> float:
@@ -82,7 +85,7 @@ class Clock:
 
 
 def measure(
-    fans: Mapping[Side, ShardedIndex], questions: Mapping[Side, Probes], clock: Clock, recipe: str, probes: int
+    fans: Mapping[Side, ShardedIndex], questions: Mapping[Side, ProbeQueries], clock: Clock, recipe: str, probes: int
 ) -> Point:
     """Answer the probe queries visiting `probes` lists, for their recall and then once more for the time."""
     shares = {side: questions[side].found(fans[side], probes) for side in SIDES}  # (P,) each
@@ -94,7 +97,7 @@ def measure(
 
 def settle(
     fans: Mapping[Side, ShardedIndex],
-    questions: Mapping[Side, Probes],
+    questions: Mapping[Side, ProbeQueries],
     clock: Clock,
     recipe: str,
     *,

@@ -10,11 +10,11 @@ import numpy as np
 
 from index_store.errors import PairsRefused
 from index_store.search.filters import WHOLE_NUMBER
-from index_store.storage.columns import record_line
+from index_store.storage.columns import encode_record
 from index_store.storage.manifest import Manifest
 from index_store.types import SIDES, Id, Pairs, Side
 
-SIZE = 4  # bytes that say how long the JSON is that opens a payload
+JSON_LENGTH_BYTES = 4  # bytes that say how long the JSON is that opens a payload
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,10 +57,10 @@ class Delete:
 Change = Put | Delete
 
 
-def decode(payload: bytes) -> Change:
+def decode_change(payload: bytes) -> Change:
     """What encode() wrote; ValueError, KeyError or TypeError for anything else."""
-    end = SIZE + int.from_bytes(payload[:SIZE], "little")
-    meta, body = json.loads(payload[SIZE:end]), memoryview(payload)[end:]
+    end = JSON_LENGTH_BYTES + int.from_bytes(payload[:JSON_LENGTH_BYTES], "little")
+    meta, body = json.loads(payload[JSON_LENGTH_BYTES:end]), memoryview(payload)[end:]
     if "delete" in meta:
         return Delete(_stored(meta["delete"]))
     ids, columns = _stored(meta["put"]), dict(_columns(meta, body))
@@ -68,7 +68,7 @@ def decode(payload: bytes) -> Change:
     return Put(ids, _lines(meta["lines"], body), {side: columns[side] for side in SIDES}, own)
 
 
-def put_of(pairs: Pairs, manifest: Manifest, id_kind: str) -> Put:
+def make_put(pairs: Pairs, manifest: Manifest, id_kind: str) -> Put:
     """Pairs as this memory stores them; PairsRefused where they are not of its kind.  id_kind: "i" or "S"."""
     values, own = (
         {side: pairs.values(side) for side in SIDES},
@@ -85,8 +85,8 @@ def put_of(pairs: Pairs, manifest: Manifest, id_kind: str) -> Put:
             raise PairsRefused(
                 f"{manifest.ref} holds {side} vectors of width {manifest.dim} and compares {kind} keys of width {width}, not {found}"
             )
-    ids = stored_ids(pairs.ids.tolist(), id_kind, manifest.ref)
-    lines = [record_line(name, record) for name, record in zip(pairs.ids.tolist(), pairs.records, strict=True)]
+    ids = encode_ids(pairs.ids.tolist(), id_kind, manifest.ref)
+    lines = [encode_record(name, record) for name, record in zip(pairs.ids.tolist(), pairs.records, strict=True)]
     return Put(
         ids,
         lines,
@@ -95,7 +95,7 @@ def put_of(pairs: Pairs, manifest: Manifest, id_kind: str) -> Put:
     )
 
 
-def stored_ids(ids: Sequence[Id], id_kind: str, ref: str) -> np.ndarray:
+def encode_ids(ids: Sequence[Id], id_kind: str, ref: str) -> np.ndarray:
     """(n,) int64 or UTF-8 bytes; PairsRefused for an id of another type than the memory's, or one that comes twice."""
     names = [_number(name, ref) if id_kind == "i" else _text(name, ref) for name in ids]
     if len(set(names)) < len(names):
@@ -132,7 +132,7 @@ def _names(ids: np.ndarray) -> list[Id]:
 
 def _opening(meta: Mapping[str, Any]) -> bytes:
     text = json.dumps(meta).encode("ascii")
-    return len(text).to_bytes(SIZE, "little") + text
+    return len(text).to_bytes(JSON_LENGTH_BYTES, "little") + text
 
 
 def _lines(sizes: Sequence[int], body: memoryview) -> list[bytes]:

@@ -20,10 +20,10 @@ from io import BytesIO, FileIO, RawIOBase
 from pathlib import Path
 
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, StoreBusy, StoreUnwritable
-from index_store.storage.atomic import alone, sync, writing
+from index_store.storage.atomic import fsync_path, lock_folder, translate_write_errors
 
-SUFFIX = ".journal"
-FORMAT = 1
+JOURNAL_SUFFIX = ".journal"
+FORMAT_VERSION = 1
 MAGIC = b"RECOEDIT"
 HEAD = struct.Struct("<8sI8s32sI")
 RECORD = struct.Struct("<8sQII")
@@ -46,7 +46,7 @@ class Journal:
     @classmethod
     def open(cls, path: Path, seal: str) -> "Journal":
         """Take the journal for writing, made if there is none; what a dying writer left unfinished at its end is cut off and logged."""
-        with writing(path.name), alone(path.parent):
+        with translate_write_errors(path.name), lock_folder(path.parent):
             if not path.exists():
                 return cls._made(path, seal, ())
             file = FileIO(path, "r+")
@@ -55,7 +55,7 @@ class Journal:
             for end, _ in read_records(path, seal):
                 edits, size = edits + 1, end
             journal = cls(path, file, _mark(file, path, seal), edits, size)
-            with writing(path.name):
+            with translate_write_errors(path.name):
                 if os.fstat(file.fileno()).st_size > size:
                     journal._cut()
         return journal
@@ -63,10 +63,10 @@ class Journal:
     @classmethod
     def create(cls, path: Path, seal: str, payloads: Iterable[bytes]) -> "Journal":
         """A new journal that holds these records from the moment it exists; StoreBusy where there is one already."""
-        with writing(path.name), alone(path.parent):
+        with translate_write_errors(path.name), lock_folder(path.parent):
             if path.exists():
                 raise StoreBusy(
-                    f"{shown(path)} exists already: edits of that version, or left by one of its name; compact again"
+                    f"{short_path(path)} exists already: edits of that version, or left by one of its name; compact again"
                 )
             return cls._made(path, seal, payloads)
 
@@ -76,13 +76,13 @@ class Journal:
         fresh, mark, edits = path.with_name(f".{path.name}.fresh"), secrets.token_bytes(8), 0
         file = FileIO(fresh, "w+")
         with _locked(file, path):
-            _write_all(file, _sealed(HEAD.pack(MAGIC, FORMAT, mark, bytes.fromhex(seal), 0)))
+            _write_all(file, _sealed(HEAD.pack(MAGIC, FORMAT_VERSION, mark, bytes.fromhex(seal), 0)))
             for payload in payloads:
                 _write_all(file, _record(mark, payload))
                 edits += 1
             os.fsync(file.fileno())
             fresh.rename(path)
-            sync(path.parent)
+            fsync_path(path.parent)
         return cls(path, file, mark, edits, file.tell())
 
     def append(self, payload: bytes) -> None:
@@ -92,7 +92,7 @@ class Journal:
                 f"{self._path.name} could not be repaired after a failed write: free some room, then restart"
             )
         try:
-            with writing(self._path.name):
+            with translate_write_errors(self._path.name):
                 self._file.seek(self.size)
                 _write_all(self._file, _record(self._mark, payload))
                 os.fsync(self._file.fileno())
@@ -125,7 +125,10 @@ class Journal:
         self._file.truncate(self.size)
         os.fsync(self._file.fileno())
         log.warning(
-            "%s: the last %d bytes were no whole record, dropped: %d edits stand", shown(self._path), torn, self.edits
+            "%s: the last %d bytes were no whole record, dropped: %d edits stand",
+            short_path(self._path),
+            torn,
+            self.edits,
         )
 
 
@@ -141,7 +144,7 @@ def read_records(path: Path, seal: str, start: int = HEAD.size) -> Iterator[tupl
         return
     except OSError as error:
         raise DamagedVersion(
-            f"{shown(path)} cannot be read ({error.strerror}): restore it or its permissions"
+            f"{short_path(path)} cannot be read ({error.strerror}): restore it or its permissions"
         ) from error
     with file:
         mark = _mark(file, path, seal)
@@ -164,7 +167,7 @@ def _refuse_holes(rest: bytes, mark: bytes, path: Path, start: int) -> None:
     while place >= 0:
         if _payload(BytesIO(rest[place:]), mark) is not None:
             raise DamagedVersion(
-                f"{shown(path)}: bytes {start} to {start + place} are damaged, and acknowledged edits follow: restore the file from a copy"
+                f"{short_path(path)}: bytes {start} to {start + place} are damaged, and acknowledged edits follow: restore the file from a copy"
             )
         place = rest.find(mark, place + 1)
 
@@ -185,14 +188,16 @@ def _mark(file: FileIO, path: Path, seal: str) -> bytes:
     head = file.read(HEAD.size) or b""
     if len(head) < HEAD.size or head[:8] != MAGIC or not _intact(head):
         raise DamagedVersion(
-            f"{shown(path)} does not begin as a journal of edits: restore a copy, or remove it and lose its edits"
+            f"{short_path(path)} does not begin as a journal of edits: restore a copy, or remove it and lose its edits"
         )
     _, found, mark, base, _ = HEAD.unpack(head)
-    if found > FORMAT:
-        raise IncompatibleSnapshot(f"{shown(path)} has format {found}, this program reads up to {FORMAT}: upgrade it")
+    if found > FORMAT_VERSION:
+        raise IncompatibleSnapshot(
+            f"{short_path(path)} has format {found}, this program reads up to {FORMAT_VERSION}: upgrade it"
+        )
     if base.hex() != seal:
         raise DamagedVersion(
-            f"{shown(path)} holds edits of another build of this version: restore that build, or remove the journal"
+            f"{short_path(path)} holds edits of another build of this version: restore that build, or remove the journal"
         )
     return bytes(mark)
 
@@ -225,7 +230,7 @@ def _locked(file: FileIO, path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise StoreBusy(
-                f"{shown(path)} is being written by another process: send the edits there, or stop it"
+                f"{short_path(path)} is being written by another process: send the edits there, or stop it"
             ) from error
         yield
     except BaseException:
@@ -233,6 +238,6 @@ def _locked(file: FileIO, path: Path) -> Iterator[None]:
         raise
 
 
-def shown(path: Path) -> str:
+def short_path(path: Path) -> str:
     """name/version.journal: never the whole path."""
     return f"{path.parent.name}/{path.name}"

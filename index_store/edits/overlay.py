@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from index_store.edits.changes import Change, Put, decode
-from index_store.edits.journal import HEAD, log, read_records, shown
+from index_store.edits.changes import Change, Put, decode_change
+from index_store.edits.journal import HEAD, log, read_records, short_path
 from index_store.errors import DamagedVersion
-from index_store.search.bounds import Sketch
+from index_store.search.bounds import BoundProjection
 from index_store.search.delta import Delta
 from index_store.snapshot import Snapshot
-from index_store.storage.manifest import SEAL, Manifest
+from index_store.storage.manifest import SHA256_FIELD, Manifest
 from index_store.types import SIDES, Id, Side
 
-FIRST_ROWS = 1_024  # room that the first edit makes; then it doubles
-SKETCHED_ROWS = 1_024  # fewer are as fast compared whole
+INITIAL_CAPACITY = 1_024  # room that the first edit makes; then it doubles
+MIN_BOUNDED_ROWS = 1_024  # fewer are as fast compared whole
 
 
 class Overlay:
@@ -32,7 +32,7 @@ class Overlay:
         self._columns = _columns(base.manifest, base.id_kind)
         self._lines: list[bytes] = []
         self._where: dict[Id | bytes, int] = {}
-        self._sketches: dict[Side, tuple[Sketch, _Column]] = {}
+        self._sketches: dict[Side, tuple[BoundProjection, _Column]] = {}
         base_died = np.zeros(base.manifest.pairs, np.uint32)  # pages that no edit touches are never given memory
         views = {name: column.rows[:0] for name, column in self._columns.items()}
         self._tail = Delta(
@@ -51,7 +51,7 @@ class Overlay:
         dead = self._tail.dead + self._bury(change.ids, edits)
         tail = self._grown(change) if isinstance(change, Put) else self._tail
         self._tail = dataclasses.replace(tail, edits=edits, dead=dead)
-        self.snapshot = self.base.with_tail(self._tail)
+        self.snapshot = self.base.with_delta(self._tail)
         return self.snapshot
 
     def known(self, ids: np.ndarray) -> np.ndarray:
@@ -74,15 +74,15 @@ class Overlay:
         self._where.update(zip(put.ids.tolist(), range(start, start + len(put.ids)), strict=True))
         return dataclasses.replace(self._tail, **_fields(views), sketches=self._sketched(views))
 
-    def _sketched(self, views: dict[str, np.ndarray]) -> dict[Side, tuple[Sketch, np.ndarray]]:
+    def _sketched(self, views: dict[str, np.ndarray]) -> dict[Side, tuple[BoundProjection, np.ndarray]]:
         """What bounds the scores of the tail's rows, from the first rows that are worth it on."""
-        if len(views["ids"]) < SKETCHED_ROWS:
+        if len(views["ids"]) < MIN_BOUNDED_ROWS:
             return {}
-        found: dict[Side, tuple[Sketch, np.ndarray]] = {}
+        found: dict[Side, tuple[BoundProjection, np.ndarray]] = {}
         for side in SIDES:
             keys = views[f"{side}_wide"]
             if side not in self._sketches:
-                sketch = Sketch(keys)
+                sketch = BoundProjection(keys)
                 self._sketches[side] = sketch, _Column((sketch.width,), np.float32)
             sketch, column = self._sketches[side]
             found[side] = sketch, column.append(sketch.of(keys[column.filled :]))
@@ -99,32 +99,32 @@ class Overlay:
 
     def _living_base_rows(self, ids: np.ndarray) -> np.ndarray:
         """(n,) int64 row of the base, -1 where it has none or not any longer."""
-        rows = self.base.rows_of(ids)
+        rows = self.base.find_rows(ids)
         living: np.ndarray = np.where((rows >= 0) & (self._tail.base_died[np.maximum(rows, 0)] == 0), rows, -1)
         return living
 
 
-def replayed(base: Snapshot, journal: Path) -> tuple[Overlay, int]:
+def replay_journal(base: Snapshot, journal: Path) -> tuple[Overlay, int]:
     """The base with every acknowledged edit, and where in the journal the last of them ends. Takes no lock and changes nothing."""
     overlay, size = Overlay(base), HEAD.size
-    for end, payload in read_records(journal, seal_of(base.manifest)):
-        overlay.apply(decoded(payload, base, overlay.snapshot.edits + 1))
+    for end, payload in read_records(journal, manifest_digest(base.manifest)):
+        overlay.apply(decode_record(payload, base, overlay.snapshot.edits + 1))
         size = end
     if journal.exists() and (torn := journal.stat().st_size - size) > 0:
         edits = overlay.snapshot.edits
         log.warning(
             "%s: the last %d bytes are no whole record, so never acknowledged: ignored, %d edits stand",
-            shown(journal),
+            short_path(journal),
             torn,
             edits,
         )
     return overlay, size
 
 
-def decoded(payload: bytes, base: Snapshot, number: int) -> Change:
+def decode_record(payload: bytes, base: Snapshot, number: int) -> Change:
     """One change of a journal, or DamagedVersion where it does not fit its base."""
     try:
-        change = decode(payload)
+        change = decode_change(payload)
         if change.ids.dtype.kind != base.id_kind:
             raise ValueError(f"ids of type {change.ids.dtype}")
     except (ValueError, KeyError, TypeError) as error:
@@ -138,7 +138,7 @@ class _Column:
     """Rows in memory that only grow: what a view of the first n rows shows stays as it is."""
 
     def __init__(self, width: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-        self.rows = np.zeros((FIRST_ROWS, *width), dtype)
+        self.rows = np.zeros((INITIAL_CAPACITY, *width), dtype)
         self.filled = 0
 
     def append(self, rows: np.ndarray) -> np.ndarray:
@@ -154,9 +154,9 @@ class _Column:
         return self.rows[:needed]
 
 
-def seal_of(manifest: Manifest) -> str:
+def manifest_digest(manifest: Manifest) -> str:
     """The manifest's own sha256: which build of a version a journal belongs to."""
-    seal: str = json.loads(manifest.to_json())[SEAL]
+    seal: str = json.loads(manifest.to_json())[SHA256_FIELD]
     return seal
 
 

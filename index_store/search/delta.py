@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from index_store.search.bounds import Sketch, products
-from index_store.search.hits import ABSENT, Hits, Part, best
-from index_store.search.sharded import ShardedIndex, blocks_of, scanned, taken
+from index_store.search.bounds import BoundProjection, inner_products
+from index_store.search.hits import ABSENT_SCORE, Hits, Segment, top_k
+from index_store.search.sharded import ShardedIndex, key_blocks, scan_blocks, take_rows
 from index_store.types import SIDES, Side
 
-CANDIDATES = 0.1  # share of the rows up to which comparing them one by one beats a matrix product over all
+MAX_CANDIDATE_SHARE = 0.1  # share of the rows up to which comparing them one by one beats a matrix product over all
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -33,7 +33,7 @@ class Delta:
     values: dict[Side, np.ndarray]
     keys: dict[Side, np.ndarray]
     wide_keys: dict[Side, np.ndarray]
-    sketches: dict[Side, tuple[Sketch, np.ndarray]]
+    sketches: dict[Side, tuple[BoundProjection, np.ndarray]]
     lines: Sequence[bytes]
     died: np.ndarray
     base_died: np.ndarray
@@ -67,10 +67,10 @@ class Delta:
         keys = self.wide_keys[side]
         if self.sketches:
             sketch, rows = self.sketches[side]
-            row, query = _above(products(rows, sketch.of(queries)), least)
-            if len(row) <= CANDIDATES * len(queries) * self.pairs:
+            row, query = _above(inner_products(rows, sketch.of(queries)), least)
+            if len(row) <= MAX_CANDIDATE_SHARE * len(queries) * self.pairs:
                 return self._hits(query, row, np.einsum("cd,cd->c", keys[row], queries[query]), len(queries), k)
-        scores = products(keys, queries)  # (n, B)
+        scores = inner_products(keys, queries)  # (n, B)
         row, query = _above(scores, least)
         return self._hits(query, row, scores[row, query], len(queries), k)
 
@@ -81,9 +81,9 @@ class Delta:
         counts = np.bincount(query, minlength=queries)  # (B,)
         place = np.arange(len(query)) - (np.cumsum(counts) - counts)[query]  # among those of its query
         rows = np.full((queries, counts.max(initial=0)), -1, np.int64)
-        scores = np.full(rows.shape, ABSENT, np.float32)
+        scores = np.full(rows.shape, ABSENT_SCORE, np.float32)
         rows[query, place], scores[query, place] = row + self.base, score
-        return best(rows, scores, k) if rows.shape[1] > k else Hits(rows, scores)
+        return top_k(rows, scores, k) if rows.shape[1] > k else Hits(rows, scores)
 
 
 def _above(scores: np.ndarray, least: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +94,7 @@ def _above(scores: np.ndarray, least: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return found[0], found[1]
 
 
-class Edited:
+class EditedIndex:
     """One side of a memory with its edits: the base's rows numbered as ever, the tail's behind them."""
 
     def __init__(self, fan: ShardedIndex, tail: Delta) -> None:
@@ -102,7 +102,7 @@ class Edited:
         self.side, self.width = fan.side, fan.width
         self.rows = fan.rows + tail.pairs
         self.pairs = self.rows - tail.dead
-        self._parts: list[Part] = [*fan.shards, tail]
+        self._parts: list[Segment] = [*fan.shards, tail]
         self._starts = np.append(fan.starts, self.rows)
 
     def search(self, queries: np.ndarray, k: int, probes: int) -> Hits:
@@ -111,35 +111,35 @@ class Edited:
         if not self._tail.pairs:
             return found
         least = (
-            np.where(found.mask[:, -1], found.scores[:, -1], ABSENT)
+            np.where(found.mask[:, -1], found.scores[:, -1], ABSENT_SCORE)
             if k <= self._fan.rows
-            else np.full(len(queries), ABSENT)
+            else np.full(len(queries), ABSENT_SCORE)
         )
         added = self._tail.search(
             queries, self.side, min(k, self._tail.pairs), least
         )  # only what may be among the k best
         if not added.rows.size:
             return found
-        return best(np.hstack([found.rows, added.rows]), np.hstack([found.scores, added.scores]), k)
+        return top_k(np.hstack([found.rows, added.rows]), np.hstack([found.scores, added.scores]), k)
 
     def scan(self, queries: np.ndarray, k: int, ceiling: np.ndarray | None = None) -> Hits:
         """The exact k best living rows at or below a ceiling per query."""
-        return scanned(self._blocks(), queries, k, ceiling, self._tail.alive)
+        return scan_blocks(self._blocks(), queries, k, ceiling, self._tail.alive)
 
     def alive(self, rows: np.ndarray) -> np.ndarray:
         """Bool of the same shape, True where a row lives.  rows: int64, all present."""
         return self._tail.alive(rows)
 
-    def take(self, rows: np.ndarray, column: Callable[[Part], np.ndarray]) -> np.ndarray:
+    def take(self, rows: np.ndarray, column: Callable[[Segment], np.ndarray]) -> np.ndarray:
         """(R, …) the rows of one column, wherever they lie.  rows: (R,) int64, all present."""
         if rows.max(initial=-1) < self._fan.rows:
             return self._fan.take(rows, column)
-        return taken(self._parts, self._starts, rows, column)
+        return take_rows(self._parts, self._starts, rows, column)
 
-    def place(self, row: int) -> tuple[Part, int]:
+    def place(self, row: int) -> tuple[Segment, int]:
         """The part that holds a row, and the row's number there."""
         return (self._tail, row - self._fan.rows) if row >= self._fan.rows else self._fan.place(row)
 
     def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         yield from self._fan.blocks()
-        yield from blocks_of(self._tail.keys[self.side], self._fan.rows)
+        yield from key_blocks(self._tail.keys[self.side], self._fan.rows)

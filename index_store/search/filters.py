@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from index_store.errors import QueryRefused
-from index_store.search.hits import Hits, Searched
+from index_store.search.hits import Hits, SideIndex
 from index_store.types import Id
 
 MAX_BROADCAST_IDS = 32  # ids compared with every hit in one broadcast; longer lists go through np.isin
@@ -79,7 +79,7 @@ class RowFilter:
             )
         return cls(
             np.broadcast_to(ceiling.reshape(-1, 1), (queries, 1)) if (ceiling < np.inf).any() else None,
-            None if exclude is None else [as_stored(ids, id_kind) for ids in exclude],
+            None if exclude is None else [convert_ids(ids, id_kind) for ids in exclude],
         )
 
     @property
@@ -99,7 +99,7 @@ class RowFilter:
             None if self.exclude is None else [self.exclude[i] for i in chosen],
         )
 
-    def allowed(self, hits: Hits, fan: Searched) -> np.ndarray:
+    def allowed(self, hits: Hits, fan: SideIndex) -> np.ndarray:
         """(B, K) bool, True where a row is present, alive (not replaced or deleted) and passes."""
         allowed = hits.mask
         if fan.pairs < fan.rows:
@@ -126,7 +126,7 @@ def _contained(ids: np.ndarray, lists: Sequence[np.ndarray]) -> np.ndarray:
     return found
 
 
-def as_stored(ids: Collection[Id], kind: str) -> np.ndarray:
+def convert_ids(ids: Collection[Id], kind: str) -> np.ndarray:
     """Ids converted to the memory's dtype: (E,) int64 or bytes; ids that cannot occur are left out.
 
     Forms and query strings only carry text. A memory has one type of id, so 12 and "12" are equal.

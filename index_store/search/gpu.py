@@ -16,30 +16,30 @@ import numpy as np
 
 from index_store.errors import DeviceRefused
 
-HOST = -1  # in place of a GPU's number: a clone in host memory
+HOST_MEMORY = -1  # in place of a GPU's number: a clone in host memory
 
-_owners: dict[int, "Owner"] = {}  # for the life of the process, as the device's context is
+_owners: dict[int, "DeviceThread"] = {}  # for the life of the process, as the device's context is
 _owners_lock = threading.Lock()
 
 
-class Owner:
+class DeviceThread:
     """The one thread that touches a device, and the resources (streams, scratch memory) that all its clones share."""
 
     def __init__(self, device: int) -> None:
         self._device = device
         self._thread = ThreadPoolExecutor(1, f"device-{device}")
-        self._resources = None if device == HOST else self.submit(faiss.StandardGpuResources).result()
+        self._resources = None if device == HOST_MEMORY else self.submit(faiss.StandardGpuResources).result()
 
     @staticmethod
-    def of(device: int) -> "Owner":
+    def of(device: int) -> "DeviceThread":
         """The owner of a device, which is the same for every snapshot; DeviceRefused where faiss sees no such GPU."""
-        if device != HOST and not 0 <= device < faiss.get_num_gpus():
+        if device != HOST_MEMORY and not 0 <= device < faiss.get_num_gpus():
             raise DeviceRefused(
                 f"device {device} is not there, faiss sees {faiss.get_num_gpus()} GPUs: name one of these, or none"
             )
         with _owners_lock:
             if device not in _owners:
-                _owners[device] = Owner(device)
+                _owners[device] = DeviceThread(device)
             return _owners[device]
 
     def submit(self, work: Callable[..., Any], *arguments: Any, **options: Any) -> Future[Any]:
@@ -59,12 +59,12 @@ class Owner:
             ) from error
 
 
-class Clone:
+class ClonedIndex:
     """An index on a device, searched as the original would be. Freed on its owner's thread once nobody holds it."""
 
-    def __init__(self, index: faiss.Index, owner: Owner) -> None:
+    def __init__(self, index: faiss.Index, owner: DeviceThread) -> None:
         self.d, self.ntotal = index.d, index.ntotal
-        self.shells = shells(index)
+        self.shells = wrapper_types(index)
         self._heeds = bool(self.shells) or faiss.try_extract_index_ivf(index) is not None
         self._owner = owner
         self._held = [owner.submit(owner.clone, index).result()]  # in a list that the last act can empty
@@ -80,10 +80,10 @@ class Clone:
         return self._owner.submit(self._held[0].search, queries, k, params=params if self._heeds else None)
 
 
-class Abreast:
+class ClonedShards:
     """Clones of several shards, searched at the same time; rows are numbered through."""
 
-    def __init__(self, clones: Sequence[Clone]) -> None:
+    def __init__(self, clones: Sequence[ClonedIndex]) -> None:
         self._clones = clones
         self._starts = np.cumsum([0, *(clone.ntotal for clone in clones)]).tolist()
 
@@ -99,7 +99,7 @@ class Abreast:
         return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
-def shells(index: faiss.Index) -> list[type[faiss.Index]]:
+def wrapper_types(index: faiss.Index) -> list[type[faiss.Index]]:
     """What lies around an index, outermost first, and has parameters of its own: IndexRefine, IndexPreTransform."""
     found: list[type[faiss.Index]] = []
     while isinstance(index, faiss.IndexRefine | faiss.IndexPreTransform):
@@ -109,6 +109,6 @@ def shells(index: faiss.Index) -> list[type[faiss.Index]]:
     return found
 
 
-def _free(owner: Owner, held: list[faiss.Index]) -> None:
+def _free(owner: DeviceThread, held: list[faiss.Index]) -> None:
     with suppress(RuntimeError):  # the process is ending, and the thread is gone
         owner.submit(held.clear)

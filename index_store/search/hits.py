@@ -8,7 +8,7 @@ import numpy as np
 
 from index_store.types import Side
 
-ABSENT = np.float32(-np.inf)
+ABSENT_SCORE = np.float32(-np.inf)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,7 +24,7 @@ class Hits:
         return self.rows >= 0
 
 
-class Part(Protocol):
+class Segment(Protocol):
     """Consecutive rows of a memory: a shard on disk, or the tail of edits in memory."""
 
     @property
@@ -47,7 +47,7 @@ class Part(Protocol):
         """The caption and metadata of one row."""
 
 
-class Searched(Protocol):
+class SideIndex(Protocol):
     """One side of a memory as one search, with or without edits on top.
 
     rows: how many are numbered; pairs: how many of them are there, the others being dead (replaced or deleted).
@@ -78,14 +78,14 @@ class Searched(Protocol):
     def scan(self, queries: np.ndarray, k: int, ceiling: np.ndarray | None = None) -> Hits:
         """The exact k best living rows at or below a ceiling per query."""
 
-    def take(self, rows: np.ndarray, column: Callable[[Part], np.ndarray]) -> np.ndarray:
+    def take(self, rows: np.ndarray, column: Callable[[Segment], np.ndarray]) -> np.ndarray:
         """(R, …) the rows of one column, wherever they lie."""
 
-    def place(self, row: int) -> tuple[Part, int]:
+    def place(self, row: int) -> tuple[Segment, int]:
         """The part that holds a row, and the row's number there."""
 
 
-def best(rows: np.ndarray, scores: np.ndarray, k: int) -> Hits:
+def top_k(rows: np.ndarray, scores: np.ndarray, k: int) -> Hits:
     """The k highest scores of each row, highest first; among equals the lowest row number."""
     if scores.shape[1] > 4 * k:  # partition first: sorting a whole block costs ten times the product itself
         first = np.argpartition(-scores, k - 1, axis=1)[:, :k]

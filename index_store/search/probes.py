@@ -7,35 +7,35 @@ import faiss
 import numpy as np
 
 from index_store.errors import DamagedVersion
-from index_store.float16 import widened
+from index_store.float16 import to_float32
 from index_store.search.shard import BLOCK_ROWS
 from index_store.search.sharded import ShardedIndex
 from index_store.storage.manifest import Manifest
 from index_store.types import Side
 
 FOLDER = "probes"
-COUNT = 256
-DEPTH = 10  # recall@10 is what the floor speaks about
-NOISE = 0.3  # length of the random step away from a stored row: a query is seldom a row of the memory
-TIE = 1e-5  # a row scoring within this of the last exact answer is as good: captions repeat, and float32 sums differ by order
+MAX_QUERIES = 256
+RECALL_K = 10  # recall@10 is what the floor speaks about
+QUERY_NOISE = 0.3  # length of the random step away from a stored row: a query is seldom a row of the memory
+SCORE_TOLERANCE = 1e-5  # a row scoring within this of the last exact answer is as good: captions repeat, and float32 sums differ by order
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Probes:
+class ProbeQueries:
     """Queries with known answers.  queries: (P, Dk) float16 unit rows.  scores: (P, k) float32, the exact best, descending."""
 
     queries: np.ndarray
     scores: np.ndarray
 
     @classmethod
-    def sample(cls, fan: ShardedIndex, seed: int = 0) -> "Probes":
+    def sample(cls, fan: ShardedIndex, seed: int = 0) -> "ProbeQueries":
         """Rows of the memory, each moved a little, answered by a scan of every row."""
         rng = np.random.default_rng(seed)
-        rows = np.sort(rng.choice(fan.pairs, size=min(COUNT, fan.pairs), replace=False))
+        rows = np.sort(rng.choice(fan.pairs, size=min(MAX_QUERIES, fan.pairs), replace=False))
         keys = fan.take(rows, lambda shard: shard.keys[fan.side]).astype(np.float32)  # (P, Dk)
         step = _unit(rng.standard_normal(keys.shape).astype(np.float32))
-        queries = _unit(keys + NOISE * step).astype(np.float16)
-        return cls(queries, _exact(fan, queries.astype(np.float32), min(DEPTH, fan.pairs)))
+        queries = _unit(keys + QUERY_NOISE * step).astype(np.float16)
+        return cls(queries, _exact(fan, queries.astype(np.float32), min(RECALL_K, fan.pairs)))
 
     @property
     def depth(self) -> int:
@@ -48,7 +48,7 @@ class Probes:
         hits = fan.search(queries, self.depth, probes)
         keys = fan.take(np.maximum(hits.rows, 0).ravel(), lambda shard: shard.keys[fan.side]).astype(np.float32)
         true = np.einsum("pkd,pd->pk", keys.reshape(*hits.rows.shape, -1), queries)  # (P, k)
-        share: np.ndarray = np.mean(hits.mask & (true >= self.scores[:, -1:] - TIE), axis=1)
+        share: np.ndarray = np.mean(hits.mask & (true >= self.scores[:, -1:] - SCORE_TOLERANCE), axis=1)
         return share
 
     def recall(self, fan: ShardedIndex, probes: int) -> float:
@@ -64,9 +64,9 @@ class Probes:
         return names
 
     @classmethod
-    def read(cls, root: Path, side: Side, manifest: Manifest) -> "Probes":
+    def read(cls, root: Path, side: Side, manifest: Manifest) -> "ProbeQueries":
         """The probes of one side, shaped as the manifest implies."""
-        count, depth = min(COUNT, manifest.pairs), manifest.recall["k"]
+        count, depth = min(MAX_QUERIES, manifest.pairs), manifest.recall["k"]
         queries = _load(root, f"{FOLDER}/{side}.npy", (count, manifest.key_dim(side)), manifest)
         return cls(queries, _load(root, f"{FOLDER}/{side}_scores.npy", (count, depth), manifest))
 
@@ -76,7 +76,7 @@ def _exact(fan: ShardedIndex, queries: np.ndarray, k: int) -> np.ndarray:
     best = np.empty((len(queries), 0), np.float32)
     for shard in fan.shards:
         for start in range(0, shard.pairs, BLOCK_ROWS):
-            rows = widened(shard.keys[fan.side][start : start + BLOCK_ROWS])
+            rows = to_float32(shard.keys[fan.side][start : start + BLOCK_ROWS])
             scores, _ = faiss.knn(queries, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
             best = -np.sort(-np.hstack([best, scores]), axis=1)[:, :k]
     return best

@@ -10,8 +10,8 @@ import faiss
 import numpy as np
 
 from index_store.errors import DamagedVersion
-from index_store.float16 import widened
-from index_store.search.gpu import Clone, Owner
+from index_store.float16 import to_float32
+from index_store.search.gpu import ClonedIndex, DeviceThread
 from index_store.storage.manifest import Manifest, index_file
 from index_store.types import SIDES, KeyKind, Side
 
@@ -30,7 +30,9 @@ class Shard:
     cloned to the device of `owner` where one is given.
     """
 
-    def __init__(self, root: Path, folder: str, pairs: int, manifest: Manifest, *, owner: Owner | None = None) -> None:
+    def __init__(
+        self, root: Path, folder: str, pairs: int, manifest: Manifest, *, owner: DeviceThread | None = None
+    ) -> None:
         self._root, self._folder, self._manifest = root, folder, manifest
         self.pairs = pairs
         self.ids = self._rows("ids.npy", (pairs,))
@@ -44,7 +46,7 @@ class Shard:
         self._records = self._read("records.jsonl", lambda path: np.asarray(np.memmap(path, np.uint8, mode="r")))
         self.indexes: dict[Side, Any] = {side: self._index(side) for side in SIDES}
         if owner is not None:
-            self.indexes = {side: Clone(index, owner) for side, index in self.indexes.items()}
+            self.indexes = {side: ClonedIndex(index, owner) for side, index in self.indexes.items()}
         self._check()
 
     def resident_bytes(self) -> int:
@@ -83,7 +85,7 @@ class Shard:
         """The faiss index over this side's keys: mapped from its file, or built flat in memory from the mapped rows."""
         name, width = index_file(side), self._manifest.key_dim(side)
         if f"{self._folder}/{name}" not in self._manifest.files:
-            return flat_index(self.keys[side])
+            return build_flat_index(self.keys[side])
         index: faiss.Index = self._read(name, lambda path: faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC))
         if (index.ntotal, index.d) != (self.pairs, width):
             raise self._damaged(
@@ -115,9 +117,9 @@ def _mapped(path: Path, here_and_there: bool) -> np.ndarray:
     return np.asarray(rows)
 
 
-def flat_index(keys: np.ndarray) -> faiss.Index:
+def build_flat_index(keys: np.ndarray) -> faiss.Index:
     """An exact inner-product index over (N, Dk) float16 rows, converted block by block."""
     index = faiss.IndexFlatIP(keys.shape[1])
     for start in range(0, len(keys), BLOCK_ROWS):
-        index.add(widened(keys[start : start + BLOCK_ROWS]))  # (BLOCK_ROWS, Dk)
+        index.add(to_float32(keys[start : start + BLOCK_ROWS]))  # (BLOCK_ROWS, Dk)
     return index

@@ -19,7 +19,7 @@ CRC_DIGITS = 8
 READ_THREADS = 4  # both sums release the interpreter lock; more threads than this wait for the disk
 
 
-def digest(path: Path) -> dict[str, str | int]:
+def file_digest(path: Path) -> dict[str, str | int]:
     """{"sha256", "bytes", "crc32": the hexadecimal CRC-32 of each block, joined} of a file, in one pass."""
     whole, blocks, size = hashlib.sha256(), list[int](), 0
     buffer = memoryview(bytearray(CHUNK_BYTES))
@@ -33,10 +33,10 @@ def digest(path: Path) -> dict[str, str | int]:
     return {"sha256": whole.hexdigest(), "bytes": size, "crc32": "".join(f"{block:0{CRC_DIGITS}x}" for block in blocks)}
 
 
-def digests(root: Path, names: Sequence[str]) -> dict[str, dict[str, str | int]]:
+def file_digests(root: Path, names: Sequence[str]) -> dict[str, dict[str, str | int]]:
     """The digest of each named file under `root`."""
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: digest(root / name), names), strict=True))
+        return dict(zip(names, pool.map(lambda name: file_digest(root / name), names), strict=True))
 
 
 def first_difference(one: str, another: str) -> tuple[int, int] | None:
@@ -52,7 +52,7 @@ def first_difference(one: str, another: str) -> tuple[int, int] | None:
     return wrong[0] * BLOCK_BYTES, (wrong[0] + run) * BLOCK_BYTES - 1
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Return once a file, or a folder's list of names, is on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -66,7 +66,7 @@ def make_folder(path: Path) -> None:
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
-        sync(folder.parent)
+        fsync_path(folder.parent)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -77,11 +77,11 @@ def replace_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)
-    sync(path.parent)
+    fsync_path(path.parent)
 
 
 @contextmanager
-def writing(what: str) -> Iterator[None]:
+def translate_write_errors(what: str) -> Iterator[None]:
     """Turn every failure to write into one line that names `what`."""
     try:
         yield
@@ -96,7 +96,7 @@ def writing(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """One writer of a folder's names at a time, across processes; the kernel lets go when its holder dies."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

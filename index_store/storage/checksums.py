@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from index_store.errors import DamagedVersion
-from index_store.storage.atomic import READ_THREADS, digest, first_difference, sync
+from index_store.storage.atomic import READ_THREADS, file_digest, first_difference, fsync_path
 from index_store.storage.manifest import Manifest
 
 SMALL_BYTES = 1 << 20  # files up to here are read at every opening: a millisecond each
@@ -19,7 +19,7 @@ TICK_S = 0.05  # a file system's clock may stand still this long: two writes wit
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class FileStats:
     """What stat said of the large files before they were read.
 
     stats: {name: [bytes, mtime_ns, ctime_ns, inode, device]}: no write, copy or restore leaves all five as they were.
@@ -29,7 +29,7 @@ class Sight:
     at_ns: int
 
     @classmethod
-    def of(cls, path: Path, names: Collection[str]) -> "Sight":
+    def of(cls, path: Path, names: Collection[str]) -> "FileStats":
         """The large ones of the files under `path`, once the last write to them lies a tick back; a missing file is left out."""
         sight = cls._now(path, names)
         if not sight.settled:
@@ -38,7 +38,7 @@ class Sight:
         return sight
 
     @classmethod
-    def _now(cls, path: Path, names: Collection[str]) -> "Sight":
+    def _now(cls, path: Path, names: Collection[str]) -> "FileStats":
         at_ns, found = time.time_ns(), {}
         for name in names:
             with suppress(OSError):
@@ -59,36 +59,36 @@ def verify(path: Path, manifest: Manifest, *, trust: bool = False, threads: int 
     trust: large files whose stat is as it was when they were last read whole are not read again; they are what is returned.
     A version found whole is recorded as such for the next opening, a damaged one loses its record.
     """
-    sight = Sight.of(path, manifest.files)
+    sight = FileStats.of(path, manifest.files)
     known = _recorded(path, manifest) if trust else {}
     unread = frozenset(name for name, stat in sight.stats.items() if known.get(name) == stat)
     found = _faults(path, manifest, [name for name in manifest.files if name not in unread], threads)
     if found:
         with suppress(OSError):
-            record_path(path).unlink()
+            verified_record_path(path).unlink()
         raise DamagedVersion(f"{manifest.ref}: {'; '.join(found)}: restore or rebuild the version")
     if known != sight.stats:
-        record(path, manifest, sight)
+        record_verified(path, manifest, sight)
     return unread
 
 
-def record(path: Path, manifest: Manifest, sight: Sight) -> None:
+def record_verified(path: Path, manifest: Manifest, sight: FileStats) -> None:
     """Note that the files were whole when they were `sight`; nothing is noted where one has changed since, or may do so unseen."""
     if not sight.stats or not sight.settled:
         return
     with suppress(OSError):  # a store that may only be read is read whole each time
         for name in sight.stats:
-            sync(
+            fsync_path(
                 path / name
             )  # what was read may so far be in memory only, and a power cut would bring older bytes back
-        if Sight.of(path, sight.stats).stats == sight.stats:
+        if FileStats.of(path, sight.stats).stats == sight.stats:
             text = json.dumps({"manifest": _seal(manifest), "files": sight.stats}, indent=1)
-            record_path(path).write_text(
+            verified_record_path(path).write_text(
                 f"{_sha256(text)}\n{text}", "utf-8"
             )  # half a record is no record: its own sum tells
 
 
-def record_path(path: Path) -> Path:
+def verified_record_path(path: Path) -> Path:
     """STORE/name/.VERSION.verified, beside the version: it tells about files on this disk and is no part of the version."""
     return path.with_name(f".{path.name}.verified")
 
@@ -96,7 +96,7 @@ def record_path(path: Path) -> Path:
 def _recorded(path: Path, manifest: Manifest) -> dict[str, list[int]]:
     """The stats under which files were last found whole; none where the record is missing, torn or of another manifest."""
     try:
-        seal, text = record_path(path).read_text("utf-8").split("\n", 1)
+        seal, text = verified_record_path(path).read_text("utf-8").split("\n", 1)
         found = json.loads(text) if seal == _sha256(text) else {}
     except (OSError, ValueError):
         return {}
@@ -113,7 +113,7 @@ def _faults(path: Path, manifest: Manifest, names: Collection[str], threads: int
 
 def _fault(path: Path, name: str, expected: Mapping[str, Any]) -> str | None:
     try:
-        found = digest(path / name)
+        found = file_digest(path / name)
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     there, wanted = int(found["bytes"]), int(expected["bytes"])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from index_store.errors import PairsRefused
-from index_store.storage.atomic import writing
+from index_store.storage.atomic import translate_write_errors
 from index_store.types import SIDES, Pairs, Side
 
 Lines = BufferedWriter | BufferedRandom
@@ -59,7 +59,7 @@ class Column:
         )
 
 
-def written_rows(path: Path, width: int, rows: int) -> np.ndarray:
+def map_rows(path: Path, width: int, rows: int) -> np.ndarray:
     """(rows, width) float16, mapped: the first rows of a column, whatever its header says by now. ValueError where it holds fewer."""
     with path.open("rb") as file:
         np.lib.format.read_magic(file)
@@ -79,7 +79,7 @@ class ShardWriter:
         self.folder, self.pairs = folder, 0 if ids is None else len(ids)
         self._path = root / folder
         own = [side for side in SIDES if keys[side]["kind"] != "vector"]
-        with writing(folder):
+        with translate_write_errors(folder):
             self._path.mkdir(exist_ok=ids is not None)
             self._values = {side: Column(self._path / f"{side}.npy", dim, self.pairs) for side in SIDES}
             self._keys = {side: Column(self._path / f"{side}_key.npy", keys[side]["dim"], self.pairs) for side in own}
@@ -89,8 +89,8 @@ class ShardWriter:
     def append(self, pairs: Pairs, rows: slice) -> None:
         """Add some rows of a block."""
         names = pairs.ids[rows]
-        lines = [record_line(name, record) for name, record in zip(names.tolist(), pairs.records[rows], strict=True)]
-        with writing(self.folder):
+        lines = [encode_record(name, record) for name, record in zip(names.tolist(), pairs.records[rows], strict=True)]
+        with translate_write_errors(self.folder):
             for side, column in self._values.items():
                 column.append(pairs.values(side)[rows])
             for side, column in self._keys.items():
@@ -104,7 +104,7 @@ class ShardWriter:
         """Complete every file; their names relative to the version."""
         ids = np.concatenate(self._ids)
         ids = np.char.encode(ids, "utf-8") if ids.dtype.kind == "U" else ids
-        with writing(self.folder):
+        with translate_write_errors(self.folder):
             for column in (*self._values.values(), *self._keys.values()):
                 column.finish()
             self._records.close()
@@ -127,7 +127,7 @@ class ShardWriter:
 
     def flush(self) -> None:
         """Hand every row to the system."""
-        with writing(self.folder):
+        with translate_write_errors(self.folder):
             for file in self._open_files():
                 file.flush()
 
@@ -149,7 +149,7 @@ def open_lines(path: Path, lines: int) -> tuple[Lines, list[int]]:
     return file, lengths
 
 
-def record_line(name: str | int, record: Mapping[str, Any]) -> bytes:
+def encode_record(name: str | int, record: Mapping[str, Any]) -> bytes:
     """One record as one line of JSON."""
     try:
         return _as_json(dict(record)).encode("utf-8", "surrogatepass") + b"\n"

@@ -12,9 +12,9 @@ from index_store.errors import DamagedVersion, IncompatibleSnapshot, UnknownVers
 from index_store.storage.atomic import BLOCK_BYTES, CRC_DIGITS
 from index_store.types import SIDES, KeyKind, Side
 
-FORMAT = 2
-FILE_NAME = "manifest.json"
-SEAL = "sha256"  # the manifest's own digest, over its canonical text without this field
+FORMAT_VERSION = 2
+MANIFEST_FILE = "manifest.json"
+SHA256_FIELD = "sha256"  # the manifest's own digest, over its canonical text without this field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Manifest:
     created: str
     parent: str | None = None
     source: dict[str, Any] = field(default_factory=dict)
-    format: int = FORMAT
+    format: int = FORMAT_VERSION
 
     @property
     def ref(self) -> str:
@@ -71,7 +71,7 @@ class Manifest:
     def to_json(self) -> str:
         """The canonical text, sealed with its own digest: another text of the same content is refused."""
         fields = json.loads(_canonical({entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}))
-        return _canonical({**fields, SEAL: _digest(fields)})
+        return _canonical({**fields, SHA256_FIELD: _digest(fields)})
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
@@ -81,28 +81,34 @@ class Manifest:
             found = fields["format"]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DamagedVersion(
-                f"{FILE_NAME} is not a manifest ({error}): restore or rebuild the version".replace("\n", " ")
+                f"{MANIFEST_FILE} is not a manifest ({error}): restore or rebuild the version".replace("\n", " ")
             ) from error
-        if type(found) is int and found != FORMAT and found > 0:
+        if type(found) is int and found != FORMAT_VERSION and found > 0:
             remedy = (
-                "upgrade it, or rebuild the version" if found > FORMAT else "build the version again from its source"
+                "upgrade it, or rebuild the version"
+                if found > FORMAT_VERSION
+                else "build the version again from its source"
             )
-            raise IncompatibleSnapshot(f"{FILE_NAME} has format {found}, this program reads format {FORMAT}: {remedy}")
+            raise IncompatibleSnapshot(
+                f"{MANIFEST_FILE} has format {found}, this program reads format {FORMAT_VERSION}: {remedy}"
+            )
         try:
-            seal = fields.pop(SEAL)
-            if seal != _digest(fields) or text != _canonical({**fields, SEAL: seal}):
+            seal = fields.pop(SHA256_FIELD)
+            if seal != _digest(fields) or text != _canonical({**fields, SHA256_FIELD: seal}):
                 raise DamagedVersion(
-                    f"{FILE_NAME} does not match its own sha256: it was altered after the build, restore or rebuild the version"
+                    f"{MANIFEST_FILE} does not match its own sha256: it was altered after the build, restore or rebuild the version"
                 )
             manifest = cls(**fields)
             manifest.check()
         except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise DamagedVersion(f"{FILE_NAME} has missing or unknown fields ({error}): rebuild the version") from error
+            raise DamagedVersion(
+                f"{MANIFEST_FILE} has missing or unknown fields ({error}): rebuild the version"
+            ) from error
         return manifest
 
     def check(self) -> None:
         """Raise ValueError where the fields contradict each other."""
-        if self.format != FORMAT:
+        if self.format != FORMAT_VERSION:
             raise ValueError(f"format {self.format!r}")
         if sum(shard["pairs"] for shard in self.shards) != self.pairs or self.pairs < 1:
             raise ValueError(f"{self.pairs} pairs, but the shards count {[shard['pairs'] for shard in self.shards]}")
@@ -126,18 +132,18 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a version directory that must be called name/version; without one the version does not exist."""
     ref = f"{folder.parent.name}@{folder.name}"
     try:
-        text = (folder / FILE_NAME).read_bytes().decode("utf-8")
+        text = (folder / MANIFEST_FILE).read_bytes().decode("utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UnknownVersion(
-            f"{ref} has no {FILE_NAME}: it was never finished, or is not there; list the versions, or build it"
+            f"{ref} has no {MANIFEST_FILE}: it was never finished, or is not there; list the versions, or build it"
         ) from error
     except UnicodeDecodeError as error:
         raise DamagedVersion(
-            f"{ref}: {FILE_NAME} is not UTF-8 at byte {error.start}: restore or rebuild the version"
+            f"{ref}: {MANIFEST_FILE} is not UTF-8 at byte {error.start}: restore or rebuild the version"
         ) from error
     except OSError as error:
         raise DamagedVersion(
-            f"{ref}: {FILE_NAME} cannot be read ({error.strerror}): restore it or its permissions"
+            f"{ref}: {MANIFEST_FILE} cannot be read ({error.strerror}): restore it or its permissions"
         ) from error
     try:
         manifest = Manifest.from_json(text)
@@ -145,7 +151,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise type(error)(f"{ref}: {error}") from error
     if manifest.ref != ref:
         raise DamagedVersion(
-            f"{ref}: {FILE_NAME} says it is {manifest.ref}: a version keeps the folder names it was built under"
+            f"{ref}: {MANIFEST_FILE} says it is {manifest.ref}: a version keeps the folder names it was built under"
         )
     return manifest
 

@@ -50,7 +50,7 @@ def test_what_edits_cost_is_measured_and_leaves_no_edit(tmp_path: Path) -> None:
     found = measure_edits(store, manifest, collection.fresh(300), collection.queries("image", 64), k=5, repeats=1)
     assert found["durable_adds_per_s"] > 10
     assert 0.2 < found["batch_1"]["slowed"] < 20
-    assert store.edits("b", "v") == 0
+    assert store.count_edits("b", "v") == 0
 
 
 def test_the_tables_grow_with_the_pairs() -> None:

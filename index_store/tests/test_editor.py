@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from index_store.editor import Editor
 from index_store.edits.changes import Delete
 from index_store.edits.journal import Journal
-from index_store.edits.overlay import seal_of
+from index_store.edits.overlay import manifest_digest
 from index_store.errors import DamagedVersion, NameRefused, PairsRefused, StoreBusy, StoreUnwritable
 from index_store.memory import Memory
 from index_store.search.filters import SearchParams
 from index_store.snapshot import Snapshot
 from index_store.store import Store
 from index_store.tests.support.oracle import Oracle
-from index_store.tests.support.small import ENCODER, built, opened, some_pairs, unit, unit_rows
+from index_store.tests.support.small import ENCODER, build_memory, normalize, open_memory, some_pairs, unit_rows
 from index_store.types import Id, Pairs, Side
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ POOL = 40  # ids that the random edits draw from
 
 def editor(root: Path, pairs: Pairs | None = None, **options: Any) -> Editor:
     """The editor of a fresh version that is current."""
-    built(root, some_pairs() if pairs is None else pairs, **options)
+    build_memory(root, some_pairs() if pairs is None else pairs, **options)
     Store(root).activate("things", "v1")
     return Editor.open(Store(root), "things", encoder=ENCODER)
 
@@ -48,7 +48,7 @@ def drawn(data: st.DataObject, options: dict[str, Any]) -> Pairs:
     if not numbers:
         return pairs
     ids = np.array(numbers, np.int64) if options.get("ints") else np.array([f"pair-{number}" for number in numbers])
-    image = unit(unit_rows(1, 8, 1) + data.draw(st.sampled_from([0.02, 3.0])) * pairs.image)
+    image = normalize(unit_rows(1, 8, 1) + data.draw(st.sampled_from([0.02, 3.0])) * pairs.image)
     return Pairs(ids, image, pairs.text, pairs.records, image_key=pairs.image_key)
 
 
@@ -59,7 +59,7 @@ def fresh(
     """A store with one current version, to be copied: how its pairs were made, the pairs, its folder."""
     kind, _, recipe = request.param.partition(" ")
     root, base = tmp_path_factory.mktemp("fresh"), some_pairs(25, 8, **KINDS[kind])
-    built(root, base, **RECIPES[recipe])
+    build_memory(root, base, **RECIPES[recipe])
     Store(root).activate("things", "v1")
     return KINDS[kind], base, root
 
@@ -127,7 +127,7 @@ def test_what_an_edit_says(tmp_path: Path) -> None:
     same, missing = made.delete(["pair-0", "nobody"])
     assert (same, missing) == (after, ["pair-0", "nobody"])
     store = Store(tmp_path)
-    assert store.edits("things", "v1") == 2
+    assert store.count_edits("things", "v1") == 2
     assert store.open("things", encoder=ENCODER).ref == "things@v1+2"
     assert store.versions("things") == ["v1"]
 
@@ -150,14 +150,14 @@ def test_edits_stay_with_their_version(tmp_path: Path) -> None:
     made, store = editor(tmp_path), Store(tmp_path)
     made.put(some_pairs(5, first=100))
     made.close()
-    built(tmp_path, some_pairs(30), "v2")
+    build_memory(tmp_path, some_pairs(30), "v2")
     store.activate("things", "v2")
     assert store.open("things", encoder=ENCODER).ref == "things@v2"
-    assert store.edits("things", "v1") == 1
+    assert store.count_edits("things", "v1") == 1
     store.activate("things", "v1")
     assert len(store.open("things", encoder=ENCODER)) == 65
     with pytest.raises(NameRefused, match="ends like the edits"):
-        built(tmp_path, some_pairs(5), "v1.journal")
+        build_memory(tmp_path, some_pairs(5), "v1.journal")
 
 
 def test_a_version_of_the_same_name_does_not_inherit(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_version_of_the_same_name_does_not_inherit(tmp_path: Path) -> None:
     made.put(some_pairs(5, first=100))
     made.close()
     shutil.rmtree(tmp_path / "things" / "v1")
-    built(tmp_path, some_pairs(30))
+    build_memory(tmp_path, some_pairs(30))
     with pytest.raises(DamagedVersion, match=r"things/v1\.journal holds edits of another build"):
         Store(tmp_path).open("things", encoder=ENCODER)
 
@@ -201,8 +201,8 @@ def test_a_journal_that_went_away_is_missed(tmp_path: Path) -> None:
 
 
 def test_an_edit_that_does_not_fit_its_base(tmp_path: Path) -> None:
-    manifest = built(tmp_path, some_pairs())
-    journal = Journal.open(tmp_path / "things" / "v1.journal", seal_of(manifest))
+    manifest = build_memory(tmp_path, some_pairs())
+    journal = Journal.open(tmp_path / "things" / "v1.journal", manifest_digest(manifest))
     journal.append(Delete(np.array([b"pair-1"])).encode())
     journal.append(Delete(np.array([7])).encode())
     with pytest.raises(DamagedVersion, match="edit 2 of things@v1 cannot be read"):
@@ -278,7 +278,7 @@ def test_edits_during_a_compaction_are_carried_over(tmp_path: Path) -> None:
     oracle.delete(["pair-2"])
     made.delete(["pair-2"])
     assert store.open("things", encoder=ENCODER).ref == "things@v2+3"
-    assert store.edits("things", "v1") == 4
+    assert store.count_edits("things", "v1") == 4
     with pytest.raises(StoreBusy, match=r"things@v2 was compacted from things@v1, by now things@v2\+3 is being edited"):
         made.switch(prepared)
 
@@ -287,7 +287,7 @@ def test_a_pointer_that_moved_is_left_alone(tmp_path: Path) -> None:
     made, store = editor(tmp_path), Store(tmp_path)
     made.delete(["pair-1"])
     prepared = made.compact_build("v2")
-    built(tmp_path, some_pairs(30), "other")
+    build_memory(tmp_path, some_pairs(30), "other")
     store.activate("things", "other")
     assert made.switch(prepared).ref == "things@v2"
     assert store.current("things") == "other"
@@ -422,7 +422,7 @@ def test_many_writers_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_a_version_opened_by_hand_shows_its_edits(tmp_path: Path) -> None:
-    opened(tmp_path, some_pairs())
+    open_memory(tmp_path, some_pairs())
     made = Editor.open(Store(tmp_path), "things", "v1", encoder=ENCODER)
     made.put(some_pairs(2, first=100))
     assert len(Store(tmp_path).open("things", "v1", encoder=ENCODER)) == 62

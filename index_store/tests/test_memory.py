@@ -6,7 +6,7 @@ import numpy as np
 
 from index_store.memory import Memory
 from index_store.snapshot import Snapshot
-from index_store.tests.support.small import opened, some_pairs, unit_rows
+from index_store.tests.support.small import open_memory, some_pairs, unit_rows
 from index_store.types import Pairs
 
 
@@ -14,7 +14,7 @@ def marked(root: Path, version: str, sign: int) -> Snapshot:
     """The same ids and images, texts of opposite sign, captions that name the version: any mixture shows."""
     pairs = some_pairs(200)
     records = [{"caption": version} for _ in range(200)]
-    return opened(
+    return open_memory(
         root, Pairs(pairs.ids, pairs.image, (sign * pairs.text).astype(np.float32), records), version, shard_pairs=70
     )
 
@@ -31,12 +31,12 @@ def test_the_retired_one_dies_with_its_last_holder(tmp_path: Path) -> None:
     memory = Memory(marked(tmp_path, "v1", 1))
     batch, watch = memory.current, weakref.ref(memory.current)
     retired = memory.swap(marked(tmp_path, "v2", -1))
-    assert Snapshot.alive()["things"] == 2
+    assert Snapshot.count_open()["things"] == 2
     del retired
     assert watch() is batch
     del batch
     assert watch() is None
-    assert Snapshot.alive()["things"] == 1
+    assert Snapshot.count_open()["things"] == 1
 
 
 def test_searches_during_swaps_never_mix(tmp_path: Path) -> None:
@@ -87,5 +87,5 @@ def test_many_swaps_leave_one_snapshot_and_no_maps(tmp_path: Path) -> None:
     for turn in range(40):
         memory.swap(store.open("things", f"v{turn % 2 + 1}", encoder=ENCODER))
         memory.current.retrieve(asked, "text", 3)
-    assert Snapshot.alive()["things"] == 1
+    assert Snapshot.count_open()["things"] == 1
     assert (mapped.read_text().count(str(tmp_path)) if mapped.exists() else 0) == before

@@ -11,7 +11,7 @@ from index_store.errors import QueryRefused, RecallTooLow
 from index_store.search.filters import SearchParams
 from index_store.snapshot import Snapshot
 from index_store.store import Store
-from index_store.tests.support.small import built, opened, part, some_pairs, unit_rows
+from index_store.tests.support.small import build_memory, open_memory, slice_pairs, some_pairs, unit_rows
 from index_store.types import Pairs, Side, other
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -29,7 +29,7 @@ N = 240
 def memory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pairs, Snapshot]:
     """A memory by each recipe; its images have keys of their own width."""
     pairs = some_pairs(N, 16, key_width=24)
-    return pairs, opened(tmp_path_factory.mktemp("store"), pairs, **RECIPES[request.param])
+    return pairs, open_memory(tmp_path_factory.mktemp("store"), pairs, **RECIPES[request.param])
 
 
 def ranking(pairs: Pairs, queries: np.ndarray, side: Side) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +71,7 @@ def test_what_it_says_of_itself(memory: tuple[Pairs, Snapshot]) -> None:
     assert (snapshot.key_kind("image"), snapshot.key_kind("text")) == ("trunk", "vector")
     assert snapshot.bytes["mapped"] > N * (16 + 16 + 24) * 2
     assert (snapshot.bytes["resident"] == N * 40 * 4) == (snapshot.manifest.index["recipe"] == "Flat")
-    recall = snapshot.prove()
+    recall = snapshot.check_recall()
     assert min(recall.values()) >= 0.99
     assert recall == {side: snapshot.manifest.recall[side] for side in ("image", "text")}
 
@@ -119,21 +119,21 @@ def test_other_kinds_of_queries_are_converted(memory: tuple[Pairs, Snapshot]) ->
 
 def test_integer_ids_and_unusual_names(tmp_path: Path) -> None:
     numbers = some_pairs(20, first=-7, ints=True)
-    found = opened(tmp_path, numbers, name="numbers").retrieve(numbers.image[:3], "image", 22)
+    found = open_memory(tmp_path, numbers, name="numbers").retrieve(numbers.image[:3], "image", 22)
     assert found.ids.dtype == np.int64
     assert found.ids[:, 0].tolist() == [-7, -6, -5]
     assert found.ids[0, 20:].tolist() == [0, 0]
     words = some_pairs(3)
     named = Pairs(np.array(["naïve/ä", "日本", "a" * 200]), words.image, words.text, words.records)
-    snapshot = opened(tmp_path, [some_pairs(5, seed=3), named], name="words", shard_pairs=6)
+    snapshot = open_memory(tmp_path, [some_pairs(5, seed=3), named], name="words", shard_pairs=6)
     assert snapshot.retrieve(named.image, "image", 1).ids[:, 0].tolist() == named.ids.tolist()
 
 
 def test_captions_that_repeat_do_not_fail_the_proof(tmp_path: Path) -> None:
     few = unit_rows(3, 16, 1)[np.arange(600) % 3]
     pairs = some_pairs(600)
-    snapshot = opened(tmp_path, Pairs(pairs.ids, pairs.image, few, pairs.records), index="IVF2,Flat")
-    assert snapshot.prove()["text"] >= 0.99
+    snapshot = open_memory(tmp_path, Pairs(pairs.ids, pairs.image, few, pairs.records), index="IVF2,Flat")
+    assert snapshot.check_recall()["text"] >= 0.99
 
 
 def test_an_index_that_lost_its_rows_fails_the_proof(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_an_index_that_lost_its_rows_fails_the_proof(tmp_path: Path) -> None:
 
     from index_store.tests.storage.test_damage import reseal
 
-    built(tmp_path, some_pairs(300), index="SQfp16")
+    build_memory(tmp_path, some_pairs(300), index="SQfp16")
     path = tmp_path / "things" / "v1" / "shard-0000" / "image.faiss"
     index = faiss.index_factory(16, "SQfp16", faiss.METRIC_INNER_PRODUCT)
     rows = some_pairs(300).image[::-1].copy()
@@ -152,14 +152,14 @@ def test_an_index_that_lost_its_rows_fails_the_proof(tmp_path: Path) -> None:
     reseal(tmp_path / "things" / "v1")
     snapshot = Store(tmp_path).open("things", "v1", encoder="@0123456789ab")
     with pytest.raises(RecallTooLow, match=r"things@v1: image recall@10 is 0\.\d+, the floor is 0.99"):
-        snapshot.prove()
+        snapshot.check_recall()
 
 
 def test_search_parameters_travel_with_the_call(tmp_path: Path) -> None:
     """One list and all lists asked at once from many threads: each caller gets what it asked for."""
     from concurrent.futures import ThreadPoolExecutor
 
-    snapshot = opened(tmp_path, some_pairs(2000), index="IVF16,Flat")
+    snapshot = open_memory(tmp_path, some_pairs(2000), index="IVF16,Flat")
     asked = unit_rows(20, 16, 4)
     alone = {probes: snapshot.retrieve(asked, "image", 10, SearchParams(probes=probes)).ids for probes in (1, 16)}
     assert (alone[1] != alone[16]).any()
@@ -176,7 +176,7 @@ def test_search_parameters_travel_with_the_call(tmp_path: Path) -> None:
 
 def test_lists_behind_a_transform_obey_the_call_too(tmp_path: Path) -> None:
     pairs = some_pairs(400)
-    snapshot = opened(tmp_path, pairs, index="L2norm,IVF8,Flat", shard_pairs=200)
+    snapshot = open_memory(tmp_path, pairs, index="L2norm,IVF8,Flat", shard_pairs=200)
     asked = unit_rows(30, 16, 3)
     rows = ranking(pairs, asked, "image")[0][:, :10]
     share = {
@@ -190,7 +190,7 @@ def test_lists_behind_a_transform_obey_the_call_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", ["PQ4x4,RFlat", "IVF8,PQ4x4,RFlat", "PCA8,IVF8,SQ4,Refine(SQfp16)"])
 def test_candidates_of_lossy_codes_are_compared_once_more(tmp_path: Path, recipe: str) -> None:
     pairs = some_pairs(600)
-    snapshot = opened(tmp_path, pairs, index=recipe, shard_pairs=300, recall_floor=0.9)
+    snapshot = open_memory(tmp_path, pairs, index=recipe, shard_pairs=300, recall_floor=0.9)
     asked, lists = unit_rows(30, 16, 3), 8 if "IVF" in recipe else None
     rows = ranking(pairs, asked, "image")[0][:, :10]
     found = snapshot.retrieve(asked, "image", 10, SearchParams(probes=lists))
@@ -199,7 +199,7 @@ def test_candidates_of_lossy_codes_are_compared_once_more(tmp_path: Path, recipe
         (b, name): score for b in range(30) for name, score in zip(pairs.ids, asked[b] @ pairs.image.T, strict=True)
     }
     np.testing.assert_allclose(found.scores, [[exact[b, name] for name in found.ids[b]] for b in range(30)], atol=1e-3)
-    codes = built(tmp_path, pairs, "v2", index=recipe.rpartition(",")[0], recall_floor=0.01)
+    codes = build_memory(tmp_path, pairs, "v2", index=recipe.rpartition(",")[0], recall_floor=0.01)
     assert codes.recall["image"] < 0.8  # which the codes alone find
     if lists is not None:
         assert (snapshot.retrieve(asked, "image", 10, SearchParams(probes=1)).ids != found.ids).any()
@@ -212,9 +212,9 @@ def maps(path: Path) -> int:
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
 @pytest.mark.parametrize("recipe", ["Flat", "IVF4,Flat"])
 def test_the_last_holder_lets_go_of_the_files(tmp_path: Path, recipe: str) -> None:
-    snapshot = opened(tmp_path, some_pairs(300), name="mortal", index=recipe, shard_pairs=150)
+    snapshot = open_memory(tmp_path, some_pairs(300), name="mortal", index=recipe, shard_pairs=150)
     assert maps(tmp_path) >= 8
-    assert Snapshot.alive()["mortal"] == 1
+    assert Snapshot.count_open()["mortal"] == 1
     neighbors, watch = snapshot.retrieve(unit_rows(2, 16, 0), "image", 3), weakref.ref(snapshot)
     gc.disable()  # by reference count alone
     try:
@@ -226,14 +226,14 @@ def test_the_last_holder_lets_go_of_the_files(tmp_path: Path, recipe: str) -> No
     finally:
         gc.enable()
     assert maps(tmp_path) == 0
-    assert "mortal" not in Snapshot.alive()
+    assert "mortal" not in Snapshot.count_open()
 
 
 def test_an_open_version_outlives_its_files(tmp_path: Path) -> None:
     import shutil
 
     pairs = some_pairs(300)
-    snapshot = opened(tmp_path, pairs, index="IVF4,Flat")
+    snapshot = open_memory(tmp_path, pairs, index="IVF4,Flat")
     shutil.rmtree(tmp_path / "things")
     found = snapshot.retrieve(pairs.image[:5], "image", 2, SearchParams(probes=4))
     assert found.ids[:, 0].tolist() == pairs.ids[:5].tolist()
@@ -242,9 +242,9 @@ def test_an_open_version_outlives_its_files(tmp_path: Path) -> None:
 
 def test_blocks_of_any_size_make_the_same_memory(tmp_path: Path) -> None:
     pairs = some_pairs(100)
-    blocks = [part(pairs, slice(a, b)) for a, b in ((0, 1), (1, 1), (1, 48), (48, 50), (50, 100))]
-    whole = opened(tmp_path, pairs, "v1", shard_pairs=30)
-    pieces = opened(tmp_path, blocks, "v2", shard_pairs=30)
+    blocks = [slice_pairs(pairs, slice(a, b)) for a, b in ((0, 1), (1, 1), (1, 48), (48, 50), (50, 100))]
+    whole = open_memory(tmp_path, pairs, "v1", shard_pairs=30)
+    pieces = open_memory(tmp_path, blocks, "v2", shard_pairs=30)
     assert whole.manifest.files == pieces.manifest.files
     assert [shard["pairs"] for shard in whole.manifest.shards] == [30, 30, 30, 10]
 
@@ -252,14 +252,14 @@ def test_blocks_of_any_size_make_the_same_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("side", ["image", "text"])
 def test_recall_of_live_queries_is_the_share_of_the_exact_ten_best(tmp_path: Path, side: Side) -> None:
     pairs = some_pairs(500)
-    coarse = opened(tmp_path, pairs, index="SQ4", recall_floor=0.01)  # four bits a number: it misses some
+    coarse = open_memory(tmp_path, pairs, index="SQ4", recall_floor=0.01)  # four bits a number: it misses some
     queries = unit_rows(8, 16, seed=5)
     best = pairs.ids[ranking(pairs, queries, side)[0][:, :10]]  # (B, 10)
     found = coarse.retrieve(queries, side, 10).ids  # (B, 10)
     share = np.mean([len({*mine} & {*exact}) / 10 for mine, exact in zip(found, best, strict=True)])
     assert share < 1
-    assert coarse.recall_of(queries, side) == pytest.approx(share)
+    assert coarse.measure_recall(queries, side) == pytest.approx(share)
 
 
 def test_recall_of_live_queries_in_a_memory_smaller_than_ten(tmp_path: Path) -> None:
-    assert opened(tmp_path, some_pairs(3)).recall_of(unit_rows(2, 16, seed=5), "image") == 1.0
+    assert open_memory(tmp_path, some_pairs(3)).measure_recall(unit_rows(2, 16, seed=5), "image") == 1.0

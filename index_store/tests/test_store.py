@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from index_store.edits.journal import Journal
-from index_store.edits.overlay import seal_of
+from index_store.edits.overlay import manifest_digest
 from index_store.errors import (
     DamagedVersion,
     IncompatibleSnapshot,
@@ -16,7 +16,7 @@ from index_store.errors import (
     UnknownVersion,
 )
 from index_store.store import Store
-from index_store.tests.support.small import ENCODER, built, some_pairs
+from index_store.tests.support.small import ENCODER, build_memory, some_pairs
 
 EVIL = ["../x", "..", ".", "", "/etc", "a/b", "a\\b", ".hidden", "a\0b", "a b", "ä", "x" * 65, "-x", "a\n", "a@b"]
 
@@ -24,12 +24,12 @@ EVIL = ["../x", "..", ".", "", "/etc", "a/b", "a\\b", ".hidden", "a\0b", "a b", 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     for version in ("v1", "v2", "v3"):
-        built(tmp_path, some_pairs(5), version)
+        build_memory(tmp_path, some_pairs(5), version)
     return Store(tmp_path)
 
 
 def test_lists_what_is_finished(store: Store) -> None:
-    built(store.root, some_pairs(5), "v1", name="animals")
+    build_memory(store.root, some_pairs(5), "v1", name="animals")
     (store.root / "things" / "v4").mkdir()
     (store.root / "things" / ".v5.partial").mkdir()
     (store.root / "empty").mkdir()
@@ -93,8 +93,8 @@ def test_a_path_is_not_a_name(store: Store, name: str) -> None:
         lambda: store.path("things", name),
         lambda: store.activate("things", name),
         lambda: store.next_version(name),
-        lambda: built(store.root, some_pairs(3), "v1", name=name),
-        lambda: built(store.root, some_pairs(3), name),
+        lambda: build_memory(store.root, some_pairs(3), "v1", name=name),
+        lambda: build_memory(store.root, some_pairs(3), name),
     ):
         with pytest.raises(NameRefused, match="is not a name") as refused:
             attempt()
@@ -105,7 +105,7 @@ def test_a_path_is_not_a_name(store: Store, name: str) -> None:
 @pytest.mark.parametrize("version", ["CURRENT", "current"])
 def test_no_version_is_called_like_the_pointer(store: Store, version: str) -> None:
     with pytest.raises(NameRefused, match="pointer"):
-        built(store.root, some_pairs(3), version)
+        build_memory(store.root, some_pairs(3), version)
 
 
 def test_another_encoder_is_refused(store: Store) -> None:
@@ -134,7 +134,7 @@ def test_a_deletion_that_was_killed_is_finished_by_what_comes_next(
     store: Store, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
     store.activate("things", "v3")
-    Journal.open(store.journal("things", "v1"), seal_of(store.manifest("things", "v1"))).close()
+    Journal.open(store.journal_path("things", "v1"), manifest_digest(store.manifest("things", "v1"))).close()
     (store.root / "things" / "rejects-v1.jsonl").touch()
     with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(SystemExit))
@@ -145,7 +145,7 @@ def test_a_deletion_that_was_killed_is_finished_by_what_comes_next(
         store.delete("things", "v2")
         assert sorted(path.name for path in (store.root / "things").iterdir()) == ["CURRENT", "v3"]
     else:
-        built(store.root, some_pairs(7), "v1")
+        build_memory(store.root, some_pairs(7), "v1")
         assert len(store.open("things", "v1", encoder=ENCODER)) == 7
         assert sorted(path.name for path in (store.root / "things").iterdir()) == ["CURRENT", "v1", "v2", "v3"]
 
@@ -154,7 +154,7 @@ def test_the_name_of_a_deleted_version_is_not_used_again(tmp_path: Path) -> None
     """A reply that says things@2026-11-22a must never mean two things."""
     store, day = Store(tmp_path), datetime(2026, 11, 22, tzinfo=UTC)
     for version in ("2026-11-22a", "2026-11-22b", "2026-11-22c", "2026-11-21z", "2026-11-22"):
-        built(tmp_path, some_pairs(5), version)
+        build_memory(tmp_path, some_pairs(5), version)
     store.activate("things", "2026-11-22c")
     store.activate("things", "2026-11-22b")
     store.delete("things", "2026-11-22a")
@@ -166,7 +166,7 @@ def test_the_name_of_a_deleted_version_is_not_used_again(tmp_path: Path) -> None
 def test_pruning_goes_by_when_a_version_was_built_whatever_it_is_called(tmp_path: Path) -> None:
     store, built_at = Store(tmp_path), ["2026-11-23", "2026-11-26", "2026-11-24", "2026-11-25"]
     for version, day in zip(("monday", "friday", "wednesday", "tuesday"), built_at, strict=True):
-        manifest = built(tmp_path, some_pairs(5), version)
+        manifest = build_memory(tmp_path, some_pairs(5), version)
         aged = dataclasses.replace(manifest, created=f"{day}T09:00:00+00:00")
         (tmp_path / "things" / version / "manifest.json").write_text(aged.to_json())
     store.activate("things", "monday")
@@ -178,7 +178,7 @@ def test_pruning_keeps_the_later_of_two_versions_of_one_second(tmp_path: Path) -
     """`created` has whole seconds, and the later name may sort first."""
     store, second = Store(tmp_path), "2026-11-26T09:00:00+00:00"
     for version in ("z", "a"):
-        manifest = dataclasses.replace(built(tmp_path, some_pairs(5), version), created=second)
+        manifest = dataclasses.replace(build_memory(tmp_path, some_pairs(5), version), created=second)
         (tmp_path / "things" / version / "manifest.json").write_text(manifest.to_json())
     assert store.prune("things", 1) == ["z"]
 

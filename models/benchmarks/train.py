@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from index_store.benchmarks.synthetic import Collection
-from index_store.benchmarks.turns import median, seconds
+from index_store.benchmarks.turns import measure_seconds, median
 from index_store.build.build import build_version
-from index_store.search.shard import flat_index
+from index_store.search.shard import build_flat_index
 from index_store.storage.manifest import Manifest, index_file
 from index_store.store import Store
 from index_store.types import SIDES
@@ -74,8 +74,8 @@ def measure_steps(episode: Episode, turns: int, steps: int) -> dict[str, Any]:
     loop, plain = Loop(fusions, [episode], [np.arange(len(episode))], learning), PlainLoop(episode, learning)
     ours, bare = [], []
     for turn in range(turns + 1):
-        ours.append(steps / seconds(lambda: loop.run(until=(turn + 1) * steps)))  # noqa: B023  called before the next turn
-        bare.append(steps / seconds(lambda: plain.run(steps)))
+        ours.append(steps / measure_seconds(lambda: loop.run(until=(turn + 1) * steps)))  # noqa: B023  called before the next turn
+        bare.append(steps / measure_seconds(lambda: plain.run(steps)))
     ratios = [one / another for one, another in zip(ours[1:], bare[1:], strict=True)]
     medians = {"loop_per_s": median(ours[1:]), "plain_per_s": median(bare[1:]), "speed_vs_plain": median(ratios)}
     return {**medians, "all_speeds_vs_plain": [round(ratio, 3) for ratio in ratios]}
@@ -95,7 +95,7 @@ def measure_arithmetic(episode: Episode, turns: int, steps: int) -> dict[str, An
         fusions = build_fusions("default", episode.lookups["image"].query.shape[1])
         loops[name] = Loop(fusions, [episode], [np.arange(len(episode))], learning)
     rates = [
-        {name: steps / seconds(lambda: loop.run(until=(turn + 1) * steps)) for name, loop in loops.items()}  # noqa: B023  called at once
+        {name: steps / measure_seconds(lambda: loop.run(until=(turn + 1) * steps)) for name, loop in loops.items()}  # noqa: B023  called at once
         for turn in range(turns + 1)
     ]
     return {name: median([each[name] / each["fp32"] for each in rates[1:]]) for name in loops}
@@ -157,11 +157,11 @@ def _bare_search(store: Path, manifest: Manifest, collection: Collection) -> flo
             collection.rows[side][at : at + BLOCK].astype(np.float32) for at in range(0, collection.pairs, BLOCK)
         ]
         path = store / NAME / VERSION / manifest.shards[0]["folder"] / index_file(side)
-        index, lists = flat_index(collection.rows[side]), None
+        index, lists = build_flat_index(collection.rows[side]), None
         if path.exists():
             index, lists = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC), faiss.SearchParametersIVF()
             lists.nprobe = manifest.index["probes"]
-        spent += seconds(lambda: [index.search(block, K, params=lists) for block in queries])  # noqa: B023  called before the next side
+        spent += measure_seconds(lambda: [index.search(block, K, params=lists) for block in queries])  # noqa: B023  called before the next side
     return spent
 
 

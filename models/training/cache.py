@@ -29,11 +29,11 @@ from index_store.errors import PairsRefused
 from index_store.search.hits import Hits
 from index_store.search.shard import keys_file
 from index_store.snapshot import Snapshot
-from index_store.storage.atomic import alone, sync, writing
+from index_store.storage.atomic import fsync_path, lock_folder, translate_write_errors
 from index_store.storage.columns import Column
-from index_store.storage.layout import partial as unfinished
-from index_store.storage.layout import rejects_file
-from index_store.types import SIDES, Id, KeyKind, Side, other, readable
+from index_store.storage.layout import partial_folder as unfinished
+from index_store.storage.layout import rejects_path
+from index_store.types import SIDES, Id, KeyKind, Side, decode_ids, other
 from models.data.sources import SKIP_ALL, expand_sources
 from models.data.streams import Encoding, Stream, build_streams, chain_streams, count_items
 from models.encoder.encoder import Encoded
@@ -86,7 +86,7 @@ def prepare_pairs(folder: Path, sources: Sequence[Path], encoding: Encoding) -> 
         before = done[0].pairs
     pairs = _opened(path, encoding.kinds)
     _tell(f"pairs encoded of {names}", len(pairs), before)
-    _tell_rejects(rejects_file(path.parent, path.name))
+    _tell_rejects(rejects_path(path.parent, path.name))
     return pairs
 
 
@@ -104,9 +104,9 @@ def _encode(path: Path, job: BuildSource, digest: str, kinds: Mapping[Side, KeyK
     """Fill the one shard, going on where an earlier run stopped; whole once renamed."""
     with workplace(path.parent, path.name) as work:
         fill_from(VersionWriter(work, kinds, FLAT, shard_pairs=sys.maxsize), job, digest, path.name)
-        with writing(path.name):
+        with translate_write_errors(path.name):
             work.rename(path)
-            sync(path.parent)
+            fsync_path(path.parent)
     forget_notes(path)
 
 
@@ -116,7 +116,7 @@ def _opened(path: Path, kinds: Mapping[Side, KeyKind]) -> Prepared:
         captions = numbered([json.loads(line)["caption"] for line in lines])
     return Prepared(
         digest=path.name,
-        ids=readable(_mapped(shard / "ids.npy")),
+        ids=decode_ids(_mapped(shard / "ids.npy")),
         captions=captions,
         vectors={side: _mapped(shard / f"{side}.npy") for side in SIDES},
         trunk={
@@ -141,7 +141,7 @@ def _search(path: Path, pairs: Prepared, own: Sequence[Sequence[Id]], asking: As
     """Each block's hits into a file of its own, then all of them into the arrays of a `Lookup`; how many an earlier run had found."""
     work = unfinished(path.parent, path.name)
     work.mkdir(parents=True, exist_ok=True)
-    with alone(work):
+    with lock_folder(work):
         if path.exists():  # another run made it while this one waited
             return len(pairs)
         blocks = {
@@ -158,16 +158,16 @@ def _search(path: Path, pairs: Prepared, own: Sequence[Sequence[Id]], asking: As
                     bar.update(rows.stop - rows.start)
         for side in SIDES:
             _write_lookup(work, side, stacked([_read_block(file, side) for file in blocks]), asking.snapshot)
-        with writing(path.name):
+        with translate_write_errors(path.name):
             work.rename(path)
-            sync(path.parent)
+            fsync_path(path.parent)
             for file in blocks:
                 (path / file.name).unlink()
     return before
 
 
 def _write_block(file: Path, found: Mapping[Side, Hits]) -> None:
-    with writing(file.name):
+    with translate_write_errors(file.name):
         hits = {f"{side}.{name}": getattr(found[side], name) for side in SIDES for name in ("rows", "scores")}
         write_tensors(file, {name: torch.from_numpy(array) for name, array in hits.items()}, {})
 
@@ -180,7 +180,7 @@ def _read_block(file: Path, side: Side) -> Hits:
 def _write_lookup(work: Path, side: Side, found: Hits, snapshot: Snapshot) -> None:
     """The three arrays of one side, the vectors copied block by block."""
     distinct, rows = compacted(found)
-    with writing(work.name):
+    with translate_write_errors(work.name):
         known = Column(work / f"{side}_known.npy", snapshot.dim)
         for at in range(0, len(distinct), BLOCK):
             known.append(snapshot.vectors(distinct[at : at + BLOCK], other(side)))
@@ -188,7 +188,7 @@ def _write_lookup(work: Path, side: Side, found: Hits, snapshot: Snapshot) -> No
         np.save(work / f"{side}_rows.npy", rows, allow_pickle=False)
         np.save(work / f"{side}_scores.npy", found.scores, allow_pickle=False)
         for name in _names(side):
-            sync(work / name)
+            fsync_path(work / name)
 
 
 def _names(side: Side) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from index_store.float16 import widened
+from index_store.float16 import to_float32
 from index_store.search.filters import SearchParams
 from index_store.search.hits import Hits
 from index_store.snapshot import Snapshot
@@ -123,7 +123,7 @@ class Asking:
 
     def find(self, encoded: Encoded, side: Side, own: Sequence[Collection[Id]]) -> Hits:
         """What the memory returns, (B, K).  encoded: float16 or float32.  own: for each query the ids that it must not find."""
-        wide = Encoded(widened(encoded.vectors), None if encoded.trunk is None else widened(encoded.trunk))
+        wide = Encoded(to_float32(encoded.vectors), None if encoded.trunk is None else to_float32(encoded.trunk))
         ceiling = self.limits.get(side)
         limit = math.inf if ceiling is None else ceiling
         return self.reco.search(wide, side, self.snapshot, self.k, SearchParams(max_similarity=limit, exclude=own))

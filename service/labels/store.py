@@ -16,8 +16,8 @@ from pathlib import Path
 
 from index_store import Snapshot
 from index_store.errors import NameRefused
-from index_store.storage.atomic import replace_text, writing
-from index_store.store import plain
+from index_store.storage.atomic import replace_text, translate_write_errors
+from index_store.store import check_name
 from service.errors import InvalidValue, NotFound, RetiredVersion, TooLarge
 from service.labels.cache import Embed, LabelVectors
 from service.labels.label_set import LabelSet
@@ -85,7 +85,7 @@ class LabelSets:
         path = self._path(name)
         if not path.exists() and len(self.names()) >= self._max_sets:
             raise TooLarge(f"{self._max_sets} label sets are stored, the limit: delete one first", "label_set")
-        with writing(f"label set {name}"):
+        with translate_write_errors(f"label set {name}"):
             self._folder.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 self._keep(name, path)
@@ -144,7 +144,9 @@ class LabelSets:
 
     def _path(self, name: str, version: str | None = None) -> Path:
         with suppress(NameRefused):
-            return self._folder / (f"{plain(name)}.json" if version is None else f"{plain(name)}@{plain(version)}.json")
+            return self._folder / (
+                f"{check_name(name)}.json" if version is None else f"{check_name(name)}@{check_name(version)}.json"
+            )
         raise InvalidValue(
             f"label set name {name[:80]!r}: letters, digits, dot, dash and underscore, at most 64", "label_set"
         )

@@ -73,7 +73,7 @@ class Editing:
         One that fails is tried again after as many more, and not with every edit.
         """
         limit = self._settings.compact_after
-        if limit and after.overlaid // limit > before.overlaid // limit and not self._swaps.busy(name):
+        if limit and after.edited_rows // limit > before.edited_rows // limit and not self._swaps.busy(name):
             self._swaps.compact(name)
         return {"object": "memory.edit", "memory": after.ref, "pairs": len(after)}
 

@@ -72,7 +72,7 @@ class RecallSampler:
         """In a thread."""
         queries = self._recent.of(snapshot.manifest.name, side, ASKED)
         assert queries is not None  # noqa: S101  it was counted
-        return snapshot.recall_of(queries.key(snapshot.key_kind(side)), side)
+        return snapshot.measure_recall(queries.key(snapshot.key_kind(side)), side)
 
     def _told(self, name: str, side: Side, version: str, recall: float) -> None:
         checks = self._checks.setdefault((name, side), (version, deque(maxlen=CHECKS)))[1]

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from index_store import Memory, Snapshot, Store
-from index_store.compaction import repeated
+from index_store.compaction import redundant_versions
 from index_store.editor import Editor
 from index_store.errors import DamagedVersion, StoreBusy, StoreError, UnknownVersion
 from service.errors import NotServing, RetiredVersion
@@ -156,7 +156,7 @@ class MemoryRegistry:
         try:
             pointed = {self._store.current(name), self._store.previous(name)}
             served = {self._live[name].current.manifest.version, *filter(None, pointed)}
-            for version in repeated(self._store, name, served):
+            for version in redundant_versions(self._store, name, served):
                 self._store.delete(name, version)
                 log.info("%s@%s was made by a compaction, and a later one holds all of it: deleted", name, version)
         except StoreError as error:

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from index_store import Snapshot
-from index_store.editor import Prepared
+from index_store.editor import CompactedVersion
 from index_store.errors import DamagedVersion, StoreError
 from service.batching.executors import low_priority
 from service.errors import SwapInProgress
@@ -61,7 +61,7 @@ class Swaps:
         """Read again, in the background, what was opened on the word of an earlier reading."""
         snapshot = self._live.resolve(name)
         wanted = name, snapshot.manifest.version
-        if snapshot.unread and wanted not in self._to_read:
+        if snapshot.unread_files and wanted not in self._to_read:
             self._to_read.add(wanted)
             self._keep(asyncio.create_task(self._verified(*wanted)))
 
@@ -129,7 +129,7 @@ class Swaps:
             self._jobs.note(job.id, progress=done / max(total, 1))
 
         with self._jobs.phase(job.id, "build"):
-            prepared: Prepared = await self._aside(editor.compact_build, None, progress)
+            prepared: CompactedVersion = await self._aside(editor.compact_build, None, progress)
         self._jobs.note(job.id, version=prepared.snapshot.manifest.version)
         await self._proven(job, prepared.snapshot)
         async with self._live.editing(name):
@@ -145,7 +145,7 @@ class Swaps:
         with self._jobs.phase(
             job.id, "prove"
         ):  # the probes also warm the index: every later search finds its pages mapped
-            self._jobs.note(job.id, recall=await self._aside(snapshot.prove))
+            self._jobs.note(job.id, recall=await self._aside(snapshot.check_recall))
         with self._jobs.phase(job.id, "labels"):
             await self._prepare(snapshot)
         if job.memory not in self._live.names():

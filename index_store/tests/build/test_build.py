@@ -15,10 +15,10 @@ from index_store.tests.support.small import (
     ENCODER,
     TRUNKS,
     VECTORS,
-    built,
-    nothing_there,
-    opened,
+    build_memory,
+    open_memory,
     some_pairs,
+    store_is_empty,
     unit_rows,
 )
 from index_store.types import Pairs
@@ -60,8 +60,8 @@ def test_the_manifest_tells_what_was_built(tmp_path: Path) -> None:
 
 
 def test_one_pair_is_a_memory(tmp_path: Path) -> None:
-    snapshot = opened(tmp_path, some_pairs(1))
-    assert snapshot.prove() == {"image": 1.0, "text": 1.0}
+    snapshot = open_memory(tmp_path, some_pairs(1))
+    assert snapshot.check_recall() == {"image": 1.0, "text": 1.0}
     found = snapshot.retrieve(unit_rows(2, 16, 0), "text", 10)
     assert found.mask.sum(axis=1).tolist() == [1, 1]
 
@@ -76,15 +76,15 @@ def test_auto_takes_lists_where_the_memory_is_large(tmp_path: Path, monkeypatch:
     rows = (centres + 0.05 * unit_rows(2050, 16, 4)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     pairs = replace(some_pairs(2050), image=rows, text=rows[::-1].copy())
-    snapshot = opened(tmp_path, pairs, shard_pairs=1000)
+    snapshot = open_memory(tmp_path, pairs, shard_pairs=1000)
     manifest = snapshot.manifest
     assert manifest.index["recipe"] == "IVF32,SQfp16"
     assert 1 <= manifest.index["probes"] < 32
     assert sorted(name for name in manifest.files if name.endswith("faiss")) == [
         f"shard-000{shard}/{side}.faiss" for shard in (0, 1) for side in ("image", "text")
     ]  # the last fifty rows are searched flat
-    assert min(snapshot.prove().values()) >= 0.99
-    exact = opened(tmp_path, pairs, "v2", index="Flat")
+    assert min(snapshot.check_recall().values()) >= 0.99
+    exact = open_memory(tmp_path, pairs, "v2", index="Flat")
     asked = rows[::41]
     same = snapshot.retrieve(asked, "image", 10).ids == exact.retrieve(asked, "image", 10).ids
     assert same.mean() > 0.95
@@ -130,25 +130,25 @@ REFUSED: dict[str, tuple[list[Pairs], dict[str, Any], str]] = {
 def test_refused_blocks_leave_nothing(tmp_path: Path, case: str) -> None:
     blocks, options, message = REFUSED[case]
     with pytest.raises(PairsRefused, match=message) as refused:
-        built(tmp_path, blocks, shard_pairs=3, **options)
+        build_memory(tmp_path, blocks, shard_pairs=3, **options)
     assert "\n" not in str(refused.value)
-    assert nothing_there(tmp_path)
+    assert store_is_empty(tmp_path)
 
 
 @pytest.mark.parametrize("recipe", ["IVF", "Flat,", "no such thing", "PQ7"])
 def test_a_recipe_that_faiss_does_not_know(tmp_path: Path, recipe: str) -> None:
     with pytest.raises(RecipeRefused, match="try auto") as refused:
-        built(tmp_path, some_pairs(20), index=recipe)
+        build_memory(tmp_path, some_pairs(20), index=recipe)
     assert "\n" not in str(refused.value)
-    assert nothing_there(tmp_path)
+    assert store_is_empty(tmp_path)
 
 
 def test_a_recipe_that_numbers_rows_itself_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(
         RecipeRefused, match="'IDMap,Flat' numbers its rows itself, which a shard does already: leave IDMap out"
     ):
-        built(tmp_path, some_pairs(20), index="IDMap,Flat")
-    assert nothing_there(tmp_path)
+        build_memory(tmp_path, some_pairs(20), index="IDMap,Flat")
+    assert store_is_empty(tmp_path)
 
 
 def test_a_recipe_that_cannot_be_searched_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,29 +161,29 @@ def test_a_recipe_that_cannot_be_searched_is_one_line(tmp_path: Path, monkeypatc
     with pytest.raises(
         RecipeRefused, match=r"^SQ8 cannot be filled or searched \('params' failed: not supported\): try auto"
     ) as refused:
-        built(tmp_path, some_pairs(20), index="SQ8")
+        build_memory(tmp_path, some_pairs(20), index="SQ8")
     assert "\n" not in str(refused.value)
-    assert nothing_there(tmp_path)
+    assert store_is_empty(tmp_path)
 
 
 def test_too_few_rows_to_train_on(tmp_path: Path) -> None:
     with pytest.raises(RecipeRefused, match="IVF64,Flat cannot be trained on 20 image rows"):
-        built(tmp_path, some_pairs(20), index="IVF64,Flat")
-    assert nothing_there(tmp_path)
+        build_memory(tmp_path, some_pairs(20), index="IVF64,Flat")
+    assert store_is_empty(tmp_path)
 
 
 def test_an_index_below_the_floor_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecallTooLow, match=r"SQ4 finds 0\.\d+ of the (image|text) side's best 10, the floor is 0.99"):
-        built(tmp_path, some_pairs(500), index="SQ4")
-    assert nothing_there(tmp_path)
-    low = built(tmp_path, some_pairs(500), index="SQ4", recall_floor=0.01)
+        build_memory(tmp_path, some_pairs(500), index="SQ4")
+    assert store_is_empty(tmp_path)
+    low = build_memory(tmp_path, some_pairs(500), index="SQ4", recall_floor=0.01)
     assert min(low.recall["image"], low.recall["text"]) < 0.95
 
 
 def test_a_version_is_never_overwritten(tmp_path: Path) -> None:
-    built(tmp_path, some_pairs(5))
+    build_memory(tmp_path, some_pairs(5))
     with pytest.raises(VersionExists, match="things@v1 exists already"):
-        built(tmp_path, some_pairs(6))
+        build_memory(tmp_path, some_pairs(6))
     assert len(Store(tmp_path).open("things", "v1", encoder=ENCODER)) == 5
     assert [path.name for path in (tmp_path / "things").iterdir()] == ["v1"]
 
@@ -194,9 +194,9 @@ def test_an_interrupted_source_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        built(tmp_path, blocks(), shard_pairs=20)
-    assert nothing_there(tmp_path)
-    assert len(opened(tmp_path, some_pairs(50))) == 50
+        build_memory(tmp_path, blocks(), shard_pairs=20)
+    assert store_is_empty(tmp_path)
+    assert len(open_memory(tmp_path, some_pairs(50))) == 50
 
 
 def test_an_error_of_the_source_stays_its_own(tmp_path: Path) -> None:
@@ -205,8 +205,8 @@ def test_an_error_of_the_source_stays_its_own(tmp_path: Path) -> None:
         raise FileNotFoundError("photos.tar")
 
     with pytest.raises(FileNotFoundError, match="photos"):
-        built(tmp_path, blocks())
-    assert nothing_there(tmp_path)
+        build_memory(tmp_path, blocks())
+    assert store_is_empty(tmp_path)
 
 
 def test_two_builders_of_one_version(tmp_path: Path) -> None:
@@ -219,12 +219,12 @@ def test_two_builders_of_one_version(tmp_path: Path) -> None:
         yield some_pairs(20, first=20)
 
     results: list[object] = []
-    first = threading.Thread(target=lambda: results.append(built(tmp_path, slow())))
+    first = threading.Thread(target=lambda: results.append(build_memory(tmp_path, slow())))
     first.start()
     started.wait(20)
     with pytest.raises(StoreBusy, match="things@v1 is being built by another process"):
-        built(tmp_path, some_pairs(5))
-    assert built(tmp_path, some_pairs(7), "v2").pairs == 7  # another version of the same memory is free
+        build_memory(tmp_path, some_pairs(5))
+    assert build_memory(tmp_path, some_pairs(7), "v2").pairs == 7  # another version of the same memory is free
     go.set()
     first.join()
     assert len(results) == 1
@@ -237,7 +237,7 @@ def test_many_builders_race_and_one_wins(tmp_path: Path) -> None:
 
     def race(n: int) -> None:
         try:
-            built(tmp_path, some_pairs(n))
+            build_memory(tmp_path, some_pairs(n))
             won.append(n)
         except (StoreBusy, VersionExists) as error:
             lost.append(error)

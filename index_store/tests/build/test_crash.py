@@ -16,8 +16,8 @@ import pytest
 
 from index_store.errors import StoreBusy, StoreError, StoreUnwritable
 from index_store.store import Store
-from index_store.tests.support.nursery import ROOT, Nursery, kills, tiny_disk
-from index_store.tests.support.small import ENCODER, built, nothing_there, opened, some_pairs
+from index_store.tests.support.child_process import ROOT, ForkServer, kill_count, tiny_disk
+from index_store.tests.support.small import ENCODER, build_memory, open_memory, some_pairs, store_is_empty
 
 BUILD = """
 from index_store.tests.support.small import built, part, some_pairs
@@ -38,23 +38,23 @@ def build(root):
 
 
 @pytest.fixture
-def nursery() -> Iterator[Nursery]:
-    nursery = Nursery(BUILD)
-    yield nursery
-    nursery.close()
+def fork_server() -> Iterator[ForkServer]:
+    fork_server = ForkServer(BUILD)
+    yield fork_server
+    fork_server.close()
 
 
-def test_kill_9_at_random_moments_leaves_nothing_that_opens(tmp_path: Path, nursery: Nursery) -> None:
-    nursery.begin(tmp_path / "whole")
+def test_kill_9_at_random_moments_leaves_nothing_that_opens(tmp_path: Path, fork_server: ForkServer) -> None:
+    fork_server.begin(tmp_path / "whole")
     start = time.monotonic()
-    assert nursery.end() == 0
+    assert fork_server.end() == 0
     took = time.monotonic() - start
     store, moments, killed = Store(tmp_path / "store"), random.Random(22), 0
-    while killed < kills():
-        process = nursery.begin(store.root)
+    while killed < kill_count():
+        process = fork_server.begin(store.root)
         time.sleep(moments.uniform(0, 1.1 * took))
         os.kill(process, signal.SIGKILL)  # harmless where it is done already
-        ended = nursery.end()
+        ended = fork_server.end()
         killed += ended != 0
         if store.names():  # it was faster than the blow, or just renamed: then the version is whole
             assert len(store.open("things", "v1", encoder=ENCODER)) == 1500
@@ -63,32 +63,32 @@ def test_kill_9_at_random_moments_leaves_nothing_that_opens(tmp_path: Path, nurs
             assert ended == -signal.SIGKILL
             with pytest.raises(StoreError, match="no memory 'things' here"):
                 store.open("things", "v1", encoder=ENCODER)
-    nursery.begin(store.root)
-    assert nursery.end() == 0
+    fork_server.begin(store.root)
+    assert fork_server.end() == 0
     assert [path.name for path in (store.root / "things").iterdir()] == ["v1"]
-    assert min(store.open("things", "v1", encoder=ENCODER).prove().values()) >= 0.99
+    assert min(store.open("things", "v1", encoder=ENCODER).check_recall().values()) >= 0.99
 
 
-def test_two_processes_that_build_one_version(tmp_path: Path, nursery: Nursery) -> None:
+def test_two_processes_that_build_one_version(tmp_path: Path, fork_server: ForkServer) -> None:
     store = Store(tmp_path / "store")
-    nursery.begin(store.root)
+    fork_server.begin(store.root)
     while not (store.root / "things" / ".v1.partial" / "shard-0000").exists():
         time.sleep(0.001)
     with pytest.raises(
         StoreBusy, match="things@v1 is being built by another process: wait for it, or choose another version"
     ):
-        built(store.root, some_pairs(5))
-    assert nursery.end() == 0
+        build_memory(store.root, some_pairs(5))
+    assert fork_server.end() == 0
     assert len(store.open("things", "v1", encoder=ENCODER)) == 1500
 
 
 def test_kill_9_at_random_moments_leaves_one_of_the_two_versions_current(tmp_path: Path) -> None:
-    store, moments, swapping = Store(tmp_path), random.Random(23), Nursery(SWAP)
+    store, moments, swapping = Store(tmp_path), random.Random(23), ForkServer(SWAP)
     for version in ("v1", "v2"):
-        built(tmp_path, some_pairs(20), version=version)
+        build_memory(tmp_path, some_pairs(20), version=version)
     store.activate("things", "v1")
     try:
-        for _ in range(kills()):
+        for _ in range(kill_count()):
             process = swapping.begin(tmp_path)
             time.sleep(moments.uniform(0.005, 0.08))
             os.kill(process, signal.SIGKILL)
@@ -106,7 +106,7 @@ def test_the_leftover_of_a_dead_builder_is_cleared(tmp_path: Path) -> None:
     (partial / "manifest.json").write_text("{}")
     (partial / ".lock").touch()
     assert Store(tmp_path).names() == []
-    opened(tmp_path, some_pairs(5))
+    open_memory(tmp_path, some_pairs(5))
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if "partial" in str(path)) == []
 
 
@@ -122,7 +122,7 @@ def test_every_new_name_on_the_way_to_a_version_is_synced_before_the_build_retur
         synced.append(os.fstat(descriptor).st_ino)
 
     monkeypatch.setattr(os, "fsync", watched)
-    built(tmp_path / "var" / "store", some_pairs(5))
+    build_memory(tmp_path / "var" / "store", some_pairs(5))
     for folder in (tmp_path, tmp_path / "var", tmp_path / "var" / "store", tmp_path / "var" / "store" / "things"):
         assert folder.stat().st_ino in synced, folder.name
 
@@ -134,9 +134,9 @@ def test_a_leftover_held_by_the_living_is_left_alone(tmp_path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (partial / "precious").touch()
         with pytest.raises(StoreBusy):
-            built(tmp_path, some_pairs(5))
+            build_memory(tmp_path, some_pairs(5))
         assert (partial / "precious").exists()
-    assert built(tmp_path, some_pairs(5)).pairs == 5
+    assert build_memory(tmp_path, some_pairs(5)).pairs == 5
 
 
 @pytest.fixture
@@ -151,11 +151,11 @@ def test_a_full_disk(full_disk: Path, recipe: str) -> None:
     """Flat fills it with rows, the lists fit their rows and fill it with the index that faiss writes."""
     rows = 5000 if recipe == "Flat" else 1800
     with pytest.raises(StoreUnwritable, match=r"cannot write .*free some room") as refused:
-        built(full_disk, some_pairs(rows, 32), index=recipe)
+        build_memory(full_disk, some_pairs(rows, 32), index=recipe)
     assert "\n" not in str(refused.value)
     assert str(full_disk) not in str(refused.value)
-    assert nothing_there(full_disk)
-    built(full_disk, some_pairs(100, 32))
+    assert store_is_empty(full_disk)
+    build_memory(full_disk, some_pairs(100, 32))
 
 
 def limited(code: str, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -186,7 +186,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path, room: int, recipe: str, file: 
     done = limited(FULL, tmp_path, str(room), recipe)
     assert done.stdout.startswith(f"cannot write {file}: "), done.stderr
     assert done.stdout.count("\n") == 1
-    assert nothing_there(tmp_path)
+    assert store_is_empty(tmp_path)
 
 
 READ_ONLY = """
@@ -211,7 +211,7 @@ print(Store(Path(sys.argv[1])).open("things", "v1", encoder="@0123456789ab").ref
 
 def test_no_permission_to_write(tmp_path: Path) -> None:
     root = Path(f"{tmp_path}-read-only")
-    built(root, some_pairs(5))
+    build_memory(root, some_pairs(5))
     for folder in (root, root / "things"):
         folder.chmod(0o555)
     for parent in list(root.parents)[:-1]:

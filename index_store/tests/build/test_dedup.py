@@ -7,7 +7,7 @@ from index_store.build import dedup
 from index_store.build.dedup import Deduplicator
 from index_store.build.source import Kept, Reject, Step
 from index_store.errors import PairsRefused
-from index_store.tests.support.small import part, some_pairs, unit, unit_rows
+from index_store.tests.support.small import normalize, slice_pairs, some_pairs, unit_rows
 from index_store.types import Pairs
 
 
@@ -19,20 +19,20 @@ def clustered(n: int, width: int = 16, seed: int = 0) -> Pairs:
     where = rng.integers(0, n // 4, n)
     elsewhere = np.where(rng.random(n) < 0.3, rng.integers(0, n // 4, n), where)
     far = rng.uniform(0.02, 0.3, (n, 1)) / np.sqrt(width)
-    image = unit(centres[0][where] + far * rng.standard_normal((n, width))).astype(np.float16)
-    text = unit(centres[1][elsewhere] + far * rng.standard_normal((n, width))).astype(np.float16)
+    image = normalize(centres[0][where] + far * rng.standard_normal((n, width))).astype(np.float16)
+    text = normalize(centres[1][elsewhere] + far * rng.standard_normal((n, width))).astype(np.float16)
     return Pairs(pairs.ids, image, text, pairs.records)
 
 
 def steps(pairs: Pairs, size: int) -> Iterator[Step]:
     for start in range(0, len(pairs), size):
-        block = part(pairs, slice(start, start + size))
+        block = slice_pairs(pairs, slice(start, start + size))
         yield Step(block, len(block) + 1, [Reject(f"bad-{start}", "no caption")])
 
 
 def brute_force(pairs: Pairs, cosine: float) -> tuple[list[str], dict[str, str]]:
     """Ids kept, and for each one dropped its best twin among those kept before."""
-    image, text = (unit(rows.astype(np.float32)) for rows in (pairs.image, pairs.text))
+    image, text = (normalize(rows.astype(np.float32)) for rows in (pairs.image, pairs.text))
     kept: list[int] = []
     dropped: dict[str, str] = {}
     for row in range(len(pairs)):
@@ -75,7 +75,7 @@ def test_equal_pairs_reach_a_cosine_of_one() -> None:
 
 def test_keys_of_their_own_and_records_stay_aligned() -> None:
     pairs = some_pairs(10, key_width=8)
-    first, again = part(pairs, slice(0, 4)), part(pairs, slice(2, 10))
+    first, again = slice_pairs(pairs, slice(0, 4)), slice_pairs(pairs, slice(2, 10))
     deduplicator = Deduplicator(0.99)
     _, step = deduplicator.filter([Step(first, 4), Step(again, 8)])
     assert step.pairs is not None

@@ -8,7 +8,7 @@ from index_store.build.source import Step
 from index_store.editor import Editor
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, PairsRefused
 from index_store.store import Store
-from index_store.tests.support.small import ENCODER, TRUNKS, VECTORS, built, some_pairs
+from index_store.tests.support.small import ENCODER, TRUNKS, VECTORS, build_memory, some_pairs
 from index_store.types import Id, Pairs
 
 
@@ -21,7 +21,7 @@ def stored(path: Path, *, trunks: bool = False, seen: set[Id] | None = None, ski
 @pytest.mark.parametrize("ints", [False, True])
 def test_every_pair_comes_back(tmp_path: Path, ints: bool) -> None:
     pairs = some_pairs(50, key_width=8, ints=ints)
-    built(tmp_path, pairs, shard_pairs=20)
+    build_memory(tmp_path, pairs, shard_pairs=20)
     path = Store(tmp_path).path("things", "v1")
     assert is_version(path)
     assert not is_version(tmp_path)
@@ -33,20 +33,20 @@ def test_every_pair_comes_back(tmp_path: Path, ints: bool) -> None:
         np.testing.assert_array_equal(
             np.concatenate([getattr(block, field) for block in found]), getattr(pairs, field).astype(np.float16)
         )
-    built(tmp_path, found, "v2", shard_pairs=20)
+    build_memory(tmp_path, found, "v2", shard_pairs=20)
     first, second = Store(tmp_path).manifest("things", "v1"), Store(tmp_path).manifest("things", "v2")
     assert first.files == second.files
 
 
 def test_keys_that_are_not_asked_for_are_left(tmp_path: Path) -> None:
-    built(tmp_path, some_pairs(10, key_width=8))
+    build_memory(tmp_path, some_pairs(10, key_width=8))
     (step,) = stored(Store(tmp_path).path("things", "v1"))
     assert isinstance(step.pairs, Pairs)
     assert not step.pairs.has_own_keys("image")
 
 
 def test_ids_that_are_taken_are_rejected_and_rows_passed_over_are_taken(tmp_path: Path) -> None:
-    built(tmp_path, some_pairs(10), shard_pairs=4)
+    build_memory(tmp_path, some_pairs(10), shard_pairs=4)
     path, seen = Store(tmp_path).path("things", "v1"), set[Id]({"pair-7"})
     found = stored(path, seen=seen, skip=5)
     assert [name for step in found if step.pairs for name in step.pairs.ids.tolist()] == [
@@ -61,7 +61,7 @@ def test_ids_that_are_taken_are_rejected_and_rows_passed_over_are_taken(tmp_path
 
 
 def test_that_edits_are_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    built(tmp_path, some_pairs(10))
+    build_memory(tmp_path, some_pairs(10))
     path = Store(tmp_path).path("things", "v1")
     assert sum(len(step.pairs) for step in stored(path) if step.pairs) == 10
     assert caplog.text == ""
@@ -73,7 +73,7 @@ def test_that_edits_are_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    built(tmp_path, some_pairs(10))
+    build_memory(tmp_path, some_pairs(10))
     path = Store(tmp_path).path("things", "v1")
     with pytest.raises(IncompatibleSnapshot, match="things@v1 was built by tiny/test@0123456789ab, not by other@ffff"):
         stored_manifest(path, encoder="other@ffff", kinds=VECTORS)

@@ -13,11 +13,11 @@ from index_store.build.index import candidates, check_recipe
 from index_store.build.tuning import Clock, Point
 from index_store.errors import RecipeRefused
 from index_store.search.filters import SearchParams
-from index_store.search.probes import Probes
+from index_store.search.probes import ProbeQueries
 from index_store.search.shard import Shard
 from index_store.search.sharded import ShardedIndex
 from index_store.storage.manifest import Manifest
-from index_store.tests.support.small import built, opened, some_pairs, unit, unit_rows
+from index_store.tests.support.small import build_memory, normalize, open_memory, some_pairs, unit_rows
 from index_store.types import SIDES, Pairs
 
 
@@ -52,7 +52,7 @@ def clustered(n: int, width: int = 32) -> Pairs:
     """n pairs around 60 centres."""
     rng = np.random.default_rng(0)
     rows = [
-        unit(unit_rows(60, width, seed)[rng.integers(60, size=n)] + 0.4 * unit_rows(n, width, seed + 1))
+        normalize(unit_rows(60, width, seed)[rng.integers(60, size=n)] + 0.4 * unit_rows(n, width, seed + 1))
         for seed in (5, 7)
     ]
     return replace(some_pairs(n, width), image=rows[0], text=rows[1])
@@ -71,7 +71,7 @@ def curve_of(manifest: Manifest, recipe: str) -> list[dict[str, float]]:
 
 
 def test_auto_takes_the_fewest_lists_that_surely_reach_the_floor(tmp_path: Path, small_is_large: None) -> None:
-    snapshot = opened(tmp_path, clustered(4000), recall_floor=0.97)
+    snapshot = open_memory(tmp_path, clustered(4000), recall_floor=0.97)
     found = snapshot.manifest.index
     assert found["recipe"] == "IVF64,SQfp16"
     points = curve_of(snapshot.manifest, "IVF64,SQfp16")
@@ -79,7 +79,7 @@ def test_auto_takes_the_fewest_lists_that_surely_reach_the_floor(tmp_path: Path,
     assert 1 < found["probes"] < 64
     chosen = next(point for point in points if point["probes"] == found["probes"])
     assert chosen["recall"] >= 0.97
-    assert min(snapshot.prove().values()) == pytest.approx(chosen["recall"], abs=1e-4)
+    assert min(snapshot.check_recall().values()) == pytest.approx(chosen["recall"], abs=1e-4)
     fewer = [point for point in points if point["probes"] < found["probes"]]
     assert fewer[-1]["recall"] < 0.98  # within a standard error of the floor
     assert curve_of(snapshot.manifest, "Flat")[0]["ms"] == 1e6
@@ -87,7 +87,7 @@ def test_auto_takes_the_fewest_lists_that_surely_reach_the_floor(tmp_path: Path,
 
 def test_lists_hold_the_very_rows(tmp_path: Path, small_is_large: None) -> None:
     pairs = clustered(2000)
-    snapshot = opened(tmp_path, pairs)
+    snapshot = open_memory(tmp_path, pairs)
     asked = unit_rows(20, 32, 77)
     stored = pairs.image.astype(np.float16).astype(np.float32)
     exact = -np.sort(-(asked @ stored.T), axis=1)[:, :10]
@@ -107,11 +107,11 @@ def test_finer_lists_are_tried_where_the_first_are_dear_and_kept_where_faster(
 
     monkeypatch.setattr(curve, "measure", measure)
     monkeypatch.setattr(indexing, "CHEAP", 1e9)
-    finer = built(tmp_path, pairs, "v1")
+    finer = build_memory(tmp_path, pairs, "v1")
     assert finer.index["recipe"] == "IVF128,SQfp16"
     assert curve_of(finer, "IVF32,SQfp16")
     costs["IVF128,SQfp16"] = 3.0
-    coarser = built(tmp_path, pairs, "v2")
+    coarser = build_memory(tmp_path, pairs, "v2")
     assert coarser.index["recipe"] == "IVF32,SQfp16"
     assert curve_of(coarser, "IVF128,SQfp16")
     index: Any = faiss.read_index(str(tmp_path / "things" / "v2" / "shard-0000" / "text.faiss"))
@@ -120,9 +120,9 @@ def test_finer_lists_are_tried_where_the_first_are_dear_and_kept_where_faster(
 
 def test_a_slower_minute_makes_no_search_dearer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that slows down five times after the block was timed: a search of three blocks' work still costs three blocks."""
-    manifest = built(tmp_path, clustered(2000))
+    manifest = build_memory(tmp_path, clustered(2000))
     fan = ShardedIndex([Shard(tmp_path / "things" / "v1", "shard-0000", 2000, manifest)], "image")
-    questions = Probes.sample(fan)
+    questions = ProbeQueries.sample(fan)
     now, pace = 0.0, 1.0
 
     def work(blocks: float) -> None:
@@ -130,7 +130,7 @@ def test_a_slower_minute_makes_no_search_dearer(tmp_path: Path, monkeypatch: pyt
         now += blocks * pace
 
     monkeypatch.setattr(curve, "time", SimpleNamespace(perf_counter=lambda: now))
-    monkeypatch.setattr(curve, "flat_index", lambda rows: SimpleNamespace(search=lambda queries, k: work(1)))
+    monkeypatch.setattr(curve, "build_flat_index", lambda rows: SimpleNamespace(search=lambda queries, k: work(1)))
     clock = Clock(dict.fromkeys(SIDES, fan), dict.fromkeys(SIDES, questions))
     block = clock.flat_ms("image", 2000)
     assert clock.flat_ms("image", 20_000) == pytest.approx(10 * block)
@@ -142,14 +142,14 @@ def test_lists_that_are_no_faster_are_not_kept(
     tmp_path: Path, small_is_large: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(indexing, "flat_point", lambda *_: Point("Flat", 0, {"image": 1.0, "text": 1.0}, 1.0, 0.0))
-    snapshot = opened(tmp_path, clustered(2500), shard_pairs=1500)
+    snapshot = open_memory(tmp_path, clustered(2500), shard_pairs=1500)
     assert (snapshot.manifest.index["recipe"], snapshot.manifest.index["probes"]) == ("Flat", 0)
     assert not [name for name in snapshot.manifest.files if name.endswith("faiss")]
-    assert snapshot.prove() == {"image": 1.0, "text": 1.0}
+    assert snapshot.check_recall() == {"image": 1.0, "text": 1.0}
 
 
 def test_lossy_codes_reach_a_lower_floor(tmp_path: Path) -> None:
-    manifest = built(tmp_path, clustered(2000), index="IVF16,PQ16x4", recall_floor=0.3)
+    manifest = build_memory(tmp_path, clustered(2000), index="IVF16,PQ16x4", recall_floor=0.3)
     assert manifest.index["asked"] == manifest.index["recipe"] == "IVF16,PQ16x4"
     assert 0.3 <= min(manifest.recall["image"], manifest.recall["text"]) < 0.99
     assert manifest.recall["floor"] == 0.3

@@ -22,7 +22,7 @@ from index_store.errors import PairsRefused, RecallTooLow, StoreBusy, StoreUnwri
 from index_store.storage.manifest import Manifest
 from index_store.store import Store
 from index_store.tests.build.test_crash import limited
-from index_store.tests.support.nursery import Nursery, kills
+from index_store.tests.support.child_process import ForkServer, kill_count
 from index_store.tests.support.small import ENCODER, TRUNKS, VECTORS, some_pairs
 from index_store.types import Pairs
 
@@ -83,7 +83,7 @@ def same(one: Path, two: Path, version: str = "v1") -> None:
     assert left - set(NOTES) == {
         path.name for path in (one / "things" / version).iterdir()
     }  # a kill may spare the notes
-    Store(one).open("things", version, encoder=ENCODER).prove()
+    Store(one).open("things", version, encoder=ENCODER).check_recall()
 
 
 @pytest.mark.parametrize("stop_at", [50, 100, 150, 400, 450, 800, 1450])
@@ -277,7 +277,7 @@ def build(root):
 
 
 def test_kill_9_at_random_moments_and_the_same_build_comes_out(tmp_path: Path) -> None:
-    nursery, moments = Nursery(BUILD), random.Random(3)
+    nursery, moments = ForkServer(BUILD), random.Random(3)
     try:
         nursery.begin(tmp_path / "whole")
         start = time.monotonic()
@@ -285,7 +285,7 @@ def test_kill_9_at_random_moments_and_the_same_build_comes_out(tmp_path: Path) -
         took = time.monotonic() - start
         root, log, killed, finished = tmp_path / "store", tmp_path / "store.log", 0, 0
         log.touch()
-        while killed < kills() or not finished:
+        while killed < kill_count() or not finished:
             process = nursery.begin(root)
             time.sleep(moments.uniform(0, took))
             os.kill(process, signal.SIGKILL)
@@ -300,7 +300,7 @@ def test_kill_9_at_random_moments_and_the_same_build_comes_out(tmp_path: Path) -
     finally:
         nursery.close()
     began = [int(line) for line in log.read_text().split()]
-    assert sum(items > 0 for items in began) >= min(3, kills() // 5), f"hardly a run went on from another: {began}"
+    assert sum(items > 0 for items in began) >= min(3, kill_count() // 5), f"hardly a run went on from another: {began}"
 
 
 FULL = """

@@ -3,21 +3,21 @@ import re
 import numpy as np
 import pytest
 
-from index_store.edits.changes import Change, Delete, Put, decode, put_of, stored_ids
+from index_store.edits.changes import Change, Delete, Put, decode_change, encode_ids, make_put
 from index_store.errors import PairsRefused
-from index_store.tests.support.small import built, some_pairs
+from index_store.tests.support.small import build_memory, some_pairs
 from index_store.types import Id, Pairs
 
 
 def manifest(tmp_path_factory: pytest.TempPathFactory, **options: object) -> object:
-    return built(tmp_path_factory.mktemp("store"), some_pairs(5, **options))  # type: ignore[arg-type]
+    return build_memory(tmp_path_factory.mktemp("store"), some_pairs(5, **options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [{}, {"ints": True}, {"key_width": 24}])
 def test_a_put_comes_back_as_it_went(tmp_path_factory: pytest.TempPathFactory, options: dict[str, object]) -> None:
     pairs, found = some_pairs(7, **options), manifest(tmp_path_factory, **options)  # type: ignore[arg-type]
-    put = put_of(pairs, found, pairs.ids.dtype.kind.replace("U", "S"))  # type: ignore[arg-type]
-    again = decode(put.encode())
+    put = make_put(pairs, found, pairs.ids.dtype.kind.replace("U", "S"))  # type: ignore[arg-type]
+    again = decode_change(put.encode())
     assert isinstance(again, Put)
     np.testing.assert_array_equal(again.ids, put.ids)
     assert again.lines == put.lines
@@ -31,18 +31,18 @@ def test_a_put_comes_back_as_it_went(tmp_path_factory: pytest.TempPathFactory, o
 
 @pytest.mark.parametrize("ids", [["a", "ä" * 80, "日本"], [-(2**63), 0, 2**63 - 1]])
 def test_a_delete_comes_back_as_it_went(ids: list[Id]) -> None:
-    stored = stored_ids(ids, "i" if isinstance(ids[0], int) else "S", "things@v1")
-    again = decode(Delete(stored).encode())
+    stored = encode_ids(ids, "i" if isinstance(ids[0], int) else "S", "things@v1")
+    again = decode_change(Delete(stored).encode())
     assert isinstance(again, Delete)
     np.testing.assert_array_equal(again.ids, stored)
 
 
 def test_bytes_that_are_no_change(tmp_path_factory: pytest.TempPathFactory) -> None:
-    change: Change = put_of(some_pairs(3), manifest(tmp_path_factory), "S")  # type: ignore[arg-type]
+    change: Change = make_put(some_pairs(3), manifest(tmp_path_factory), "S")  # type: ignore[arg-type]
     whole = change.encode()
     for wrong in (b"", whole[:3], whole[:30], whole[:-1], whole + b"x", b"\2\0\0\0{}", b"\2\0\0\0[]"):
         with pytest.raises((ValueError, KeyError, TypeError)):
-            decode(wrong)
+            decode_change(wrong)
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ def test_bytes_that_are_no_change(tmp_path_factory: pytest.TempPathFactory) -> N
 )
 def test_pairs_of_another_kind(tmp_path_factory: pytest.TempPathFactory, pairs: Pairs, message: str) -> None:
     with pytest.raises(PairsRefused, match=re.escape(message)):
-        put_of(pairs, manifest(tmp_path_factory), "S")  # type: ignore[arg-type]
+        make_put(pairs, manifest(tmp_path_factory), "S")  # type: ignore[arg-type]
 
 
 def test_numbers_may_come_as_text() -> None:
-    assert stored_ids(["12", -3, "0"], "i", "things@v1").tolist() == [12, -3, 0]
+    assert encode_ids(["12", -3, "0"], "i", "things@v1").tolist() == [12, -3, 0]
     for wrong in ("x", "1.0", "", str(2**63), True, 2**64, " 1"):
         with pytest.raises(PairsRefused, match="whole numbers of 64 bits"):
-            stored_ids([wrong], "i", "things@v1")
+            encode_ids([wrong], "i", "things@v1")
     with pytest.raises(PairsRefused, match="comes twice"):
-        stored_ids([12, "12"], "i", "things@v1")
+        encode_ids([12, "12"], "i", "things@v1")

@@ -14,9 +14,9 @@ import pytest
 from index_store.editor import Editor
 from index_store.snapshot import Snapshot
 from index_store.store import Store
-from index_store.tests.support.nursery import kills
+from index_store.tests.support.child_process import kill_count
 from index_store.tests.support.oracle import Oracle
-from index_store.tests.support.small import ENCODER, built, some_pairs, unit_rows
+from index_store.tests.support.small import ENCODER, build_memory, some_pairs, unit_rows
 from index_store.types import Id, Pairs
 
 ROOT = Path(__file__).parents[3]
@@ -128,10 +128,10 @@ def contents(snapshot: Snapshot) -> dict[Id, str]:
 @pytest.mark.parametrize("kind", ["putting", "compacting"])
 def test_kill_9_at_random_moments_loses_nothing_acknowledged(tmp_path: Path, nursery: Nursery, kind: str) -> None:
     base, store, moments = some_pairs(60, WIDTH), Store(tmp_path), random.Random(6)
-    built(tmp_path, base)
+    build_memory(tmp_path, base)
     store.activate("things", "v1")
     oracle, reached, killed, within_s = Oracle(base), 0, 0, 0.06
-    while killed < kills() or (kind == "compacting" and len(store.versions("things")) < 4 and killed < 100):
+    while killed < kill_count() or (kind == "compacting" and len(store.versions("things")) < 4 and killed < 100):
         (tmp_path / "reached").write_text(str(reached))
         told = nursery.kill(tmp_path, kind, moments.uniform(0, within_s))
         killed += 1

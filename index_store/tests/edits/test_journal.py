@@ -18,7 +18,7 @@ import pytest
 
 from index_store.edits.journal import HEAD, RECORD, Journal, read_records
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, StoreBusy, StoreUnwritable
-from index_store.tests.support.nursery import tiny_disk
+from index_store.tests.support.child_process import tiny_disk
 
 SEAL, OTHER = "5e" * 32, "0d" * 32
 PAYLOADS = [b"first" * 7, b"", b"third, a longer one" * 5, b"last" * 4]

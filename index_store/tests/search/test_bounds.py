@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from index_store.search.bounds import SHARE, Sketch, products
-from index_store.tests.support.small import unit, unit_rows
+from index_store.search.bounds import WIDTH_REDUCTION, BoundProjection, inner_products
+from index_store.tests.support.small import normalize, unit_rows
 
 
 def rows_of(kind: str, n: int = 600, width: int = 64) -> np.ndarray:
@@ -10,7 +10,7 @@ def rows_of(kind: str, n: int = 600, width: int = 64) -> np.ndarray:
         return unit_rows(n, width, 1)
     if kind == "few directions":
         rng = np.random.default_rng(2)
-        return unit(
+        return normalize(
             rng.standard_normal((n, 6)) @ rng.standard_normal((6, width)) + 0.05 * rng.standard_normal((n, width))
         )
     return np.repeat(unit_rows(1, width, 3), n, axis=0)
@@ -19,7 +19,7 @@ def rows_of(kind: str, n: int = 600, width: int = 64) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["everywhere", "few directions", "all the same"])
 def test_a_bound_is_never_below_the_score(kind: str) -> None:
     rows = rows_of(kind)
-    sketch = Sketch(rows[:300])
+    sketch = BoundProjection(rows[:300])
     for queries in (rows, unit_rows(200, 64, 9), 40 * rows[:50], -rows, np.zeros((1, 64), np.float32)):
         bounds = sketch.of(queries) @ sketch.of(rows).T
         assert bounds.dtype == np.float32
@@ -28,15 +28,15 @@ def test_a_bound_is_never_below_the_score(kind: str) -> None:
 
 def test_it_is_tight_where_rows_differ_in_few_directions() -> None:
     rows = rows_of("few directions")
-    sketch = Sketch(rows)
-    assert sketch.width == 64 // SHARE + 1
+    sketch = BoundProjection(rows)
+    assert sketch.width == 64 // WIDTH_REDUCTION + 1
     assert (sketch.of(rows) @ sketch.of(rows).T - rows @ rows.T).mean() < 0.03
 
 
 @pytest.mark.parametrize("width", [1, 7, 8])
 def test_narrow_rows(width: int) -> None:
     rows = unit_rows(50, width, 0)
-    sketch = Sketch(rows)
+    sketch = BoundProjection(rows)
     assert (sketch.of(rows) @ sketch.of(rows).T >= rows @ rows.T - 1e-6).all()
 
 
@@ -45,6 +45,6 @@ def test_narrow_rows(width: int) -> None:
 )
 def test_products_in_blocks(n: int, width: int, queries: int) -> None:
     rows, asked = unit_rows(n, width, 0), unit_rows(queries, width, 1)
-    found = products(rows, asked)
+    found = inner_products(rows, asked)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, rows @ asked.T, atol=1e-6)

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from index_store.edits.changes import Delete, put_of, stored_ids
-from index_store.edits.overlay import SKETCHED_ROWS, Overlay
+from index_store.edits.changes import Delete, encode_ids, make_put
+from index_store.edits.overlay import MIN_BOUNDED_ROWS, Overlay
 from index_store.search.filters import SearchParams
 from index_store.snapshot import Snapshot
 from index_store.tests.support.oracle import Oracle
-from index_store.tests.support.small import opened, part, some_pairs, unit, unit_rows
+from index_store.tests.support.small import normalize, open_memory, slice_pairs, some_pairs, unit_rows
 from index_store.types import Id, Pairs, Side
 
 LIST: list[dict[str, Any]] = [
@@ -24,18 +24,18 @@ LIST: list[dict[str, Any]] = [
 
 
 def put(overlay: Overlay, pairs: Pairs) -> Snapshot:
-    return overlay.apply(put_of(pairs, overlay.base.manifest, overlay.base.id_kind))
+    return overlay.apply(make_put(pairs, overlay.base.manifest, overlay.base.id_kind))
 
 
 def delete(overlay: Overlay, ids: list[Id]) -> Snapshot:
-    return overlay.apply(Delete(stored_ids(ids, overlay.base.id_kind, "things@v1")))
+    return overlay.apply(Delete(encode_ids(ids, overlay.base.id_kind, "things@v1")))
 
 
 @pytest.mark.parametrize("options", LIST, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("queries", [1, 4, 5, 40])
 def test_added_replaced_and_deleted(tmp_path: Path, options: dict[str, Any], queries: int) -> None:
     base = some_pairs(60, key_width=24)
-    overlay, oracle = Overlay(opened(tmp_path, base, **options)), Oracle(base)
+    overlay, oracle = Overlay(open_memory(tmp_path, base, **options)), Oracle(base)
     for step in range(4):
         more = some_pairs(30, key_width=24, seed=step + 1, first=20 * step)
         oracle.put(more)
@@ -54,19 +54,19 @@ def test_added_replaced_and_deleted(tmp_path: Path, options: dict[str, Any], que
 def test_a_tail_with_sketches_is_exact(tmp_path: Path, spread: float) -> None:
     """More rows than are compared whole, in few directions or in all: few or most of them are candidates."""
     rng = np.random.default_rng(1)
-    base, more = some_pairs(300, 32, key_width=40), some_pairs(SKETCHED_ROWS + 500, 32, key_width=40, first=250)
+    base, more = some_pairs(300, 32, key_width=40), some_pairs(MIN_BOUNDED_ROWS + 500, 32, key_width=40, first=250)
     flat = rng.standard_normal((len(more), 4)) @ unit_rows(4, 40, 5)
-    keys = unit(flat + spread * rng.standard_normal((len(more), 40)) / 40**0.5)
+    keys = normalize(flat + spread * rng.standard_normal((len(more), 40)) / 40**0.5)
     more = Pairs(more.ids, more.image, more.text, more.records, image_key=keys)
     base = Pairs(base.ids, base.image, base.text, base.records, image_key=keys[-300:])
-    overlay, oracle = Overlay(opened(tmp_path, base, index="IVF4,Flat")), Oracle(base)
+    overlay, oracle = Overlay(open_memory(tmp_path, base, index="IVF4,Flat")), Oracle(base)
     for rows in (slice(0, 900), slice(900, 1100), slice(1100, None)):
-        oracle.put(part(more, rows))
-        snapshot = put(overlay, part(more, rows))
+        oracle.put(slice_pairs(more, rows))
+        snapshot = put(overlay, slice_pairs(more, rows))
     oracle.delete(["pair-1200", "pair-4"])
     snapshot = delete(overlay, ["pair-1200", "pair-4"])
     for queries in (1, 40):
-        oracle.agrees(snapshot, unit(keys[:queries] + 0.01), "image", 10, SearchParams(probes=4))
+        oracle.agrees(snapshot, normalize(keys[:queries] + 0.01), "image", 10, SearchParams(probes=4))
         oracle.agrees(
             snapshot,
             unit_rows(queries, 40, 7),
@@ -80,7 +80,7 @@ def test_a_tail_with_sketches_is_exact(tmp_path: Path, spread: float) -> None:
 def test_a_snapshot_never_changes(tmp_path: Path) -> None:
     """Through growth of every column, longer ids, replacements and deletions: what an old snapshot shows stays."""
     base = some_pairs(50)
-    overlay, oracle = Overlay(opened(tmp_path, base)), Oracle(base)
+    overlay, oracle = Overlay(open_memory(tmp_path, base)), Oracle(base)
     states: list[tuple[Snapshot, dict[Id, object]]] = [(overlay.snapshot, dict(oracle.there))]
     for step in range(30):
         more = some_pairs(60, seed=step, first=37 * step)
@@ -103,7 +103,7 @@ def test_a_snapshot_never_changes(tmp_path: Path) -> None:
 
 
 def test_every_file_is_shared(tmp_path: Path) -> None:
-    base = opened(tmp_path, some_pairs(50))
+    base = open_memory(tmp_path, some_pairs(50))
     overlay = Overlay(base)
     snapshot = put(overlay, some_pairs(3, first=50))
     assert snapshot.manifest is base.manifest
@@ -112,15 +112,15 @@ def test_every_file_is_shared(tmp_path: Path) -> None:
     assert (len(snapshot), snapshot.edits, snapshot.ref) == (53, 1, "things@v1+1")
     assert snapshot.bytes["mapped"] == base.bytes["mapped"]
     assert snapshot.bytes["resident"] >= base.bytes["resident"] + 3 * 16 * (2 + 4) * 2
-    assert snapshot.prove() == base.prove()
+    assert snapshot.check_recall() == base.check_recall()
 
 
 def test_snapshots_of_edits_die_with_their_last_holder(tmp_path: Path) -> None:
-    overlay = Overlay(opened(tmp_path, some_pairs(20), name="mortal"))
+    overlay = Overlay(open_memory(tmp_path, some_pairs(20), name="mortal"))
     held = put(overlay, some_pairs(2, first=50))
     for n in range(5):
         put(overlay, some_pairs(2, first=60 + n))
-    assert Snapshot.alive()["mortal"] == 1  # six snapshots, one opening: an edit leaks no map of the base
+    assert Snapshot.count_open()["mortal"] == 1  # six snapshots, one opening: an edit leaks no map of the base
     watched = weakref.ref(held)
     del held
     assert watched() is None
@@ -128,7 +128,7 @@ def test_snapshots_of_edits_die_with_their_last_holder(tmp_path: Path) -> None:
 
 def test_longer_ids_than_any_of_the_base(tmp_path: Path) -> None:
     base = some_pairs(5)
-    overlay, oracle = Overlay(opened(tmp_path, base)), Oracle(base)
+    overlay, oracle = Overlay(open_memory(tmp_path, base)), Oracle(base)
     more = some_pairs(3, seed=9)
     named = Pairs(np.array(["pair-3", "pair-3" + "ä" * 100, "日本"]), more.image, more.text, more.records)
     oracle.put(named)
@@ -148,7 +148,7 @@ def test_a_crowd_of_the_dead_is_passed_by(tmp_path: Path) -> None:
     image[: n - 5] = image[0]
     base = Pairs(pairs.ids, image, pairs.text, pairs.records)
     for recipe in ("Flat", "IVF4,Flat"):
-        overlay, oracle = Overlay(opened(tmp_path, base, recipe.replace(",", "-"), index=recipe)), Oracle(base)
+        overlay, oracle = Overlay(open_memory(tmp_path, base, recipe.replace(",", "-"), index=recipe)), Oracle(base)
         ids: list[Id] = base.ids[: n - 5].tolist()
         oracle.delete(ids)
         snapshot = delete(overlay, ids)
@@ -159,12 +159,12 @@ def test_a_crowd_of_the_dead_is_passed_by(tmp_path: Path) -> None:
 
 def test_nothing_left(tmp_path: Path) -> None:
     base = some_pairs(6, ints=True)
-    overlay = Overlay(opened(tmp_path, base))
+    overlay = Overlay(open_memory(tmp_path, base))
     snapshot = delete(overlay, base.ids.tolist())
     assert len(snapshot) == 0
     found = snapshot.retrieve(base.image[:2], "image", 3)
     assert not found.mask.any()
-    back = put(overlay, part(base, slice(2, 4)))
+    back = put(overlay, slice_pairs(base, slice(2, 4)))
     assert back.retrieve(base.image[:1], "image", 3).mask.tolist() == [[True, True, False]]
     assert next(iter(back.blocks())).ids.tolist() == [2, 3]
 
@@ -174,19 +174,19 @@ def test_rows_are_found_by_id(tmp_path: Path, ints: bool) -> None:
     pairs = some_pairs(500, ints=ints, first=-20 if ints else 0)
     mixed = pairs.ids[np.random.default_rng(3).permutation(500)]
     shuffled = Pairs(mixed, pairs.image, pairs.text, pairs.records)
-    base = opened(tmp_path, shuffled, shard_pairs=120)
-    stored = stored_ids(shuffled.ids.tolist(), base.id_kind, "")
-    assert base.rows_of(stored).tolist() == list(range(500))
+    base = open_memory(tmp_path, shuffled, shard_pairs=120)
+    stored = encode_ids(shuffled.ids.tolist(), base.id_kind, "")
+    assert base.find_rows(stored).tolist() == list(range(500))
     strange: list[Id] = (
         [-21, 480, 2**63 - 1, -(2**63)] if ints else ["", "pair", "pair-", "pair-4999", "zz", "pair-7" + "x" * 90, "ä"]
     )
-    assert base.rows_of(stored_ids(strange, base.id_kind, "")).tolist() == [-1] * len(strange)
-    assert base.rows_of(stored[:0]).tolist() == []
+    assert base.find_rows(encode_ids(strange, base.id_kind, "")).tolist() == [-1] * len(strange)
+    assert base.find_rows(stored[:0]).tolist() == []
 
 
 def test_blocks_are_the_pairs_that_are_there(tmp_path: Path) -> None:
     base = some_pairs(60, key_width=24)
-    overlay, oracle = Overlay(opened(tmp_path, base, shard_pairs=25)), Oracle(base)
+    overlay, oracle = Overlay(open_memory(tmp_path, base, shard_pairs=25)), Oracle(base)
     more = some_pairs(30, key_width=24, seed=5, first=45)
     oracle.put(more)
     put(overlay, more)

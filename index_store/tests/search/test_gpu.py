@@ -11,10 +11,10 @@ import pytest
 
 from index_store.errors import DeviceRefused
 from index_store.search.filters import SearchParams
-from index_store.search.gpu import HOST, Clone, Owner
+from index_store.search.gpu import HOST_MEMORY, ClonedIndex, DeviceThread
 from index_store.snapshot import Snapshot
 from index_store.store import Store
-from index_store.tests.support.small import ENCODER, built, some_pairs, unit_rows
+from index_store.tests.support.small import ENCODER, build_memory, some_pairs, unit_rows
 
 RECIPES: dict[str, dict[str, Any]] = {
     "flat": {"index": "Flat"},
@@ -29,9 +29,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def pair_of(root: Path, **options: Any) -> tuple[Snapshot, Snapshot]:
     """The same version, mapped and cloned."""
-    built(root, some_pairs(200), **options)
+    build_memory(root, some_pairs(200), **options)
     return Store(root).open("things", "v1", encoder=ENCODER), Store(root).open(
-        "things", "v1", encoder=ENCODER, devices=[HOST, HOST]
+        "things", "v1", encoder=ENCODER, devices=[HOST_MEMORY, HOST_MEMORY]
     )
 
 
@@ -50,7 +50,7 @@ def test_clones_answer_as_the_originals(tmp_path: Path, recipe: str) -> None:
             one, two = plain.retrieve(asked, "image", k, params), cloned.retrieve(asked, "image", k, params)
             np.testing.assert_array_equal(one.ids, two.ids)
             np.testing.assert_allclose(one.scores, two.scores, atol=1e-6)
-    assert cloned.prove() == plain.prove()
+    assert cloned.check_recall() == plain.check_recall()
     assert cloned.bytes["resident"] == 0
 
 
@@ -71,21 +71,21 @@ class Watched:
 def test_searches_and_frees_happen_on_the_owners_thread_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     index, threads = faiss.IndexFlatIP(16), list[str]()
     index.add(unit_rows(50, 16, 0))
-    monkeypatch.setattr(Owner, "clone", lambda _, original: Watched(original, threads))
-    clone = Clone(index, Owner.of(HOST))
+    monkeypatch.setattr(DeviceThread, "clone", lambda _, original: Watched(original, threads))
+    clone = ClonedIndex(index, DeviceThread.of(HOST_MEMORY))
     with ThreadPoolExecutor(8) as callers:
         begun = [callers.submit(clone.search, unit_rows(3, 16, seed), 5) for seed in range(40)]
         found = [search.result() for search in begun]
     np.testing.assert_array_equal(found[7][1], index.search(unit_rows(3, 16, 7), 5)[1])
     del clone, begun
-    Owner.of(HOST).submit(lambda: None).result()  # behind the freeing
+    DeviceThread.of(HOST_MEMORY).submit(lambda: None).result()  # behind the freeing
     assert threads == ["device--1_0"] * 40 + ["freed on device--1_0"]
 
 
 def test_more_rows_than_a_gpu_returns_are_scanned(tmp_path: Path) -> None:
     pairs = some_pairs(2500)
-    built(tmp_path, pairs, index="IVF4,SQfp16", shard_pairs=1300)
-    cloned = Store(tmp_path).open("things", "v1", encoder=ENCODER, devices=[HOST])
+    build_memory(tmp_path, pairs, index="IVF4,SQfp16", shard_pairs=1300)
+    cloned = Store(tmp_path).open("things", "v1", encoder=ENCODER, devices=[HOST_MEMORY])
     asked = unit_rows(2, 16, 5)
     found = cloned.retrieve(asked, "image", 2100, SearchParams(probes=1))
     np.testing.assert_array_equal(
@@ -94,15 +94,15 @@ def test_more_rows_than_a_gpu_returns_are_scanned(tmp_path: Path) -> None:
 
 
 def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
-    built(tmp_path, some_pairs(20))
+    build_memory(tmp_path, some_pairs(20))
     with pytest.raises(DeviceRefused, match=r"device 99 is not there, faiss sees \d+ GPUs"):
         Store(tmp_path).open("things", "v1", encoder=ENCODER, devices=[99])
 
 
 def test_an_index_that_cannot_be_cloned(tmp_path: Path) -> None:
-    built(tmp_path, some_pairs(200), index="L2norm,Flat")
+    build_memory(tmp_path, some_pairs(200), index="L2norm,Flat")
     with pytest.raises(
         DeviceRefused, match=r"an index of 200 rows cannot be put on device -1 \(clone not supported"
     ) as refused:
-        Store(tmp_path).open("things", "v1", encoder=ENCODER, devices=[HOST])
+        Store(tmp_path).open("things", "v1", encoder=ENCODER, devices=[HOST_MEMORY])
     assert "\n" not in str(refused.value)

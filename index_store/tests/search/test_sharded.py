@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from index_store.errors import QueryRefused
 from index_store.search.filters import MAX_BROADCAST_IDS, SearchParams
 from index_store.snapshot import Snapshot
-from index_store.tests.support.small import opened, some_pairs, unit, unit_rows
+from index_store.tests.support.small import normalize, open_memory, some_pairs, unit_rows
 from index_store.types import Id, Pairs
 
 N, D = 400, 8
@@ -21,7 +21,7 @@ def crowded(ints: bool) -> Pairs:
     """Half of the images are near-copies of image 0, in one crowd: a threshold must reach far beyond k."""
     plain = some_pairs(N, D, ints=ints)
     image = plain.image.copy()
-    image[: N // 2] = unit(image[0] + 0.02 * unit_rows(N // 2, D, 7)).astype(np.float16)
+    image[: N // 2] = normalize(image[0] + 0.02 * unit_rows(N // 2, D, 7)).astype(np.float16)
     return Pairs(plain.ids, image, plain.text, plain.records)
 
 
@@ -30,7 +30,7 @@ def memory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     pairs = crowded(request.param == "ints")
     index = "IVF4,Flat" if request.param == "lists" else "Flat"
     shard_pairs = 90 if request.param == "flat shards" else N
-    return pairs, opened(tmp_path_factory.mktemp("store"), pairs, index=index, shard_pairs=shard_pairs)
+    return pairs, open_memory(tmp_path_factory.mktemp("store"), pairs, index=index, shard_pairs=shard_pairs)
 
 
 def expected(
@@ -56,7 +56,7 @@ def test_k_neighbours_come_back_where_k_remain(memory: tuple[Pairs, Snapshot], d
         st.lists(st.sampled_from([np.inf, 0.9999, 0.97, 0.4, -0.2, -2.0]), min_size=batch, max_size=batch)
     )
     near = data.draw(st.booleans())
-    queries = unit(pairs.image[:batch] + 0.001) if near else unit_rows(batch, D, data.draw(st.integers(0, 50)))
+    queries = normalize(pairs.image[:batch] + 0.001) if near else unit_rows(batch, D, data.draw(st.integers(0, 50)))
     params = SearchParams(probes=4, exclude=exclude, max_similarity=np.array(ceilings, np.float32))
     found = snapshot.retrieve(queries, "image", k, params)
     for b in range(batch):
@@ -97,7 +97,7 @@ def test_a_crowd_wider_than_any_index_search_is_scanned(tmp_path: Path) -> None:
     pairs = some_pairs(n, D)
     image = pairs.image.copy()
     image[: n - 3] = image[0]
-    snapshot = opened(tmp_path, Pairs(pairs.ids, image, pairs.text, pairs.records))
+    snapshot = open_memory(tmp_path, Pairs(pairs.ids, image, pairs.text, pairs.records))
     found = snapshot.retrieve(image[:2], "image", 10, SearchParams(max_similarity=0.99))
     assert found.mask.sum(axis=1).tolist() == [3, 3]
     assert set(found.ids[0, :3].tolist()) == set(pairs.ids[-3:].tolist())
@@ -105,7 +105,7 @@ def test_a_crowd_wider_than_any_index_search_is_scanned(tmp_path: Path) -> None:
 
 def test_lists_of_any_length_exclude_what_they_name(tmp_path: Path) -> None:
     pairs = some_pairs(100, D)
-    snapshot = opened(tmp_path, pairs)
+    snapshot = open_memory(tmp_path, pairs)
     lists = [
         pairs.ids[:MAX_BROADCAST_IDS].tolist(),
         pairs.ids[: MAX_BROADCAST_IDS + 1].tolist(),
@@ -121,7 +121,7 @@ def test_lists_of_any_length_exclude_what_they_name(tmp_path: Path) -> None:
 
 def test_everything_excluded_is_no_neighbour(tmp_path: Path) -> None:
     pairs = some_pairs(12, D)
-    snapshot = opened(tmp_path, pairs)
+    snapshot = open_memory(tmp_path, pairs)
     params = SearchParams(exclude=[pairs.ids.tolist(), pairs.ids[:10].tolist()])
     found = snapshot.retrieve(pairs.image[:2], "image", 5, params)
     assert found.mask.sum(axis=1).tolist() == [0, 2]
@@ -129,7 +129,10 @@ def test_everything_excluded_is_no_neighbour(tmp_path: Path) -> None:
 
 
 def test_ids_that_are_not_here_exclude_nothing(tmp_path: Path) -> None:
-    words, numbers = opened(tmp_path, some_pairs(9, D)), opened(tmp_path, some_pairs(9, D, ints=True), name="numbers")
+    words, numbers = (
+        open_memory(tmp_path, some_pairs(9, D)),
+        open_memory(tmp_path, some_pairs(9, D, ints=True), name="numbers"),
+    )
     asked = some_pairs(9, D).image[:1]
     plain = words.retrieve(asked, "image", 3).ids[0].tolist()
     strange: list[Id] = ["pair-0" + "x" * 500, "pair-0\0", "\udc80", "", 7, 2**80, "pair"]

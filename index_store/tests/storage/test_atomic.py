@@ -6,26 +6,26 @@ import numpy as np
 import pytest
 
 from index_store.errors import StoreUnwritable
-from index_store.storage.atomic import BLOCK_BYTES, digest, first_difference, replace_text, writing
+from index_store.storage.atomic import BLOCK_BYTES, file_digest, first_difference, replace_text, translate_write_errors
 
 
 def test_digest_of_a_file(tmp_path: Path) -> None:
     data = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(data)
-    assert digest(tmp_path / "file") == {
+    assert file_digest(tmp_path / "file") == {
         "sha256": hashlib.sha256(data).hexdigest(),
         "bytes": len(data),
         "crc32": f"{zlib.crc32(data):08x}",
     }
     (tmp_path / "file").write_bytes(b"")
-    assert digest(tmp_path / "file") == {"sha256": hashlib.sha256(b"").hexdigest(), "bytes": 0, "crc32": ""}
+    assert file_digest(tmp_path / "file") == {"sha256": hashlib.sha256(b"").hexdigest(), "bytes": 0, "crc32": ""}
 
 
 def test_a_large_file_has_a_sum_for_each_block(tmp_path: Path) -> None:
     data = np.random.default_rng(0).bytes(2 * BLOCK_BYTES + 7)
     (tmp_path / "file").write_bytes(data)
     blocks = [data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES)]
-    assert digest(tmp_path / "file")["crc32"] == "".join(f"{zlib.crc32(block):08x}" for block in blocks)
+    assert file_digest(tmp_path / "file")["crc32"] == "".join(f"{zlib.crc32(block):08x}" for block in blocks)
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,12 @@ def test_replace_text_leaves_no_trace(tmp_path: Path) -> None:
     ],
 )
 def test_failures_to_write_become_one_line(error: Exception, message: str) -> None:
-    with pytest.raises(StoreUnwritable) as refused, writing("the rows"):
+    with pytest.raises(StoreUnwritable) as refused, translate_write_errors("the rows"):
         raise error
     assert str(refused.value).startswith(message)
     assert "\n" not in str(refused.value)
 
 
 def test_other_errors_pass(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), writing("the rows"):
+    with pytest.raises(ZeroDivisionError), translate_write_errors("the rows"):
         raise ZeroDivisionError

@@ -12,11 +12,11 @@ from index_store.errors import DamagedVersion
 from index_store.snapshot import Snapshot
 from index_store.storage import atomic as durable
 from index_store.storage import checksums as verified
-from index_store.storage.checksums import Sight, record, record_path, verify
+from index_store.storage.checksums import FileStats, record_verified, verified_record_path, verify
 from index_store.storage.manifest import Manifest
 from index_store.store import Store
 from index_store.tests.storage.test_damage import DAMAGE, flip
-from index_store.tests.support.small import ENCODER, built, some_pairs
+from index_store.tests.support.small import ENCODER, build_memory, some_pairs
 
 
 @pytest.fixture
@@ -26,16 +26,16 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def digest(path: Path) -> dict[str, str | int]:
         names.append(path.name)
-        return durable.digest(path)
+        return durable.file_digest(path)
 
     monkeypatch.setattr(verified, "SMALL_BYTES", 0)
-    monkeypatch.setattr(verified, "digest", digest)
+    monkeypatch.setattr(verified, "file_digest", digest)
     return names
 
 
 @pytest.fixture
 def version(read: list[str], tmp_path: Path) -> Path:
-    built(tmp_path, some_pairs(400), index="IVF4,SQfp16")
+    build_memory(tmp_path, some_pairs(400), index="IVF4,SQfp16")
     return tmp_path / "things" / "v1"
 
 
@@ -45,9 +45,9 @@ def opened(version: Path) -> Snapshot:
 
 def forget_nothing(version: Path, manifest: Manifest) -> None:
     """Record the files as they stand: what is left of a change that stat does not show, as when a disk forgets bits."""
-    verified.record_path(version).unlink(missing_ok=True)
-    record(version, manifest, Sight.of(version, manifest.files))
-    assert record_path(version).exists()
+    verified.verified_record_path(version).unlink(missing_ok=True)
+    record_verified(version, manifest, FileStats.of(version, manifest.files))
+    assert verified_record_path(version).exists()
 
 
 def test_a_built_version_opens_without_being_read_again(version: Path, read: list[str]) -> None:
@@ -70,7 +70,7 @@ def test_every_write_is_noticed(version: Path, file: str, damage: str) -> None:
     DAMAGE[damage](version / file)
     with pytest.raises(DamagedVersion, match=file):
         opened(version)
-    assert not record_path(version).exists()
+    assert not verified_record_path(version).exists()
 
 
 def test_a_write_that_restores_size_and_mtime_is_noticed(version: Path) -> None:
@@ -98,11 +98,13 @@ UNTRUSTED: dict[str, Callable[[Path], object]] = {
     "copied": copied,
     "a file restored": replaced,
     "touched": lambda version: (version / "shard-0000" / "image.npy").touch(),
-    "no record": lambda version: record_path(version).unlink(),
-    "half a record": lambda version: record_path(version).write_bytes(record_path(version).read_bytes()[:90]),
-    "a wrong record": lambda version: flip(record_path(version), -20),
-    "an empty record": lambda version: record_path(version).write_bytes(b""),
-    "a binary record": lambda version: record_path(version).write_bytes(b"\xff\n\xff"),
+    "no record": lambda version: verified_record_path(version).unlink(),
+    "half a record": lambda version: verified_record_path(version).write_bytes(
+        verified_record_path(version).read_bytes()[:90]
+    ),
+    "a wrong record": lambda version: flip(verified_record_path(version), -20),
+    "an empty record": lambda version: verified_record_path(version).write_bytes(b""),
+    "a binary record": lambda version: verified_record_path(version).write_bytes(b"\xff\n\xff"),
 }
 
 
@@ -117,10 +119,10 @@ def test_what_is_not_known_is_read_and_then_known(version: Path, read: list[str]
 
 
 def test_a_record_of_another_build_is_not_believed(version: Path, read: list[str], tmp_path: Path) -> None:
-    old = record_path(version).read_bytes()
+    old = verified_record_path(version).read_bytes()
     shutil.rmtree(version)
-    built(tmp_path, some_pairs(400, seed=5), index="IVF4,SQfp16")
-    record_path(version).write_bytes(old)
+    build_memory(tmp_path, some_pairs(400, seed=5), index="IVF4,SQfp16")
+    verified_record_path(version).write_bytes(old)
     opened(version)
     assert read.count("image.npy") == 2  # the vectors and the probes
 
@@ -145,7 +147,7 @@ def test_the_first_wrong_range_is_named(version: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(durable, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(durable, "CHUNK_BYTES", 1024)
     monkeypatch.setattr("index_store.storage.manifest.BLOCK_BYTES", 4096)
-    built(tmp_path, some_pairs(400), "v2")
+    build_memory(tmp_path, some_pairs(400), "v2")
     folder = tmp_path / "things" / "v2"
     for position in (9000, 4097, 12_900):
         flip(folder / "shard-0000" / "image.npy", position)
@@ -163,26 +165,26 @@ def test_nothing_is_recorded_of_files_that_may_still_change_unseen(
     version: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = opened(version).manifest
-    record_path(version).unlink()
+    verified_record_path(version).unlink()
     ahead = 10**18  # the clock of a file server runs ahead of ours: a write after the look could leave the same ctime
     monkeypatch.setattr("index_store.storage.checksums.time.time_ns", lambda: ahead)
     verify(version, manifest)
-    assert not record_path(version).exists()
+    assert not verified_record_path(version).exists()
 
 
 def test_a_change_while_reading_is_not_recorded(version: Path) -> None:
     manifest = opened(version).manifest
-    sight = Sight.of(version, manifest.files)
-    record_path(version).unlink()
+    sight = FileStats.of(version, manifest.files)
+    verified_record_path(version).unlink()
     (version / "shard-0000" / "image.npy").touch()
-    record(version, manifest, sight)
-    assert not record_path(version).exists()
+    record_verified(version, manifest, sight)
+    assert not verified_record_path(version).exists()
 
 
 def test_a_store_that_may_not_be_written_opens_all_the_same(
     version: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record_path(version).unlink()
+    verified_record_path(version).unlink()
 
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -190,10 +192,10 @@ def test_a_store_that_may_not_be_written_opens_all_the_same(
     monkeypatch.setattr(Path, "write_text", refuse)
     assert len(opened(version)) == 400
     assert "image.npy" in read
-    assert not record_path(version).exists()
+    assert not verified_record_path(version).exists()
 
 
 def test_a_small_version_needs_no_record(tmp_path: Path) -> None:
-    built(tmp_path, some_pairs(5))
+    build_memory(tmp_path, some_pairs(5))
     assert [path.name for path in (tmp_path / "things").iterdir()] == ["v1"]
     assert np.isfinite(len(Store(tmp_path).open("things", "v1", encoder=ENCODER)))

@@ -12,13 +12,13 @@ import pytest
 
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, StoreError, UnknownVersion
 from index_store.snapshot import Snapshot
-from index_store.storage.atomic import digest
-from index_store.storage.manifest import FILE_NAME, Manifest
+from index_store.storage.atomic import file_digest
+from index_store.storage.manifest import MANIFEST_FILE, Manifest
 from index_store.store import Store
-from index_store.tests.support.small import ENCODER, built, opened, some_pairs
+from index_store.tests.support.small import ENCODER, build_memory, open_memory, some_pairs
 
 FILES = [
-    FILE_NAME,
+    MANIFEST_FILE,
     *(f"probes/{name}.npy" for name in ("image", "image_scores", "text", "text_scores")),
     *(
         f"shard-000{shard}/{name}"
@@ -35,7 +35,7 @@ FILES = [
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A version with every kind of file: two shards, keys of their own, indexes with lists."""
     root = tmp_path_factory.mktemp("sound")
-    built(root, some_pairs(80, key_width=20), index="IVF2,Flat", shard_pairs=40)
+    build_memory(root, some_pairs(80, key_width=20), index="IVF2,Flat", shard_pairs=40)
     return root
 
 
@@ -47,9 +47,9 @@ def version(sound: Path, tmp_path: Path) -> Path:
 
 def reseal(version: Path, **changes: object) -> None:
     """Make the manifest agree with the files as they are now, as a faulty builder would have."""
-    manifest = Manifest.from_json((version / FILE_NAME).read_text())
-    files = {name: digest(version / name) for name in manifest.files if (version / name).exists()}
-    (version / FILE_NAME).write_text(dataclasses.replace(manifest, files=files, **changes).to_json())  # type: ignore[arg-type]
+    manifest = Manifest.from_json((version / MANIFEST_FILE).read_text())
+    files = {name: file_digest(version / name) for name in manifest.files if (version / name).exists()}
+    (version / MANIFEST_FILE).write_text(dataclasses.replace(manifest, files=files, **changes).to_json())  # type: ignore[arg-type]
 
 
 def flip(path: Path, position: int) -> None:
@@ -80,7 +80,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_the_list_of_files_is_whole(sound: Path) -> None:
     version = sound / "things" / "v1"
     assert sorted(FILES) == sorted(str(path.relative_to(version)) for path in version.rglob("*") if path.is_file())
-    assert Store(sound).open("things", "v1", encoder=ENCODER).prove()
+    assert Store(sound).open("things", "v1", encoder=ENCODER).check_recall()
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -103,12 +103,12 @@ def small_blocks(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("index_store.storage.atomic.CHUNK_BYTES", 64)
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file != FILE_NAME])
+@pytest.mark.parametrize("file", [file for file in FILES if file != MANIFEST_FILE])
 def test_verifying_names_the_first_wrong_bytes_of_every_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     small_blocks(monkeypatch)
-    built(tmp_path, some_pairs(80, key_width=20), index="IVF2,Flat", shard_pairs=40)
+    build_memory(tmp_path, some_pairs(80, key_width=20), index="IVF2,Flat", shard_pairs=40)
     path = tmp_path / "things" / "v1" / file
     whole = path.read_bytes()
 
@@ -167,7 +167,7 @@ def test_counts_that_disagree(version: Path, case: str) -> None:
 
 
 def test_an_index_of_other_rows(version: Path, tmp_path: Path) -> None:
-    built(tmp_path / "other", some_pairs(81, key_width=20), index="IVF2,Flat", shard_pairs=41)
+    build_memory(tmp_path / "other", some_pairs(81, key_width=20), index="IVF2,Flat", shard_pairs=41)
     shutil.copy(
         tmp_path / "other" / "things" / "v1" / "shard-0000" / "image.faiss", version / "shard-0000" / "image.faiss"
     )
@@ -199,8 +199,8 @@ def test_shards_that_the_manifest_counts_otherwise(version: Path) -> None:
 
 def test_a_newer_format_is_refused_before_anything_is_read(version: Path) -> None:
     shutil.rmtree(version / "shard-0000")
-    fields = json.loads((version / FILE_NAME).read_text())
-    (version / FILE_NAME).write_text(json.dumps({**fields, "format": 7, "more": True}))
+    fields = json.loads((version / MANIFEST_FILE).read_text())
+    (version / MANIFEST_FILE).write_text(json.dumps({**fields, "format": 7, "more": True}))
     with pytest.raises(
         IncompatibleSnapshot, match=r"things@v1: manifest.json has format 7, this program reads format 2"
     ):
@@ -208,8 +208,8 @@ def test_a_newer_format_is_refused_before_anything_is_read(version: Path) -> Non
 
 
 def test_what_served_keeps_serving_when_a_damaged_version_is_refused(sound: Path, tmp_path: Path) -> None:
-    serving = opened(tmp_path, some_pairs(30), "v1")
-    built(tmp_path, some_pairs(30), "v2")
+    serving = open_memory(tmp_path, some_pairs(30), "v1")
+    build_memory(tmp_path, some_pairs(30), "v2")
     store = Store(tmp_path)
     store.activate("things", "v1")
     flip(tmp_path / "things" / "v2" / "shard-0000" / "text.npy", 200)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, UnknownVersion
-from index_store.storage.manifest import FILE_NAME, Manifest, read_manifest, same_encoder
+from index_store.storage.manifest import MANIFEST_FILE, Manifest, read_manifest, same_encoder
 
 PLAIN = Manifest(
     name="things",
@@ -106,7 +106,7 @@ def test_a_directory_without_a_manifest_does_not_exist(tmp_path: Path) -> None:
 def test_a_version_keeps_its_folder_names(tmp_path: Path) -> None:
     folder = tmp_path / "things" / "v2"
     folder.mkdir(parents=True)
-    (folder / FILE_NAME).write_text(PLAIN.to_json())
+    (folder / MANIFEST_FILE).write_text(PLAIN.to_json())
     with pytest.raises(DamagedVersion, match=r"things@v2: manifest.json says it is things@v1"):
         read_manifest(folder)
 

@@ -17,7 +17,7 @@ VECTORS: dict[Side, KeyKind] = {"image": "vector", "text": "vector"}
 TRUNKS: dict[Side, KeyKind] = {"image": "trunk", "text": "vector"}
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
+def normalize(rows: np.ndarray) -> np.ndarray:
     """Rows made unit length, float32."""
     unit: np.ndarray = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     return unit
@@ -25,7 +25,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 def unit_rows(n: int, width: int, seed: int) -> np.ndarray:
     """(n, width) float32 unit rows that float16 holds exactly enough: rounded once, as a memory stores them."""
-    return unit(np.random.default_rng(seed).standard_normal((n, width))).astype(np.float16).astype(np.float32)
+    return normalize(np.random.default_rng(seed).standard_normal((n, width))).astype(np.float16).astype(np.float32)
 
 
 def some_pairs(
@@ -42,13 +42,13 @@ def some_pairs(
     )
 
 
-def part(pairs: Pairs, rows: slice) -> Pairs:
+def slice_pairs(pairs: Pairs, rows: slice) -> Pairs:
     """Some rows of a block."""
     key = None if pairs.image_key is None else pairs.image_key[rows]
     return Pairs(pairs.ids[rows], pairs.image[rows], pairs.text[rows], pairs.records[rows], image_key=key)
 
 
-def built(
+def build_memory(
     root: Path, pairs: Pairs | Iterable[Pairs], version: str = "v1", name: str = "things", **options: Any
 ) -> Manifest:
     """A finished version of these pairs in the store at `root`."""
@@ -58,14 +58,14 @@ def built(
     return build_version(Store(root), name, version, blocks, **options)
 
 
-def opened(
+def open_memory(
     root: Path, pairs: Pairs | Iterable[Pairs], version: str = "v1", name: str = "things", **options: Any
 ) -> Snapshot:
     """The same, opened."""
-    built(root, pairs, version, name, **options)
+    build_memory(root, pairs, version, name, **options)
     return Store(root).open(name, version, encoder=ENCODER)
 
 
-def nothing_there(root: Path, name: str = "things") -> bool:
+def store_is_empty(root: Path, name: str = "things") -> bool:
     """No memory listed, no file left."""
     return Store(root).names() == [] and not list(root.glob(f"{name}/**/*"))

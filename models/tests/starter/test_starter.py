@@ -77,7 +77,7 @@ def test_the_versions_differ_by_the_packaged_goods(tmp_path: Path) -> None:
     assert "Milk" not in found[0]
     assert "Milk" in found[1]
     assert everything.key_kind("image") == "trunk"
-    assert everything.prove() == {"image": 1.0, "text": 1.0}
+    assert everything.check_recall() == {"image": 1.0, "text": 1.0}
 
 
 def test_a_memory_survives_its_files(tmp_path: Path) -> None:

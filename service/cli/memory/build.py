@@ -63,11 +63,11 @@ class VersionOptions:
 
     def check(self, name: str) -> None:
         """Refuse names and numbers before any source is read. Raises NameRefused, UsageError."""
-        from index_store.store import plain, plain_version
+        from index_store.store import check_name, check_version_name
 
-        plain(name)
+        check_name(name)
         if self.version is not None:
-            plain_version(self.version)
+            check_version_name(self.version)
         if self.keep is not None and self.keep < 1:
             raise UsageError(f"--keep {self.keep}: at least 1, the version that is built")
 
@@ -294,7 +294,7 @@ def _describe_source(plan: Plan, tally: Tally) -> dict[str, Any]:
 
 def _report(plan: Plan, manifest: Manifest, tally: Tally) -> None:
     """Print what was built, and where the list of rejects lies."""
-    from index_store.storage.layout import rejects_file
+    from index_store.storage.layout import rejects_path
 
     dropped = f", {tally.near_duplicates} near-duplicates dropped" if plan.options.dedup is not None else ""
     before = f"; {tally.before:,} of {tally.items:,} items were done by a run before" if tally.before else ""
@@ -303,4 +303,4 @@ def _report(plan: Plan, manifest: Manifest, tally: Tally) -> None:
         f"{dropped}{before}"
     )
     if tally.rejected or tally.near_duplicates:
-        print(f"what was left out, and why: {rejects_file(plan.store.root / manifest.name, manifest.version)}")
+        print(f"what was left out, and why: {rejects_path(plan.store.root / manifest.name, manifest.version)}")

@@ -28,11 +28,11 @@ def compact(
     """Fold the online edits into a new version; with --url, in the running service."""
     from index_store import Store
     from index_store.editor import Editor
-    from index_store.store import plain
+    from index_store.store import check_name
     from service.cli.progress import progress
 
     if url:
-        job = _run_job(url, f"/memories/{plain(name)}/compact", {})
+        job = _run_job(url, f"/memories/{check_name(name)}/compact", {})
         print(f"{name}@{job['version']} is being served, with every edit of {job['retired']}")
         return
     store = Store(settings.store)
@@ -81,12 +81,12 @@ def activate(
 
 def _split_ref(ref: str) -> tuple[str, str]:
     """The name and the version of NAME@VERSION. Raises UsageError without a version."""
-    from index_store.store import plain
+    from index_store.store import check_name
 
     name, _, version = ref.partition("@")
     if not version:
         raise UsageError(f"{ref}: name the version too, as NAME@VERSION; `reco memory list` shows them")
-    return plain(name), plain(version)
+    return check_name(name), check_name(version)
 
 
 def _run_job(url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def show(
     if as_json:
         print(json.dumps({**asdict(manifest), "current": current}, indent=2, ensure_ascii=False))
         return
-    edits = ("edits", f"{store.edits(name, version):,} made online on top of it")
+    edits = ("edits", f"{store.count_edits(name, version):,} made online on top of it")
     print_table([*_describe(manifest, current), edits])
     print()
     print_table([("recipe", "lists visited", "recall@10", "ms/query"), *_curve(manifest)], titled=True)
@@ -89,7 +89,7 @@ def verify(settings: Settings, ref: Ref) -> None:
     store.verify(name, version)
     manifest = store.manifest(name, version)
     snapshot = store.open(name, version, encoder=manifest.encoder)
-    recall = snapshot.prove()
+    recall = snapshot.check_recall()
     print(
         f"{snapshot.ref}: {len(manifest.files)} files, {size(manifest.bytes['mapped'])}, as they were written; "
         f"recall@10 image {recall['image']:.3f}, text {recall['text']:.3f}"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from index_store import Snapshot
-from index_store.tests.support.small import opened, some_pairs
+from index_store.tests.support.small import open_memory, some_pairs
 from service.engine import Engine
 from service.errors import InvalidValue, NotFound, RetiredVersion, ServiceError, TooLarge
 from service.labels import cache as label_vectors
@@ -182,7 +182,7 @@ def test_a_swap_outlives_a_set_that_goes_while_it_is_embedded(
     sets: LabelSets, held: Held, tmp_path: Path, change: str
 ) -> None:
     async def run() -> None:
-        large, snapshot = sets.checked(LARGE, ["{}"], stored=True), opened(tmp_path / "store", some_pairs(5))
+        large, snapshot = sets.checked(LARGE, ["{}"], stored=True), open_memory(tmp_path / "store", some_pairs(5))
         await asyncio.to_thread(sets.put, "large", large)
         warming = asyncio.create_task(sets.warm(snapshot))
         while not sets.vectors.progress(large):  # noqa: ASYNC110

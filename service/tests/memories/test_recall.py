@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from index_store import Memory, Snapshot
-from index_store.tests.support.small import opened, some_pairs, unit_rows
+from index_store.tests.support.small import open_memory, some_pairs, unit_rows
 from models.encoder.encoder import Encoded, Encoder, EncoderSpec
 from models.fusion.checkpoint import training_free_fusions
 from models.reco import Reco, Timings
@@ -44,7 +44,7 @@ def metrics() -> Metrics:
 @pytest.fixture
 def coarse(tmp_path: Path) -> Snapshot:
     """Four bits a number: its index misses some of the exact answers."""
-    return opened(tmp_path, some_pairs(500), index="SQ4", recall_floor=0.01)
+    return open_memory(tmp_path, some_pairs(500), index="SQ4", recall_floor=0.01)
 
 
 def sampler(recent: QueryLog, memory: Memory, metrics: Metrics, share: float = 0.01) -> RecallSampler:
@@ -126,7 +126,7 @@ def test_the_gauge_is_the_mean_over_checks_of_the_latest_queries(coarse: Snapsho
             recent.note(coarse, "image", [row])
         asyncio.run(sampled.check())
         asyncio.run(sampled.check())  # nothing was asked since: nothing is measured again
-        expected.append(coarse.recall_of(np.stack([row.plain for row in asked[-recall.ASKED :]]), "image"))
+        expected.append(coarse.measure_recall(np.stack([row.plain for row in asked[-recall.ASKED :]]), "image"))
     assert len({*expected}) > 1
     assert min(expected) < 1
     assert gauge(metrics) == pytest.approx(np.mean(expected))
@@ -146,7 +146,7 @@ def test_after_a_swap_the_old_version_is_told_no_more(coarse: Snapshot, metrics:
     recent.note(coarse, "image", rows(8, seed=5))
     asyncio.run(sampled.check())
     assert (gauge(metrics) or 1) < 1
-    memory.swap(opened(tmp_path, some_pairs(60, D, seed=3), "v2"))
+    memory.swap(open_memory(tmp_path, some_pairs(60, D, seed=3), "v2"))
     asyncio.run(sampled.check())
     assert gauge(metrics) is None
     recent.note(memory.current, "image", rows(1))
@@ -172,12 +172,12 @@ def test_a_memory_that_is_gone_is_told_no_more(coarse: Snapshot, metrics: Metric
 
 
 def test_a_sampled_snapshot_is_free_to_die(tmp_path: Path, metrics: Metrics) -> None:
-    memory, recent = Memory(opened(tmp_path, some_pairs(60, D))), QueryLog()
+    memory, recent = Memory(open_memory(tmp_path, some_pairs(60, D))), QueryLog()
     sampled, held = sampler(recent, memory, metrics), weakref.ref(memory.current)
     recent.note(memory.current, "image", rows(1))
     asyncio.run(sampled.check())
     recent.note(memory.current, "image", rows(1))
-    memory.swap(opened(tmp_path, some_pairs(60, D), "v2"))
+    memory.swap(open_memory(tmp_path, some_pairs(60, D), "v2"))
     gc.collect()
     assert held() is None
 

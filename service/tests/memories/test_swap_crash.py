@@ -23,7 +23,7 @@ import pytest
 from index_store import Pairs, Store
 from index_store.build.build import build_version
 from index_store.tests.edits.test_crash import contents
-from index_store.tests.support.nursery import Nursery, kills
+from index_store.tests.support.child_process import ForkServer, kill_count
 from index_store.tests.support.small import some_pairs, unit_rows
 from models.starter import install_starter
 
@@ -103,11 +103,11 @@ class World:
             probe.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
         (root / "port").write_text(self.url.rpartition(":")[2])
-        self.nursery = Nursery(SERVE)
+        self.fork_server = ForkServer(SERVE)
 
     def start(self) -> int:
         """Its process id, once it is ready."""
-        process, until = self.nursery.begin(self.root), time.monotonic() + 240
+        process, until = self.fork_server.begin(self.root), time.monotonic() + 240
         while time.monotonic() < until:
             try:
                 if httpx.get(f"{self.url}/readyz", timeout=30).status_code == 200:
@@ -138,7 +138,7 @@ class World:
 def world(tmp_path: Path) -> Iterator[World]:
     world = World(tmp_path)
     yield world
-    world.nursery.close()
+    world.fork_server.close()
 
 
 def vectors(client: httpx.Client) -> tuple[str, np.ndarray]:
@@ -171,7 +171,9 @@ def test_kill_9_of_a_service_at_random_moments_of_swaps_edits_and_compactions(wo
             world.swap(client)
     assert np.abs(expected[VERSIONS[0]] - expected[VERSIONS[1]]).max() > 1e-3  # else the wrong one could not be told
     killed = 0
-    while killed < kills() or (len(world.store.versions("edited")) == 1 and killed < 50):  # until one has compacted
+    while killed < kill_count() or (
+        len(world.store.versions("edited")) == 1 and killed < 50
+    ):  # until one has compacted
         killed += 1
         start, swaps = time.monotonic(), world.swaps
         busy = [threading.Thread(target=for_ever, args=(work, world, trouble)) for work in (world.swap, world.edit)]
@@ -181,7 +183,7 @@ def test_kill_9_of_a_service_at_random_moments_of_swaps_edits_and_compactions(wo
             time.sleep(0.001)
         time.sleep(moments.uniform(0, time.monotonic() - start))  # somewhere in the next one
         os.kill(process, signal.SIGKILL)
-        assert world.nursery.end() == -signal.SIGKILL
+        assert world.fork_server.end() == -signal.SIGKILL
         for thread in busy:
             thread.join(60)
         assert trouble == []
@@ -196,5 +198,5 @@ def test_kill_9_of_a_service_at_random_moments_of_swaps_edits_and_compactions(wo
             np.testing.assert_allclose(found, expected[version], atol=1e-5)
             assert client.get("/memories/edited").json()["pairs"] == len(world.edits.there)
     os.kill(process, signal.SIGKILL)
-    world.nursery.end()
+    world.fork_server.end()
     assert len(world.store.versions("edited")) > 1  # compactions were among it

@@ -16,7 +16,7 @@ from index_store import Snapshot, Store
 from index_store.errors import DamagedVersion
 from index_store.tests.storage.test_checksums import forget_nothing
 from index_store.tests.storage.test_damage import flip
-from index_store.tests.support.small import ENCODER, built, some_pairs
+from index_store.tests.support.small import ENCODER, build_memory, some_pairs
 from service.memories.jobs import Job, Jobs
 from service.memories.registry import MemoryRegistry
 from service.memories.swap import Swaps
@@ -34,7 +34,7 @@ class World:
 
     def __init__(self, root: Path, budget: int = 1 << 40) -> None:
         for version in ("v1", "v2"):
-            built(root, some_pairs(30), version)
+            build_memory(root, some_pairs(30), version)
         self.store, metrics = Store(root), Metrics(version="0", torch="0", faiss="0")
         self.store.activate("things", "v1")
         self.budget, self.metrics = budget, metrics
@@ -98,13 +98,13 @@ def test_a_memory_that_is_not_served_is_not_kept_and_its_reason_does_not_grow(tm
         await world.edited(200)
 
     world.run(story)
-    journal = world.store.journal("things", "v1")
+    journal = world.store.journal_path("things", "v1")
     journal.write_bytes(journal.read_bytes()[:80] + b"?" + journal.read_bytes()[81:])
-    built(tmp_path, some_pairs(5), "v1", name="others")
+    build_memory(tmp_path, some_pairs(5), "v1", name="others")
     world.store.activate("others", "v1")
-    before = Snapshot.alive().get("things", 0)
+    before = Snapshot.count_open().get("things", 0)
     live = world.opened("others")
-    assert Snapshot.alive().get("things", 0) == before  # the version was whole, its edits are not
+    assert Snapshot.count_open().get("things", 0) == before  # the version was whole, its edits are not
     depths = []
     for _ in range(5):
         with pytest.raises(DamagedVersion, match=r"things/v1\.journal: bytes 56 to \d+ are damaged") as refused:
@@ -149,8 +149,8 @@ def test_edits_that_a_rollback_left_behind_outlive_compactions(tmp_path: Path) -
 def test_a_swap_beyond_the_budget_is_refused_with_the_numbers_and_nothing_is_loaded(tmp_path: Path) -> None:
     held = 30 * 16 * 4 * 2
     world = World(tmp_path, budget=2 * held)
-    built(tmp_path, some_pairs(31), "large")
-    before = Snapshot.alive()
+    build_memory(tmp_path, some_pairs(31), "large")
+    before = Snapshot.count_open()
 
     async def story() -> None:
         job = await world.swapped("large")
@@ -161,7 +161,7 @@ def test_a_swap_beyond_the_budget_is_refused_with_the_numbers_and_nothing_is_loa
         )
         assert list(job.seconds) == ["budget"]
         assert (world.live.resolve("things").ref, world.store.current("things")) == ("things@v1", "v1")
-        assert Snapshot.alive() == before
+        assert Snapshot.count_open() == before
         assert (await world.swapped("v2")).state == "done"
 
     world.run(story)
@@ -174,7 +174,7 @@ def newer(version: Path) -> None:
 
 def stranger(version: Path) -> None:
     shutil.rmtree(version)
-    built(version.parents[1], some_pairs(30), "v3", encoder="other/model@000000000000")
+    build_memory(version.parents[1], some_pairs(30), "v3", encoder="other/model@000000000000")
 
 
 HARM: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -201,7 +201,7 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("what", HARM)
 def test_what_cannot_be_served_is_refused_in_one_line_and_what_serves_goes_on(tmp_path: Path, what: str) -> None:
     world, (harm, told) = World(tmp_path), HARM[what]
-    built(tmp_path, some_pairs(30), "v3")
+    build_memory(tmp_path, some_pairs(30), "v3")
     harm(tmp_path / "things" / "v3")
 
     async def story() -> None:
@@ -232,13 +232,13 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, lis
 def test_what_is_read_again_holds_up_no_swap_and_keeps_no_snapshot(
     tmp_path: Path, read: tuple[threading.Event, list[str]]
 ) -> None:
-    world, before = World(tmp_path), Snapshot.alive()
+    world, before = World(tmp_path), Snapshot.count_open()
 
     async def story() -> None:
         world.swaps.verify("things")
         for turn in range(12):
             assert (await asyncio.wait_for(world.swapped("v1" if turn % 2 else "v2"), 30)).state == "done"
-        assert Snapshot.alive() == before
+        assert Snapshot.count_open() == before
         read[0].set()
         for _ in range(1000):
             await asyncio.sleep(0.01)

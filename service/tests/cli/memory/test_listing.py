@@ -10,7 +10,7 @@ import pytest
 
 from index_store import Store
 from index_store.editor import Editor
-from index_store.tests.support.small import ENCODER, built, some_pairs
+from index_store.tests.support.small import ENCODER, build_memory, some_pairs
 from service.cli.main import main
 from service.tests.cli.in_process import run, terminal
 from service.tests.conftest import one_line, reco
@@ -20,7 +20,7 @@ from service.tests.conftest import one_line, reco
 def store(tmp_path: Path) -> Store:
     """things@v1, current and edited once, and things@v2."""
     for version in ("v1", "v2"):
-        built(tmp_path, some_pairs(30), version)
+        build_memory(tmp_path, some_pairs(30), version)
     Store(tmp_path).activate("things", "v1")
     editor = Editor.open(Store(tmp_path), "things", encoder=ENCODER)
     editor.put(some_pairs(2, first=100))
@@ -31,7 +31,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_one_version_that_cannot_be_read_hides_no_other(store: Store) -> None:
     (store.root / "things" / "v2" / "manifest.json").write_text('{"format": 99}')
-    built(store.root, some_pairs(7), "v1", name="others")
+    build_memory(store.root, some_pairs(7), "v1", name="others")
     done = reco("memory", "list", "--store", str(store.root))
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
@@ -62,7 +62,7 @@ def test_one_version_that_cannot_be_read_hides_no_other(store: Store) -> None:
 def test_a_path_is_not_a_name_whatever_the_command(
     tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    built(tmp_path / "store", some_pairs(5))
+    build_memory(tmp_path / "store", some_pairs(5))
     assert main(["memory", *command, "--store", str(tmp_path / "store")]) == 1
     told = capsys.readouterr().err
     assert (
@@ -101,7 +101,7 @@ def on_terminal(columns: int, *args: str) -> list[str]:
 
 
 def test_a_terminal_gets_colours_and_whole_columns(tmp_path: Path) -> None:
-    built(tmp_path, some_pairs(30), "v1", name="a-memory-with-a-long-name")
+    build_memory(tmp_path, some_pairs(30), "v1", name="a-memory-with-a-long-name")
     Store(tmp_path).activate("a-memory-with-a-long-name", "v1")
     wide_title, wide = on_terminal(200, "memory", "list", "--store", str(tmp_path))
     narrow = on_terminal(60, "memory", "list", "--store", str(tmp_path))
@@ -114,7 +114,7 @@ def test_a_terminal_gets_colours_and_whole_columns(tmp_path: Path) -> None:
 
 def test_a_pipe_gets_whole_lines_without_colours(tmp_path: Path) -> None:
     encoder = "an-encoder/" + "x" * 300 + "[red]@0123456789ab"
-    built(tmp_path, some_pairs(30), "v1", encoder=encoder)
+    build_memory(tmp_path, some_pairs(30), "v1", encoder=encoder)
     title, row = run("memory", "list", "--store", str(tmp_path), COLUMNS="40").stdout.splitlines()
     assert row.endswith(encoder)
     assert row.index("30") == title.index("pairs")
@@ -124,7 +124,7 @@ def test_a_pipe_gets_whole_lines_without_colours(tmp_path: Path) -> None:
 def test_verify_reads_the_edits_too(store: Store) -> None:
     asked = ("memory", "verify", "things@v1", "--store", str(store.root))
     assert reco(*asked).stdout.startswith("things@v1+2: ")
-    journal = store.journal("things", "v1")
+    journal = store.journal_path("things", "v1")
     whole = journal.read_bytes()
     journal.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
     told = one_line(reco(*asked), 1)

@@ -26,7 +26,7 @@ for line in sys.stdin:
 """
 
 
-def kills() -> int:
+def kill_count() -> int:
     """How often a test kills: `make chaos` asks for 200."""
     return int(os.environ.get("RECO_KILLS", "5"))
 
@@ -47,7 +47,7 @@ def tiny_disk(root: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(root)], check=True)
 
 
-class Nursery:
+class ForkServer:
     """Starts real builder processes, one at a time, without importing everything for each.
 
     prepare: source text that defines build(root: Path).
