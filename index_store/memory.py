@@ -1,24 +1,25 @@
-"""The one mutable thing of the package: which snapshot is being served."""
-
-import threading
+"""The snapshot reference of one served memory, swapped by a single assignment."""
 
 from index_store.snapshot import Snapshot
 
 
 class Memory:
-    """The snapshot being served. The only mutable thing in this package is one reference."""
+    """A mutable reference to the snapshot being served.
+
+    Readers take no lock: assigning a reference is atomic, so `current` is the old snapshot or the
+    new one. Writers must not overlap, or two swaps may return the same retired snapshot; the
+    service's `MemoryRegistry` swaps on its event loop only.
+    """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._current = snapshot
-        self._writer = threading.Lock()  # writers only: readers take the reference and keep it
 
     @property
     def current(self) -> Snapshot:
-        """The snapshot to pin for one batch: take it once and keep it until the batch ends."""
+        """The snapshot being served: take it once per batch and use it until the batch ends."""
         return self._current
 
     def swap(self, snapshot: Snapshot) -> Snapshot:
-        """Publish `snapshot`; return the retired one, alive until its last batch ends."""
-        with self._writer:
-            retired, self._current = self._current, snapshot
+        """Serve `snapshot` from now on; return the retired one, which lives until its last batch ends."""
+        retired, self._current = self._current, snapshot
         return retired
