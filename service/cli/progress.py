@@ -86,7 +86,7 @@ class ProgressLines:
     def __init__(self, total: int | None, label: str, unit: str) -> None:
         self._total, self._label, self._unit = total, label, unit
         self.done = self._before = 0
-        self._begun = self._said = time.monotonic()
+        self._start = self._printed = time.monotonic()
         self._print()
 
     def start_at(self, done: int) -> None:
@@ -96,7 +96,7 @@ class ProgressLines:
     def advance(self, items: int) -> None:
         """Count further items."""
         self.done += items
-        if time.monotonic() - self._said >= LINE_S:
+        if time.monotonic() - self._printed >= LINE_S:
             self._print()
 
     def finish(self) -> None:
@@ -104,8 +104,8 @@ class ProgressLines:
         self._print()
 
     def _print(self) -> None:
-        self._said = time.monotonic()
-        elapsed = self._said - self._begun
+        self._printed = time.monotonic()
+        elapsed = self._printed - self._start
         rate = (self.done - self._before) / elapsed if elapsed > 0 else 0.0
         count, left = f"{self.done}", ""
         if self._total is not None:

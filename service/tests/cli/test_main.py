@@ -142,8 +142,8 @@ def test_eval_classify_counts_plain_and_enhanced(tmp_path: Path) -> None:
     if not tar.exists():
         pytest.skip(f"no Grocery Store photos under {DATA}: set RECO_DATA")
     store, figures, folder = tmp_path / "store", tmp_path / "figures.json", tmp_path / "report"
-    asked = ("--limit", "200", "--json", str(figures), "--report", str(folder), "--store", str(store), "--per-class")
-    done = reco("eval", "classify", str(tar), *asked)
+    options = ("--limit", "200", "--json", str(figures), "--report", str(folder), "--store", str(store), "--per-class")
+    done = reco("eval", "classify", str(tar), *options)
     assert done.returncode == 0, done.stderr
     report = json.loads(figures.read_text())
     right = {method: round(200 * found["top-1"]["share"]) for method, found in report["lines"].items()}

@@ -65,18 +65,18 @@ def interrupted(arguments: list[str], store: Path) -> str:
             break
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    code, told = process.wait(60), output.read_text()
-    assert code == 1, told
-    return told
+    code, errors = process.wait(60), output.read_text()
+    assert code == 1, errors
+    return errors
 
 
 def test_ctrl_c_and_the_same_command_again_goes_on(crops: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     arguments = ["memory", "build", "crops", str(crops), "--store", str(store), "--shard-pairs", "1000"]
-    told = interrupted(arguments, store)
-    found = re.search(r"reco: stopped at (\d+) of 161 items; run the same command again to go on", told)
-    assert found is not None, told
-    assert "Traceback" not in told
+    errors = interrupted(arguments, store)
+    found = re.search(r"reco: stopped at (\d+) of 161 items; run the same command again to go on", errors)
+    assert found is not None, errors
+    assert "Traceback" not in errors
     assert Store(store).names() == []
     again = reco(*arguments, RECO_MAX_BATCH="4")
     assert again.returncode == 0, again.stderr
@@ -101,10 +101,10 @@ def test_a_dry_run_counts_and_writes_nothing(crops: Path, built: Path, tmp_path:
     assert re.search(r"about .* to encode", done.stdout)
     assert "nothing was written" in done.stdout
     assert not store.exists()
-    said = int(re.search(r"about ([\d,]+) bytes on disk", done.stdout)[1].replace(",", ""))  # type: ignore[index]
+    estimated = int(re.search(r"about ([\d,]+) bytes on disk", done.stdout)[1].replace(",", ""))  # type: ignore[index]
     files = Store(built).manifest("crops", "v1").files
-    really = sum(file["bytes"] for name, file in files.items() if not name.startswith("probes/"))
-    assert abs(said - really) < 0.1 * really
+    written = sum(file["bytes"] for name, file in files.items() if not name.startswith("probes/"))
+    assert abs(estimated - written) < 0.1 * written
 
 
 def test_a_version_is_a_source_and_near_duplicates_are_dropped(crops: Path, built: Path, tmp_path: Path) -> None:
@@ -117,12 +117,12 @@ def test_a_version_is_a_source_and_near_duplicates_are_dropped(crops: Path, buil
     assert re.search(r"^both: 321/321 \[\d+:\d+<00:00, .*item/s\]$", again.stderr, re.M), (
         again.stderr
     )  # a plain line, in a log
-    tried = reco("memory", "import", "fewer", version, "--dedup", "0.9", "--dry-run", *store)
+    dry = reco("memory", "import", "fewer", version, "--dedup", "0.9", "--dry-run", *store)
     done = reco("memory", "import", "fewer", version, "--dedup", "0.9", "--version", "v1", *store)
     assert done.returncode == 0, done.stderr
     dropped = int(re.search(r"0 rejected, (\d+) near-duplicates dropped", done.stdout)[1])  # type: ignore[index]
     assert 0 < dropped < 160
-    assert f"160 items: about {160 - dropped} pairs, {dropped} rejected" in tried.stdout
+    assert f"160 items: about {160 - dropped} pairs, {dropped} rejected" in dry.stdout
     fewer = Store(tmp_path).manifest("fewer", "v1")
     assert (fewer.parent, Store(tmp_path).manifest("both", "v1").parent) == ("crops@v1", None)
     assert fewer.source == {
@@ -144,8 +144,8 @@ def test_a_version_is_a_source_and_near_duplicates_are_dropped(crops: Path, buil
 
 
 def test_a_retention_of_nothing_is_wrong_usage(crops: Path, tmp_path: Path) -> None:
-    told = one_line(reco("memory", "build", "x", str(crops), "--keep", "0", "--store", str(tmp_path)), 2)
-    assert told == "reco: --keep 0: at least 1, the version that is built"
+    line = one_line(reco("memory", "build", "x", str(crops), "--keep", "0", "--store", str(tmp_path)), 2)
+    assert line == "reco: --keep 0: at least 1, the version that is built"
     assert not list(tmp_path.iterdir())
 
 
@@ -183,11 +183,11 @@ def test_errors_are_one_line(arguments: list[str], word: str, crops: Path, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_usable_is_told_with_its_first_reason(tmp_path: Path) -> None:
+def test_nothing_usable_is_refused_with_the_first_reason(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "captions.csv").write_text("file,caption\na.jpg,c\nb.jpg,c\n")
-    told = one_line(
+    line = one_line(
         reco("memory", "build", "x", str(tmp_path / "in"), "--version", "v1", "--store", str(tmp_path / "store")), 1
     )
-    assert "2 rejected, the first 'a.jpg': the file cannot be read" in told
+    assert "2 rejected, the first 'a.jpg': the file cannot be read" in line
     assert [path.name for path in (tmp_path / "store" / "x").iterdir()] == ["rejects-v1.jsonl"]

@@ -64,22 +64,22 @@ def test_a_path_is_not_a_name_whatever_the_command(
 ) -> None:
     build_memory(tmp_path / "store", some_pairs(5))
     assert main(["memory", *command, "--store", str(tmp_path / "store")]) == 1
-    told = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert (
-        told
+        error
         == "reco: '../x' is not a name: 1 to 64 of the characters A-Z a-z 0-9 . _ -, beginning with a letter or digit\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
-def test_show_tells_of_the_edits(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_counts_the_edits(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["memory", "show", "things", "--store", str(store.root)]) == 0
     rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line]
-    told = {row[0]: row[1] for row in rows[:11]}
-    assert told["version"] == "things@v1 (current)"
-    assert told["pairs"] == "30 in 1 shard, vectors of 16"
-    assert told["bytes"].endswith(f"{30 * 16 * 4 * 2 / 1000:.1f} kB resident")
-    assert told["edits"] == "2 made online on top of it"
+    facts = {row[0]: row[1] for row in rows[:11]}
+    assert facts["version"] == "things@v1 (current)"
+    assert facts["pairs"] == "30 in 1 shard, vectors of 16"
+    assert facts["bytes"].endswith(f"{30 * 16 * 4 * 2 / 1000:.1f} kB resident")
+    assert facts["edits"] == "2 made online on top of it"
 
 
 def test_json_holds_what_the_table_holds(store: Store) -> None:
@@ -122,14 +122,14 @@ def test_a_pipe_gets_whole_lines_without_colours(tmp_path: Path) -> None:
 
 
 def test_verify_reads_the_edits_too(store: Store) -> None:
-    asked = ("memory", "verify", "things@v1", "--store", str(store.root))
-    assert reco(*asked).stdout.startswith("things@v1+2: ")
+    command = ("memory", "verify", "things@v1", "--store", str(store.root))
+    assert reco(*command).stdout.startswith("things@v1+2: ")
     journal = store.journal_path("things", "v1")
     whole = journal.read_bytes()
     journal.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
-    told = one_line(reco(*asked), 1)
-    assert "things/v1.journal: bytes 56 to " in told
-    assert "are damaged, and acknowledged edits follow: restore the file from a copy" in told
+    line = one_line(reco(*command), 1)
+    assert "things/v1.journal: bytes 56 to " in line
+    assert "are damaged, and acknowledged edits follow: restore the file from a copy" in line
 
 
 @pytest.mark.parametrize("damage", ["altered", "cut"])
@@ -137,7 +137,7 @@ def test_verify_names_file_and_bytes(store: Store, damage: str) -> None:
     file = store.root / "things" / "v2" / "shard-0000" / "text.npy"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] if damage == "cut" else whole[:200] + b"\0\xff" + whole[202:])
-    told = one_line(reco("memory", "verify", "things@v2", "--store", str(store.root)), 1)
+    line = one_line(reco("memory", "verify", "things@v2", "--store", str(store.root)), 1)
     length = "has 1087 bytes, the manifest says 1088, and " if damage == "cut" else ""
-    assert f"things@v2: shard-0000/text.npy {length}differs in bytes 0-1087" in told
-    assert told.endswith(": restore or rebuild the version")
+    assert f"things@v2: shard-0000/text.npy {length}differs in bytes 0-1087" in line
+    assert line.endswith(": restore or rebuild the version")

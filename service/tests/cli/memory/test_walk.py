@@ -57,10 +57,10 @@ def test_every_command_of_the_walk_through_works(folder: Path) -> None:
     built = "".join(run(folder, script) for script in before)
     assert "shop@monday: 3 pairs" in built
     with serving(folder / "store", "--memory", "shop") as server:
-        told = [run(folder, script, server.url) for script in after]
-    asked, edited, compacted, swapped, tidied = told
-    assert '"memory":"shop@monday"' in asked
-    assert '"shelf":"top"' in asked
+        outputs = [run(folder, script, server.url) for script in after]
+    embedded, edited, compacted, swapped, tidied = outputs
+    assert '"memory":"shop@monday"' in embedded
+    assert '"shelf":"top"' in embedded
     assert '"memory":"shop@monday+1"' in edited
     assert '"caption":"a photo of our newest article"' in edited
     assert '"memory":"shop@monday+2"' in edited
