@@ -95,8 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     An error is one line on stderr; its stack is logged under --verbose, and always for a bug.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        code = _run(sys.argv[1:] if argv is None else list(argv))
+        code = _run(argv)
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
         _print_error(str(stop) if stop.args else "stopped; nothing half-made is left")
@@ -104,6 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
         return 0
+    except typer.TyperException as error:
+        _print_error(_usage_line(error, argv))
+        return 2
     except Exception as error:  # noqa: BLE001  the last line of defence: a message and an exit code
         return _report(error)
     return code
@@ -123,9 +127,6 @@ def _run(argv: list[str]) -> int:
 
 def _report(error: Exception) -> int:
     """Print the error's line; log its stack under --verbose, or if it is none of our own errors."""
-    if isinstance(error, typer.TyperException):
-        _print_error(_usage_line(error))
-        return 2
     from service.settings import UsageError
 
     code = 2 if isinstance(error, UsageError) else 1
@@ -144,12 +145,22 @@ def _is_expected(error: Exception) -> bool:
     return isinstance(error, ServiceError | StoreError | ModelError)
 
 
-def _usage_line(error: typer.TyperException) -> str:
-    """typer's message, with the command whose --help tells more."""
+def _usage_line(error: typer.TyperException, argv: Sequence[str]) -> str:
+    """typer's message with the value that is wrong, and the command whose --help tells more."""
     message = error.format_message().strip().removesuffix(".")
+    cause = error.__cause__  # of a value that has the wrong type: pydantic's error
+    if cause is not None and hasattr(cause, "errors"):
+        value, (start, _, reason) = cause.errors()[0]["input"], message.partition(": ")
+        reason = reason.removeprefix("Value error, ")
+        message = f"{start.replace('value', f'value {value!r}', 1)}: {reason[:1].lower()}{reason[1:]}"
     context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "reco"
-    return f"{message[:1].lower()}{message[1:]}; see `{command} --help`"
+    path = context.command_path if context is not None else " ".join(["reco", *_command_path(argv)])
+    return f"{message[:1].lower()}{message[1:]}; see `{path} --help`"
+
+
+def _command_path(argv: Sequence[str]) -> Sequence[str]:
+    """The words of the command, without its arguments."""
+    return argv[: 2 if {"memory", "eval"} & {*argv[:1]} else 1]
 
 
 def _print_error(message: str) -> None:

@@ -162,7 +162,8 @@ def _flag(name: str) -> object:
         kind = str
     text = field.description or ""
     if field.default not in (None, ()) and field.default_factory is None:
-        text += f"  [default: {field.default}]"
+        default = {True: "on", False: "off"}[field.default] if kind is bool else field.default
+        text += f"  [default: {default}]"
     complete = complete_memory if name == "memory" else None
     return Annotated[kind | None, typer.Option(metavar=_metavar(name), help=text, autocompletion=complete)]
 
