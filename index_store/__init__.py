@@ -1,4 +1,7 @@
-"""A memory is arrays on disk and two searches: named, versioned, verified, and replaced while it serves."""
+"""Versioned, verified memories of image-text pairs on disk, with nearest-neighbour search.
+
+A running service can edit a memory online and replace its version without stopping.
+"""
 
 from index_store.build.build import build_version
 from index_store.errors import StoreError

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Collection, Iterator
 
 from index_store.edits.journal import read_records
-from index_store.edits.overlay import manifest_digest
 from index_store.errors import StoreError
 from index_store.store import Store
 
@@ -49,5 +48,5 @@ def _holdings(store: Store, name: str, version: str, base: str, folded: int) -> 
 
 def _edits(store: Store, name: str, version: str) -> list[bytes]:
     """A digest of each edit made on a version."""
-    records = read_records(store.journal_path(name, version), manifest_digest(store.manifest(name, version)))
+    records = read_records(store.journal_path(name, version), store.manifest(name, version).sha256)
     return [hashlib.sha256(payload).digest() for _, payload in records]

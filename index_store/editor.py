@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from index_store.build.build import build_version
 from index_store.edits.changes import Change, Delete, encode_ids, make_put
 from index_store.edits.journal import Journal, read_records
-from index_store.edits.overlay import Overlay, decode_record, manifest_digest, replay_journal
+from index_store.edits.overlay import Overlay, decode_record, replay_journal
 from index_store.errors import DamagedVersion, PairsRefused, StoreBusy, StoreUnwritable
 from index_store.snapshot import Snapshot
 from index_store.storage.manifest import Manifest
@@ -133,12 +133,12 @@ class Editor:
             payloads = [
                 payload
                 for _, payload in read_records(
-                    self._store.journal_path(old.name, old.version), manifest_digest(old), prepared.size
+                    self._store.journal_path(old.name, old.version), old.sha256, prepared.size
                 )
             ]
             for number, payload in enumerate(payloads, prepared.edits + 1):
                 fresh.apply(decode_record(payload, prepared.base, number))
-            journal = Journal.create(self._store.journal_path(new.name, new.version), manifest_digest(new), payloads)
+            journal = Journal.create(self._store.journal_path(new.name, new.version), new.sha256, payloads)
             self._activate(new, old, journal)
             self._close()
             self._overlay, self._journal = fresh, journal
@@ -165,7 +165,7 @@ class Editor:
         if self._journal is None:
             base = self._overlay.base
             path = self._store.journal_path(base.manifest.name, base.manifest.version)
-            journal = Journal.open(path, manifest_digest(base.manifest))
+            journal = Journal.open(path, base.manifest.sha256)
             if journal.edits < self.snapshot.edits:
                 journal.close()
                 raise DamagedVersion(

@@ -1,30 +1,31 @@
-"""Every way a memory can refuse, drawn as one tree.
+"""Exceptions of the store, one tree below StoreError.
 
     StoreError
     ├── NameRefused            a memory or version name that is not a plain name
     ├── UnknownMemory          no memory of this name in the store
     ├── UnknownVersion         the memory exists, the version does not (or none is current)
-    ├── VersionExists          a version is written once and never overwritten
-    ├── DamagedVersion         a file is missing, cut, altered, or disagrees with the manifest; edits with a hole among them
-    ├── IncompatibleSnapshot   sound, but made by another encoder or a newer format
-    ├── PairsRefused           rows that this memory may not hold: misaligned, not unit, not finite, of other ids or widths
+    ├── VersionExists          a finished version is never overwritten
+    ├── DamagedVersion         a file is missing, truncated, altered or contradicts the manifest
+    ├── IncompatibleSnapshot   intact, but built by another encoder or in another format
+    ├── PairsRefused           rows that this memory cannot hold: shape, length, ids, widths
     ├── QueryRefused           a search that this memory cannot answer: width, k, not finite
-    ├── RecipeRefused          faiss cannot make such an index of these rows
-    ├── DeviceRefused          a GPU that is not there, or has no room for a shard
+    ├── RecipeRefused          faiss cannot build such an index from these rows
+    ├── DeviceRefused          a GPU that does not exist or has no memory left for a shard
     ├── RecallTooLow           the index misses too many of the exact answers
-    ├── StoreBusy              another process is building or editing this very version
-    └── StoreUnwritable        no permission, or no room left, where the store lies
+    ├── StoreBusy              another process is building or editing this version
+    └── StoreUnwritable        no permission or no space left where the store lies
 
-Messages are one line with the value, the limit and the remedy; paths are relative to the store, never absolute.
+Messages are one line with the value, the limit and the remedy. Paths in them are relative to the
+store, never absolute.
 """
 
 
 class StoreError(Exception):
-    """Any refusal of this package; catching it leaves the memory that serves untouched."""
+    """Base class of every error of this package; the memory being served stays untouched."""
 
 
 class NameRefused(StoreError):
-    """A memory or a version is asked for by something that is not a plain name, such as a path."""
+    """The name of a memory or version is not a plain name, for example a path."""
 
 
 class UnknownMemory(StoreError):
@@ -32,7 +33,7 @@ class UnknownMemory(StoreError):
 
 
 class UnknownVersion(StoreError):
-    """The version asked for does not exist, or nothing has been activated yet."""
+    """The version does not exist, or no version has been activated yet."""
 
 
 class VersionExists(StoreError):
@@ -40,41 +41,44 @@ class VersionExists(StoreError):
 
 
 class DamagedVersion(StoreError):
-    """A file of the version is missing, cut, altered, or holds other counts than the manifest, or an acknowledged edit cannot be read."""
+    """A file is missing, truncated, altered or unlike the manifest, or an edit is unreadable."""
 
 
 class IncompatibleSnapshot(StoreError):
-    """The version was built by another encoder than the one asking, or in a newer format."""
+    """The version was built by another encoder than the querying one, or in another format."""
 
 
 class PairsRefused(StoreError):
-    """The rows offered are misaligned, empty, not finite, not of unit length, of another width, or carry an id twice or of another type."""
+    """Pairs are misaligned, empty, not finite, not of unit length, of a wrong width or id type.
+
+    Also raised where an id occurs twice.
+    """
 
 
 class QueryRefused(StoreError):
-    """The search asked for does not fit this memory: wrong width, k below one, a value that is not finite."""
+    """The search does not fit this memory: wrong width, k below one, a value not finite."""
 
 
 class RecipeRefused(StoreError):
-    """The index recipe is not one that faiss can build from these rows."""
+    """Faiss cannot build the index recipe from these rows."""
 
 
 class DeviceRefused(StoreError):
-    """A GPU is asked for that faiss does not see, or that has no room for an index."""
+    """Faiss sees no such GPU, or the GPU has no memory left for an index."""
 
 
 class RecallTooLow(StoreError):
-    """The index finds fewer of the stored exact answers than its floor promises."""
+    """The index finds fewer of the stored exact answers than its recall floor requires."""
 
 
 class StoreBusy(StoreError):
-    """Another process is building or editing this very version at this moment, or has moved on from it."""
+    """Another process is building or editing this version, or has activated another one."""
 
 
 class StoreUnwritable(StoreError):
-    """The store's folder cannot be written: no permission, or no room left."""
+    """The folder of the store cannot be written: no permission, or no space left."""
 
 
-def reason(error: RuntimeError) -> str:
-    """What faiss complains of, in one line and without the place in its own sources."""
+def faiss_message(error: RuntimeError) -> str:
+    """The message of a faiss error in one line, without the location in faiss' sources."""
     return str(error).rpartition("Error: ")[2].partition("\n")[0]

@@ -20,6 +20,6 @@ class Memory:
         return self._current
 
     def swap(self, snapshot: Snapshot) -> Snapshot:
-        """Serve `snapshot` from now on; return the retired one, which lives until its last batch ends."""
+        """Serve `snapshot` from now on; the retired one, which lives until its last batch ends."""
         retired, self._current = self._current, snapshot
         return retired

@@ -9,7 +9,7 @@ from itertools import count, repeat
 from pathlib import Path
 
 from index_store.edits.journal import JOURNAL_SUFFIX, read_records
-from index_store.edits.overlay import manifest_digest, replay_journal
+from index_store.edits.overlay import replay_journal
 from index_store.errors import (
     DamagedVersion,
     IncompatibleSnapshot,
@@ -93,9 +93,7 @@ class Store:
 
     def count_edits(self, name: str, version: str) -> int:
         """How many edits stand on a version."""
-        return sum(
-            1 for _ in read_records(self.journal_path(name, version), manifest_digest(self.manifest(name, version)))
-        )
+        return sum(1 for _ in read_records(self.journal_path(name, version), self.manifest(name, version).sha256))
 
     def activate(self, name: str, version: str, *, instead_of: str | None = None) -> None:
         """Make a version the current one, in one step; the one it replaces becomes the previous.

@@ -79,7 +79,7 @@ def _published(work: Path, indexed: Manifest, written: Iterable[str]) -> Manifes
     written: the files that came after those of the shards.
     """
     names = [*indexed.files, *written]
-    sight = FileStats.of(
+    sight = FileStats.collect(
         work, names
     )  # before their digests are taken, so that the first opening need not read them again
     manifest = dataclasses.replace(indexed, files=file_digests(work, names))

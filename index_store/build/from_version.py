@@ -9,7 +9,6 @@ import numpy as np
 
 from index_store.build.source import Reject, Step, first_of_each
 from index_store.edits.journal import JOURNAL_SUFFIX, log, read_records
-from index_store.edits.overlay import manifest_digest
 from index_store.errors import IncompatibleSnapshot, PairsRefused
 from index_store.storage.checksums import verify
 from index_store.storage.manifest import MANIFEST_FILE, Manifest, read_manifest, same_encoder
@@ -40,7 +39,7 @@ def stored_manifest(path: Path, *, encoder: str, kinds: Mapping[Side, KeyKind]) 
             raise PairsRefused(
                 f"{manifest.ref} holds {held} {side} keys, {kinds[side]} keys are asked for: build it from its images"
             )
-    edits = sum(1 for _ in read_records(path.with_name(path.name + JOURNAL_SUFFIX), manifest_digest(manifest)))
+    edits = sum(1 for _ in read_records(path.with_name(path.name + JOURNAL_SUFFIX), manifest.sha256))
     if edits:
         log.warning(
             "%s: %d edits made on it online are left out: compact it, then take what that makes", manifest.ref, edits

@@ -11,7 +11,7 @@ import faiss
 import numpy as np
 
 from index_store.build.tuning import Clock, Point, flat_point, settle
-from index_store.errors import RecallTooLow, RecipeRefused, reason
+from index_store.errors import RecallTooLow, RecipeRefused, faiss_message
 from index_store.float16 import to_float32
 from index_store.search.probes import RECALL_K, ProbeQueries
 from index_store.search.shard import BLOCK_ROWS, Shard, keys_file
@@ -71,7 +71,7 @@ def index_version(work: Path, draft: Manifest) -> tuple[Manifest, list[str]]:
             done = _other_shards(work, draft, done)
     except RuntimeError as error:  # a recipe that faiss makes, and then does not add to or search as others
         raise RecipeRefused(
-            f"{draft.index['asked']} cannot be filled or searched ({reason(error)}): {REMEDY}"
+            f"{draft.index['asked']} cannot be filled or searched ({faiss_message(error)}): {REMEDY}"
         ) from error
     floor = draft.recall["floor"]
     if done.best.worst < floor:

@@ -1,7 +1,6 @@
 """Edits applied in memory: each makes the next snapshot of a base and leaves those before it as they are."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from index_store.errors import DamagedVersion
 from index_store.search.bounds import BoundProjection
 from index_store.search.delta import Delta
 from index_store.snapshot import Snapshot
-from index_store.storage.manifest import SHA256_FIELD, Manifest
+from index_store.storage.manifest import Manifest
 from index_store.types import SIDES, Id, Side
 
 INITIAL_CAPACITY = 1_024  # room that the first edit makes; then it doubles
@@ -107,7 +106,7 @@ class Overlay:
 def replay_journal(base: Snapshot, journal: Path) -> tuple[Overlay, int]:
     """The base with every acknowledged edit, and where in the journal the last of them ends. Takes no lock and changes nothing."""
     overlay, size = Overlay(base), HEAD.size
-    for end, payload in read_records(journal, manifest_digest(base.manifest)):
+    for end, payload in read_records(journal, base.manifest.sha256):
         overlay.apply(decode_record(payload, base, overlay.snapshot.edits + 1))
         size = end
     if journal.exists() and (torn := journal.stat().st_size - size) > 0:
@@ -152,12 +151,6 @@ class _Column:
         self.rows[self.filled : needed] = rows
         self.filled = needed
         return self.rows[:needed]
-
-
-def manifest_digest(manifest: Manifest) -> str:
-    """The manifest's own sha256: which build of a version a journal belongs to."""
-    seal: str = json.loads(manifest.to_json())[SHA256_FIELD]
-    return seal
 
 
 def _columns(manifest: Manifest, id_kind: str) -> dict[str, _Column]:

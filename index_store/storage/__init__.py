@@ -1,4 +1,4 @@
-"""How a memory lies on disk: the manifest, the column files, checksums, and durable file operations.
+"""Files of a memory on disk: manifest, columns, checksums, and durable file operations.
 
-Nothing here searches; `index_store/FORMAT.md` describes the same bytes for readers of other languages.
+No module here searches; `index_store/FORMAT.md` describes the same files for other programs.
 """

@@ -1,4 +1,4 @@
-"""Bytes that are certain: digests read back, files and folders synced, one pointer replaced in one step."""
+"""Durable file operations: fsync of files and directories, checksums, atomic replacement, locks."""
 
 import fcntl
 import hashlib
@@ -9,22 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from index_store.errors import StoreUnwritable, reason
+from index_store.errors import StoreUnwritable, faiss_message
 
-BLOCK_BYTES = (
-    1 << 24
-)  # a file has one CRC-32 for each 16 MiB: enough to say where it is damaged, and eight digits a block
-CHUNK_BYTES = 1 << 20  # read at a time: both sums find it in the processor's cache
-CRC_DIGITS = 8
-READ_THREADS = 4  # both sums release the interpreter lock; more threads than this wait for the disk
+BLOCK_BYTES = 1 << 24  # bytes covered by one CRC-32: fine enough to locate damage within 16 MiB
+CHUNK_BYTES = 1 << 20  # bytes read at a time, so that both checksums find them in the processor's cache
+CRC_DIGITS = 8  # hexadecimal digits of one CRC-32
+READ_THREADS = 4  # both checksums release the interpreter lock; more threads wait for the disk
 
 
 def file_digest(path: Path) -> dict[str, str | int]:
-    """{"sha256", "bytes", "crc32": the hexadecimal CRC-32 of each block, joined} of a file, in one pass."""
+    """Checksums of a file in one pass: {"sha256", "bytes", "crc32": CRC-32 per block in hex}."""
     whole, blocks, size = hashlib.sha256(), list[int](), 0
     buffer = memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb") as file:
-        while read := file.readinto(buffer):  # whole chunks up to the last, so that none lies in two blocks
+        while read := file.readinto(buffer):  # full chunks until the end, so none spans two blocks
             if size % BLOCK_BYTES == 0:
                 blocks.append(0)
             blocks[-1] = zlib.crc32(buffer[:read], blocks[-1])
@@ -34,15 +32,15 @@ def file_digest(path: Path) -> dict[str, str | int]:
 
 
 def file_digests(root: Path, names: Sequence[str]) -> dict[str, dict[str, str | int]]:
-    """The digest of each named file under `root`."""
+    """Checksums of each named file under `root`, computed in parallel."""
     with ThreadPoolExecutor(READ_THREADS) as pool:
         return dict(zip(names, pool.map(lambda name: file_digest(root / name), names), strict=True))
 
 
 def first_difference(one: str, another: str) -> tuple[int, int] | None:
-    """(first, last byte) of the first run of blocks whose CRCs differ, None where all agree.  one, another: `crc32` of two digests.
+    """(first, last) byte of the first run of blocks whose CRC-32 differ, None where all agree.
 
-    A block that only one of them has differs.
+    one, another: "crc32" of two file digests. A block that only one of them has differs.
     """
     cuts = range(0, max(len(one), len(another)), CRC_DIGITS)
     wrong = [at // CRC_DIGITS for at in cuts if one[at : at + CRC_DIGITS] != another[at : at + CRC_DIGITS]]
@@ -53,7 +51,7 @@ def first_difference(one: str, another: str) -> tuple[int, int] | None:
 
 
 def fsync_path(path: Path) -> None:
-    """Return once a file, or a folder's list of names, is on the disk itself."""
+    """fsync a file, or a folder's list of names; returns once it is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,7 +60,7 @@ def fsync_path(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those that it lies in; returns once every new name is on the disk."""
+    """Make a folder and its missing parents; returns once every new name is on the disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -70,7 +68,7 @@ def make_folder(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a small file in one step: a reader sees the old text or the new one, also after a power cut."""
+    """Replace a small file atomically: old or new text is read, even after a power cut."""
     fresh = path.with_name(f".{path.name}.fresh")
     with fresh.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -82,22 +80,22 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextmanager
 def translate_write_errors(what: str) -> Iterator[None]:
-    """Turn every failure to write into one line that names `what`."""
+    """Raise StoreUnwritable, naming `what`, for every OSError or faiss write error in the block."""
     try:
         yield
     except OSError as error:
         raise StoreUnwritable(
             f"cannot write {what}: {error.strerror or error}; free some room or grant permission, then run it again"
         ) from error
-    except RuntimeError as error:  # faiss reports a short write so
+    except RuntimeError as error:  # how faiss reports a short write
         raise StoreUnwritable(
-            f"cannot write {what}: {reason(error)}; free some room or grant permission, then run it again"
+            f"cannot write {what}: {faiss_message(error)}; free some room or grant permission, then run it again"
         ) from error
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """One writer of a folder's names at a time, across processes; the kernel lets go when its holder dies."""
+    """Lock a folder exclusively across processes, waiting for it; process exit frees it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,4 +1,8 @@
-"""Is a version what was built? Every byte read again, or, for a large file that nothing has written to since, its stat."""
+"""Verification of a version's files by reading every byte or by trusting an unchanged stat.
+
+A large file's stat is trusted if it equals the stat under which the file was last read in full
+and found intact. `FORMAT.md` says why no write can leave the stat unchanged.
+"""
 
 import hashlib
 import json
@@ -14,31 +18,35 @@ from index_store.errors import DamagedVersion
 from index_store.storage.atomic import READ_THREADS, file_digest, first_difference, fsync_path
 from index_store.storage.manifest import Manifest
 
-SMALL_BYTES = 1 << 20  # files up to here are read at every opening: a millisecond each
-TICK_S = 0.05  # a file system's clock may stand still this long: two writes within it can leave one and the same ctime
+SMALL_BYTES = 1 << 20  # files up to this size are read at every opening: a millisecond each
+CLOCK_TICK_S = 0.05  # two writes within one tick of a file system's clock may leave the same ctime
 
 
 @dataclass(frozen=True, slots=True)
 class FileStats:
-    """What stat said of the large files before they were read.
+    """The stat of each large file of a version, taken before the files were read.
 
-    stats: {name: [bytes, mtime_ns, ctime_ns, inode, device]}: no write, copy or restore leaves all five as they were.
+    by_name: {name: [bytes, mtime_ns, ctime_ns, inode, device]}; every write, copy or restore
+    changes at least one of the five.  at_ns: when they were taken, nanoseconds since the epoch.
     """
 
-    stats: Mapping[str, list[int]]
+    by_name: Mapping[str, list[int]]
     at_ns: int
 
     @classmethod
-    def of(cls, path: Path, names: Collection[str]) -> "FileStats":
-        """The large ones of the files under `path`, once the last write to them lies a tick back; a missing file is left out."""
-        sight = cls._now(path, names)
-        if not sight.settled:
-            time.sleep(TICK_S)
-            sight = cls._now(path, names)
-        return sight
+    def collect(cls, path: Path, names: Collection[str]) -> "FileStats":
+        """The stats of the large files under `path`, waiting one clock tick after a recent write.
+
+        A missing file is left out.
+        """
+        found = cls._collect_now(path, names)
+        if not found.settled:
+            time.sleep(CLOCK_TICK_S)
+            found = cls._collect_now(path, names)
+        return found
 
     @classmethod
-    def _now(cls, path: Path, names: Collection[str]) -> "FileStats":
+    def _collect_now(cls, path: Path, names: Collection[str]) -> "FileStats":
         at_ns, found = time.time_ns(), {}
         for name in names:
             with suppress(OSError):
@@ -49,69 +57,76 @@ class FileStats:
 
     @property
     def settled(self) -> bool:
-        """True where a later write must show in ctime; not so under a clock of another machine that runs ahead."""
-        return all(self.at_ns - ctime >= TICK_S * 1e9 for _, _, ctime, _, _ in self.stats.values())
+        """True where a later write is certain to change ctime.
+
+        False after a write within the last clock tick, or where a file server's clock runs ahead.
+        """
+        return all(self.at_ns - ctime >= CLOCK_TICK_S * 1e9 for _, _, ctime, _, _ in self.by_name.values())
 
 
 def verify(path: Path, manifest: Manifest, *, trust: bool = False, threads: int = READ_THREADS) -> frozenset[str]:
-    """Compare the files of the version at `path` with its manifest; DamagedVersion names each that differs, and where.
+    """Verify the files of the version at `path` against its manifest; returns the names not read.
 
-    trust: large files whose stat is as it was when they were last read whole are not read again; they are what is returned.
-    A version found whole is recorded as such for the next opening, a damaged one loses its record.
+    trust: do not read large files whose stat equals the recorded one; these are returned.
+    An intact version is recorded for the next opening, a damaged one loses its record.
+    Raises DamagedVersion, which names each file that differs and the bytes.
     """
-    sight = FileStats.of(path, manifest.files)
-    known = _recorded(path, manifest) if trust else {}
-    unread = frozenset(name for name, stat in sight.stats.items() if known.get(name) == stat)
-    found = _faults(path, manifest, [name for name in manifest.files if name not in unread], threads)
-    if found:
+    stats = FileStats.collect(path, manifest.files)
+    recorded = _read_record(path, manifest) if trust else {}
+    unread = frozenset(name for name, stat in stats.by_name.items() if recorded.get(name) == stat)
+    faults = _find_faults(path, manifest, [name for name in manifest.files if name not in unread], threads)
+    if faults:
         with suppress(OSError):
             verified_record_path(path).unlink()
-        raise DamagedVersion(f"{manifest.ref}: {'; '.join(found)}: restore or rebuild the version")
-    if known != sight.stats:
-        record_verified(path, manifest, sight)
+        raise DamagedVersion(f"{manifest.ref}: {'; '.join(faults)}: restore or rebuild the version")
+    if recorded != stats.by_name:
+        record_verified(path, manifest, stats)
     return unread
 
 
-def record_verified(path: Path, manifest: Manifest, sight: FileStats) -> None:
-    """Note that the files were whole when they were `sight`; nothing is noted where one has changed since, or may do so unseen."""
-    if not sight.stats or not sight.settled:
+def record_verified(path: Path, manifest: Manifest, stats: FileStats) -> None:
+    """Record that the files were intact under these stats.
+
+    Nothing is recorded where a file has changed since, or where its stat might hide a change.
+    """
+    if not stats.by_name or not stats.settled:
         return
-    with suppress(OSError):  # a store that may only be read is read whole each time
-        for name in sight.stats:
-            fsync_path(
-                path / name
-            )  # what was read may so far be in memory only, and a power cut would bring older bytes back
-        if FileStats.of(path, sight.stats).stats == sight.stats:
-            text = json.dumps({"manifest": _seal(manifest), "files": sight.stats}, indent=1)
-            verified_record_path(path).write_text(
-                f"{_sha256(text)}\n{text}", "utf-8"
-            )  # half a record is no record: its own sum tells
+    with suppress(OSError):  # in a read-only store every opening reads every byte
+        for name in stats.by_name:
+            fsync_path(path / name)  # otherwise a power cut may restore older bytes
+        if FileStats.collect(path, stats.by_name).by_name == stats.by_name:
+            text = json.dumps({"manifest": _manifest_text_sha256(manifest), "files": stats.by_name}, indent=1)
+            record = f"{_sha256(text)}\n{text}"  # the digest makes a torn record invalid
+            verified_record_path(path).write_text(record, "utf-8")
 
 
 def verified_record_path(path: Path) -> Path:
-    """STORE/name/.VERSION.verified, beside the version: it tells about files on this disk and is no part of the version."""
+    """STORE/name/.VERSION.verified, beside the version: it describes this disk, not the version."""
     return path.with_name(f".{path.name}.verified")
 
 
-def _recorded(path: Path, manifest: Manifest) -> dict[str, list[int]]:
-    """The stats under which files were last found whole; none where the record is missing, torn or of another manifest."""
+def _read_record(path: Path, manifest: Manifest) -> dict[str, list[int]]:
+    """The stats under which the files were last found intact.
+
+    Empty where the record is missing, torn or of another manifest.
+    """
     try:
-        seal, text = verified_record_path(path).read_text("utf-8").split("\n", 1)
-        found = json.loads(text) if seal == _sha256(text) else {}
+        digest, text = verified_record_path(path).read_text("utf-8").split("\n", 1)
+        found = json.loads(text) if digest == _sha256(text) else {}
     except (OSError, ValueError):
         return {}
-    files: dict[str, list[int]] = found["files"] if found.get("manifest") == _seal(manifest) else {}
+    files: dict[str, list[int]] = found["files"] if found.get("manifest") == _manifest_text_sha256(manifest) else {}
     return files
 
 
-def _faults(path: Path, manifest: Manifest, names: Collection[str], threads: int) -> list[str]:
-    """What is wrong with each file that is not as the manifest says, in its order."""
+def _find_faults(path: Path, manifest: Manifest, names: Collection[str], threads: int) -> list[str]:
+    """One description per file that differs from the manifest, in the manifest's order."""
     with ThreadPoolExecutor(threads) as pool:
-        faults = pool.map(lambda name: _fault(path, name, manifest.files[name]), names)
+        faults = pool.map(lambda name: _find_fault(path, name, manifest.files[name]), names)
         return [fault for fault in faults if fault is not None]
 
 
-def _fault(path: Path, name: str, expected: Mapping[str, Any]) -> str | None:
+def _find_fault(path: Path, name: str, expected: Mapping[str, Any]) -> str | None:
     try:
         found = file_digest(path / name)
     except OSError as error:
@@ -126,7 +141,7 @@ def _fault(path: Path, name: str, expected: Mapping[str, Any]) -> str | None:
     return f"{name} {size}differs in bytes {where[0]}-{min(where[1], max(there, wanted) - 1)}"
 
 
-def _seal(manifest: Manifest) -> str:
+def _manifest_text_sha256(manifest: Manifest) -> str:
     return _sha256(manifest.to_json())
 
 

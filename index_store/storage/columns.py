@@ -1,4 +1,4 @@
-"""Writing one shard: rows go to their files as they come, so that a memory may be larger than RAM."""
+"""Column files of one shard, written row block by row block so that a memory may exceed RAM."""
 
 import json
 from collections.abc import Mapping
@@ -15,52 +15,54 @@ from index_store.storage.atomic import translate_write_errors
 from index_store.types import SIDES, Pairs, Side
 
 Lines = BufferedWriter | BufferedRandom
-_as_json = json.JSONEncoder(
-    ensure_ascii=False, allow_nan=False
-).encode  # json.dumps would make an encoder for each record
+_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # json.dumps makes one per call
 
 
 class Column:
-    """One growing .npy file of float16 rows. Its header is written twice: numpy pads it so that the final count fits in place.
+    """An append-only .npy file of float16 rows.
 
-    rows: how many a builder before this one wrote that count; what it wrote beyond them is cut off.
+    The header is written twice; numpy pads it so that the final row count fits in place.
+    rows: how many rows of an interrupted build to keep; the file is truncated after them.
     """
 
     def __init__(self, path: Path, width: int, rows: int = 0) -> None:
         self._width, self._rows = width, rows
         self._file = path.open("r+b" if rows else "wb")
-        self._header()
+        self._write_header()
         if rows:
             self._file.truncate(self._file.tell() + rows * width * 2)
             self._file.seek(0, 2)
 
     def append(self, rows: np.ndarray) -> None:
-        """rows: (R, width) float."""
+        """Append rows.  rows: (R, width) float."""
         self._file.write(np.ascontiguousarray(rows, "<f2").data)
         self._rows += len(rows)
 
     def finish(self) -> None:
-        """Put the true count into the header."""
+        """Write the final row count into the header and close the file."""
         self._file.seek(0)
-        self._header()
+        self._write_header()
         self.close()
 
     def flush(self) -> None:
-        """Hand everything to the system."""
+        """Flush buffered rows to the operating system."""
         self._file.flush()
 
     def close(self) -> None:
-        """Let go of the file, finished or not."""
+        """Close the file, finished or not."""
         self._file.close()
 
-    def _header(self) -> None:
+    def _write_header(self) -> None:
         np.lib.format.write_array_header_1_0(
             self._file, {"descr": "<f2", "fortran_order": False, "shape": (self._rows, self._width)}
         )
 
 
 def map_rows(path: Path, width: int, rows: int) -> np.ndarray:
-    """(rows, width) float16, mapped: the first rows of a column, whatever its header says by now. ValueError where it holds fewer."""
+    """(rows, width) float16: the first rows of a column, memory-mapped, whatever its header says.
+
+    Raises ValueError where the file holds fewer rows.
+    """
     with path.open("rb") as file:
         np.lib.format.read_magic(file)
         np.lib.format.read_array_header_1_0(file)
@@ -68,9 +70,9 @@ def map_rows(path: Path, width: int, rows: int) -> np.ndarray:
 
 
 class ShardWriter:
-    """The files of one shard while it grows; whole after finish(), worthless before.
+    """Writer of the files of one shard; they are complete only after `finish`.
 
-    ids: of the rows that a builder before this one wrote and that count; (R,) int64 or str, None for a new shard.
+    ids: (R,) int64 or str, ids of the rows kept from an interrupted build; None for a new shard.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class ShardWriter:
         self._ids: list[np.ndarray] = [] if ids is None else [ids]
 
     def append(self, pairs: Pairs, rows: slice) -> None:
-        """Add some rows of a block."""
+        """Append some rows of a block of pairs."""
         names = pairs.ids[rows]
         lines = [encode_record(name, record) for name, record in zip(names.tolist(), pairs.records[rows], strict=True)]
         with translate_write_errors(self.folder):
@@ -101,7 +103,7 @@ class ShardWriter:
         self.pairs += len(lines)
 
     def finish(self) -> list[str]:
-        """Complete every file; their names relative to the version."""
+        """Complete and close every file; returns their names relative to the version."""
         ids = np.concatenate(self._ids)
         ids = np.char.encode(ids, "utf-8") if ids.dtype.kind == "U" else ids
         with translate_write_errors(self.folder):
@@ -118,15 +120,13 @@ class ShardWriter:
         return sorted(f"{self.folder}/{file.name}" for file in self._path.iterdir())
 
     def abandon(self) -> None:
-        """Close whatever is still open; harmless after finish()."""
+        """Close the files of an unfinished shard; does nothing after `finish`."""
         for file in self._open_files():
-            with suppress(
-                OSError
-            ):  # a full disk also refuses the last flush, and no row since the last checkpoint counts
+            with suppress(OSError):  # a full disk refuses the last flush; rows after the checkpoint do not count
                 file.close()
 
     def flush(self) -> None:
-        """Hand every row to the system."""
+        """Flush buffered rows of every column to the operating system."""
         with translate_write_errors(self.folder):
             for file in self._open_files():
                 file.flush()
@@ -136,7 +136,11 @@ class ShardWriter:
 
 
 def open_lines(path: Path, lines: int) -> tuple[Lines, list[int]]:
-    """A file of lines to append to, cut after the first `lines` of them, and their lengths. ValueError where it holds fewer."""
+    """Open a file of lines for appending, truncated after the first `lines`.
+
+    Returns the file and the length of each line in bytes.
+    Raises ValueError where the file holds fewer lines.
+    """
     if not lines:
         return path.open("wb"), []
     file = path.open("r+b")
@@ -150,9 +154,9 @@ def open_lines(path: Path, lines: int) -> tuple[Lines, list[int]]:
 
 
 def encode_record(name: str | int, record: Mapping[str, Any]) -> bytes:
-    """One record as one line of JSON."""
+    """One record as one line of UTF-8 JSON. Raises PairsRefused where it is not JSON."""
     try:
-        return _as_json(dict(record)).encode("utf-8", "surrogatepass") + b"\n"
+        return _encode_json(dict(record)).encode("utf-8", "surrogatepass") + b"\n"
     except (TypeError, ValueError) as error:
         raise PairsRefused(
             f"the record of id {name!r} is not JSON ({error}): keep strings, numbers, lists and mappings"

@@ -1,13 +1,13 @@
-"""File names beside the versions of a memory that more than one module has to know."""
+"""File names beside the versions of a memory that several modules use."""
 
 from pathlib import Path
 
 
 def partial_folder(memory: Path, version: str) -> Path:
-    """Where a version is built before it exists."""
+    """The folder in which a version is built; a rename turns it into the version."""
     return memory / f".{version}.partial"
 
 
 def rejects_path(memory: Path, version: str) -> Path:
-    """Where a version's rejects are listed for people to read, beside the version."""
+    """The JSON Lines file beside a version that lists the items its build left out."""
     return memory / f"rejects-{version}.jsonl"

@@ -1,4 +1,4 @@
-"""The page that makes a directory a version: written last, read first, believed only if every byte agrees."""
+"""Manifest of a version: metadata and file checksums, written last and read strictly."""
 
 import dataclasses
 import hashlib
@@ -19,12 +19,13 @@ SHA256_FIELD = "sha256"  # the manifest's own digest, over its canonical text wi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a version is and what every one of its files must be.
+    """Metadata of a version, and size and checksums of each of its files.
 
     encoder: fingerprint "label@digest".  dim: D.  keys: {side: {"kind", "dim": Dk}}.  pairs: N.
-    shards: [{"folder", "pairs"}] in row order.  index: {"asked", "recipe", "probes", "curve"}; probes is 0 where the recipe has no lists.
-    recall: {"k", "floor", "image", "text"} as measured at build.  files: {relative path: {"sha256", "bytes", "crc32"}}.
-    created: UTC, ISO 8601.  source: the builder's own JSON, such as counts and rejects.
+    shards: [{"folder", "pairs"}] in row order.  index: {"asked", "recipe", "probes", "curve"},
+    probes = 0 where the recipe has no inverted lists.  recall: {"k", "floor", "image", "text"} as
+    measured at build.  files: {relative path: {"sha256", "bytes", "crc32"}}.
+    created: UTC, ISO 8601.  source: free JSON of the builder, such as counts and rejects.
     """
 
     name: str
@@ -44,12 +45,12 @@ class Manifest:
 
     @property
     def ref(self) -> str:
-        """The one way a version is named in replies, logs and commands: name@version."""
+        """name@version, as replies, logs and commands refer to a version."""
         return f"{self.name}@{self.version}"
 
     @property
     def bytes(self) -> dict[str, int]:
-        """What serving it takes, by tier: "mapped" files that the system pages in and out, "resident" rows of flat searches, float32."""
+        """Bytes that serving takes: "mapped" files, "resident" float32 rows of flat searches."""
         flat = [
             (shard, side)
             for shard in self.shards
@@ -60,22 +61,29 @@ class Manifest:
         return {"mapped": sum(file["bytes"] for file in self.files.values()), "resident": resident}
 
     def key_kind(self, side: Side) -> KeyKind:
-        """What a query on `side` must be: a CLIP vector, or the tower's features before projection."""
+        """What a query on `side` must be.
+
+        "vector" = a CLIP vector, "trunk" = the tower's features before projection.
+        """
         kind: KeyKind = self.keys[side]["kind"]
         return kind
 
     def key_dim(self, side: Side) -> int:
-        """Dk of one side."""
+        """Dk, the width of the search keys of one side."""
         return int(self.keys[side]["dim"])
 
     def to_json(self) -> str:
-        """The canonical text, sealed with its own digest: another text of the same content is refused."""
-        fields = json.loads(_canonical({entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}))
-        return _canonical({**fields, SHA256_FIELD: _digest(fields)})
+        """The canonical JSON text with its own sha256; `from_json` refuses any other text."""
+        fields = self._json_fields()
+        return _canonical_json({**fields, SHA256_FIELD: _digest(fields)})
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Read strictly: another format is IncompatibleSnapshot, any byte that to_json would not have written DamagedVersion."""
+        """Parse the text of a manifest strictly.
+
+        Raises IncompatibleSnapshot for another format number, and DamagedVersion for any byte that
+        `to_json` would not have written.
+        """
         try:
             fields = json.loads(text)
             found = fields["format"]
@@ -93,10 +101,11 @@ class Manifest:
                 f"{MANIFEST_FILE} has format {found}, this program reads format {FORMAT_VERSION}: {remedy}"
             )
         try:
-            seal = fields.pop(SHA256_FIELD)
-            if seal != _digest(fields) or text != _canonical({**fields, SHA256_FIELD: seal}):
+            digest = fields.pop(SHA256_FIELD)
+            if digest != _digest(fields) or text != _canonical_json({**fields, SHA256_FIELD: digest}):
                 raise DamagedVersion(
-                    f"{MANIFEST_FILE} does not match its own sha256: it was altered after the build, restore or rebuild the version"
+                    f"{MANIFEST_FILE} does not match its own sha256: it was altered after the build, "
+                    "restore or rebuild the version"
                 )
             manifest = cls(**fields)
             manifest.check()
@@ -105,6 +114,11 @@ class Manifest:
                 f"{MANIFEST_FILE} has missing or unknown fields ({error}): rebuild the version"
             ) from error
         return manifest
+
+    @property
+    def sha256(self) -> str:
+        """The manifest's own digest in hexadecimal; a journal records it as its base."""
+        return _digest(self._json_fields())
 
     def check(self) -> None:
         """Raise ValueError where the fields contradict each other."""
@@ -122,14 +136,23 @@ class Manifest:
             if path.startswith("/") or "\\" in path or any(part in ("", ".", "..") for part in path.split("/")):
                 raise ValueError(f"path {path!r}")
 
+    def _json_fields(self) -> dict[str, Any]:
+        """The fields as JSON reads them back, without the digest."""
+        fields = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        canonical: dict[str, Any] = json.loads(_canonical_json(fields))
+        return canonical
+
 
 def index_file(side: Side) -> str:
-    """The index of one side in a shard's folder; a shard without this file is searched flat, straight from its rows."""
+    """Name of a side's index file in a shard's folder; a shard without it is searched flat."""
     return f"{side}.faiss"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a version directory that must be called name/version; without one the version does not exist."""
+    """Read and check the manifest of a version directory, which must be called name/version.
+
+    Raises UnknownVersion without a manifest, DamagedVersion or IncompatibleSnapshot for a bad one.
+    """
     ref = f"{folder.parent.name}@{folder.name}"
     try:
         text = (folder / MANIFEST_FILE).read_bytes().decode("utf-8")
@@ -157,13 +180,13 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def same_encoder(one: str, another: str) -> bool:
-    """True where two fingerprints "label@digest" denote the same weights: the labels may differ, the digests not."""
+    """True where two fingerprints "label@digest" have the same digest; the labels may differ."""
     return one.rpartition("@")[2] == another.rpartition("@")[2]
 
 
-def _canonical(fields: Mapping[str, Any]) -> str:
+def _canonical_json(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def _digest(fields: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_canonical(fields).encode("ascii")).hexdigest()
+    return hashlib.sha256(_canonical_json(fields).encode("ascii")).hexdigest()

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from index_store.editor import Editor
 from index_store.edits.changes import Delete
 from index_store.edits.journal import Journal
-from index_store.edits.overlay import manifest_digest
 from index_store.errors import DamagedVersion, NameRefused, PairsRefused, StoreBusy, StoreUnwritable
 from index_store.memory import Memory
 from index_store.search.filters import SearchParams
@@ -202,7 +201,7 @@ def test_a_journal_that_went_away_is_missed(tmp_path: Path) -> None:
 
 def test_an_edit_that_does_not_fit_its_base(tmp_path: Path) -> None:
     manifest = build_memory(tmp_path, some_pairs())
-    journal = Journal.open(tmp_path / "things" / "v1.journal", manifest_digest(manifest))
+    journal = Journal.open(tmp_path / "things" / "v1.journal", manifest.sha256)
     journal.append(Delete(np.array([b"pair-1"])).encode())
     journal.append(Delete(np.array([7])).encode())
     with pytest.raises(DamagedVersion, match="edit 2 of things@v1 cannot be read"):

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from index_store.edits.journal import Journal
-from index_store.edits.overlay import manifest_digest
 from index_store.errors import (
     DamagedVersion,
     IncompatibleSnapshot,
@@ -134,7 +133,7 @@ def test_a_deletion_that_was_killed_is_finished_by_what_comes_next(
     store: Store, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
     store.activate("things", "v3")
-    Journal.open(store.journal_path("things", "v1"), manifest_digest(store.manifest("things", "v1"))).close()
+    Journal.open(store.journal_path("things", "v1"), store.manifest("things", "v1").sha256).close()
     (store.root / "things" / "rejects-v1.jsonl").touch()
     with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(SystemExit))

@@ -46,7 +46,7 @@ def opened(version: Path) -> Snapshot:
 def forget_nothing(version: Path, manifest: Manifest) -> None:
     """Record the files as they stand: what is left of a change that stat does not show, as when a disk forgets bits."""
     verified.verified_record_path(version).unlink(missing_ok=True)
-    record_verified(version, manifest, FileStats.of(version, manifest.files))
+    record_verified(version, manifest, FileStats.collect(version, manifest.files))
     assert verified_record_path(version).exists()
 
 
@@ -174,7 +174,7 @@ def test_nothing_is_recorded_of_files_that_may_still_change_unseen(
 
 def test_a_change_while_reading_is_not_recorded(version: Path) -> None:
     manifest = opened(version).manifest
-    sight = FileStats.of(version, manifest.files)
+    sight = FileStats.collect(version, manifest.files)
     verified_record_path(version).unlink()
     (version / "shard-0000" / "image.npy").touch()
     record_verified(version, manifest, sight)
