@@ -19,7 +19,7 @@ AHEAD = 2  # batches being decoded while one is encoded: enough to hide the deco
 
 T = TypeVar("T")
 OnReject = Callable[[Reject], object]
-OnProgress = Callable[[int], object]  # such as tqdm's update
+OnProgress = Callable[[int], object]  # such as Meter.advance
 Decoding = tuple[Sample, "Future[np.ndarray]"]
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import trange
 
 from models.data.samples import Sample
 from models.encoder.encoder import Encoder
@@ -19,6 +18,7 @@ from models.encoder.image_tower import normalize_pixels
 from models.encoder.text_tower import build_text_encoder
 from models.errors import DataError
 from models.fusion.losses import info_nce
+from models.progress import track
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def finetuned(encoder: Encoder, samples: Sequence[Sample], tuning: Tuning) -> En
     encode_text, rng = build_text_encoder(model), np.random.default_rng(tuning.seed)
     tokens = torch.from_numpy(encoder.tokenize([sample.caption for sample in samples])).to(encoder.device)  # (P, L)
     optimiser = torch.optim.AdamW(model.parameters(), lr=tuning.learning_rate, weight_decay=0.1)
-    for _ in trange(tuning.steps, desc="full fine-tuning", unit="step"):
+    for _ in track(tuning.steps, "full fine-tuning", "step"):
         rows = rng.choice(len(samples), tuning.batch, replace=False)
         text = tokens[rows]
         image = model.encode_image(_pixels([samples[row] for row in rows], encoder), normalize=True)  # (B, D)

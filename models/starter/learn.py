@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import trange
 
 from models.encoder.text_tower import build_text_encoder
 from models.fusion.losses import info_nce
+from models.progress import track
 
 __all__ = ["Source", "learn", "project", "pseudo_features"]
 
@@ -67,8 +67,8 @@ def learn(model: Any, sources: Sequence[Source], steps: int, seed: int) -> None:
     for value in trained:
         value.requires_grad_(True)
     optimiser = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
-    rng, bar = np.random.default_rng(seed), trange(steps, desc="encoder", unit="step")
-    for step in bar:
+    rng = np.random.default_rng(seed)
+    for step in track(steps, "encoder", "step"):
         optimiser.param_groups[0]["lr"] = LEARNING_RATE * min(
             (step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps)
         )
@@ -83,7 +83,6 @@ def learn(model: Any, sources: Sequence[Source], steps: int, seed: int) -> None:
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         model.logit_scale.data.clamp_(max=math.log(MAX_SCALE))
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     _fold(projection, centre, spread)
 
 

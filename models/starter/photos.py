@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from tqdm import tqdm
 
 from models.data.samples import Sample
 from models.data.sources import read_samples
 from models.encoder.encoder import Encoder
 from models.encoder.image_io import read_image
+from models.progress import progress
 
 BATCH = 16  # the fastest for this trunk on two cores
 
@@ -98,7 +98,7 @@ class Reader:
 
         with (
             ThreadPoolExecutor(1) as pool,
-            tqdm(total=len(images), unit="photo", desc=name) as bar,
+            progress(len(images), name, "photo") as meter,
             torch.inference_mode(),
         ):
             ahead = [pool.submit(decoded, rows) for rows in blocks[:2]]
@@ -109,7 +109,7 @@ class Reader:
                     ((pixels / 255 - self._mean) / self._std).to(memory_format=torch.channels_last)
                 )  # (B*V, Dt)
                 yield features.view(len(rows), views, -1).numpy()
-                bar.update(len(rows))
+                meter.advance(len(rows))
 
     def _views(self, name: str, row: int, image: Image.Image, views: int) -> np.ndarray:
         """(V, 3, H, W) uint8: the view that serving takes, then mirrored random crops holding 50-100 % of the photo."""

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from index_store.build.index import FLAT
 from index_store.build.shards import VersionWriter, fill_from
@@ -39,6 +38,7 @@ from models.data.streams import Encoding, Stream, build_streams, chain_streams, 
 from models.encoder.encoder import Encoded
 from models.errors import DataError
 from models.fusion.checkpoint import read_tensors, write_tensors
+from models.progress import progress
 from models.training.episodes import BLOCK, Asking, Episode, Lookup, compacted, numbered, photos, siblings, stacked
 
 SHARD = "shard-0000"  # a set of training pairs is one shard of any size
@@ -94,10 +94,11 @@ def _steps(streams: Sequence[Stream], runs: list[Done], done: Done) -> Iterator[
     """What remains to be encoded.  runs: told how far an earlier run came."""
     runs.append(done)
     items = sum(stream.items for stream in streams)
-    with tqdm(total=items, initial=done.items, unit="item", desc="encode", disable=not sys.stderr.isatty()) as bar:
+    with progress(items, "encode") as meter:
+        meter.start_at(done.items)
         for step in chain_streams(streams, done):
             yield step
-            bar.update(step.items)
+            meter.advance(step.items)
 
 
 def _encode(path: Path, job: BuildSource, digest: str, kinds: Mapping[Side, KeyKind]) -> None:
@@ -149,13 +150,14 @@ def _search(path: Path, pairs: Prepared, own: Sequence[Sequence[Id]], asking: As
             for at in range(0, len(pairs), BLOCK)
         }
         before = sum(rows.stop - rows.start for file, rows in blocks.items() if file.exists())
-        with tqdm(total=len(pairs), initial=before, unit="pair", desc="search", disable=not sys.stderr.isatty()) as bar:
+        with progress(len(pairs), "search", "pair") as meter:
+            meter.start_at(before)
             for file, rows in blocks.items():
                 if not file.exists():
                     _write_block(
                         file, {side: asking.find(pairs.encoded(side, rows), side, own[rows]) for side in SIDES}
                     )
-                    bar.update(rows.stop - rows.start)
+                    meter.advance(rows.stop - rows.start)
         for side in SIDES:
             _write_lookup(work, side, stacked([_read_block(file, side) for file in blocks]), asking.snapshot)
         with translate_write_errors(path.name):

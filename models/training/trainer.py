@@ -6,7 +6,6 @@ Alphabet: M training pairs, K neighbours, B batch.
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from index_store.types import SIDES, Side
 from models.errors import ConfigError, TrainingFailed
 from models.fusion.checkpoint import read_tensors, write_tensors
 from models.fusion.fusion import Fusion, set_metric_directions
 from models.fusion.losses import reco_loss
+from models.progress import progress
 from models.training.config import TERMS
 from models.training.episodes import Episode, covariance
 
@@ -101,12 +100,11 @@ class Loop:
     def run(self, until: int | None = None) -> Progress:
         """To the end, or to step `until`; leaves the best fusions seen where `watch` was given and patience asked for them."""
         last = self._learning.steps if until is None else min(until, self._learning.steps)
-        with tqdm(
-            total=last, initial=self.progress.step, desc="fusion", unit="step", disable=not sys.stderr.isatty()
-        ) as bar:
+        with progress(last, "fusion", "step") as meter:
+            meter.start_at(self.progress.step)
             while self.progress.step < last and not self._stopped():
                 self._step()
-                bar.update()
+                meter.advance(1)
         self._layers.eval()
         if self._learning.patience and self._watch is not None and math.isfinite(self.progress.best):
             self._layers.load_state_dict(self._best)

@@ -42,7 +42,7 @@ ROOMS = {
         "errors", "neighbors", "float16", "types", "storage", "search", "snapshot", "memory", "edits", "store",
         "build", "compaction", "editor",
     ],
-    "models": ["errors", "encoder", "fusion", "reco", "data", "training", "evaluation", "starter"],
+    "models": ["errors", "progress", "encoder", "fusion", "reco", "data", "training", "evaluation", "starter"],
     "service": [
         "batching", "observability", "errors", "settings", "labels", "pipeline", "memories", "engine", "api", "app", "server",
         "client", "cli",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from index_store import Snapshot, Store
-from service.cli.progress import progress
+from models.progress import progress
 from service.errors import ServiceError
 from service.settings import Settings, UsageError
 

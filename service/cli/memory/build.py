@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from models.progress import progress
 from service.cli.options import MODEL, complete_memory, with_settings
-from service.cli.progress import progress
 from service.settings import Settings, UsageError
 
 if TYPE_CHECKING:

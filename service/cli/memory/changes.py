@@ -29,7 +29,7 @@ def compact(
     from index_store import Store
     from index_store.editor import Editor
     from index_store.store import check_name
-    from service.cli.progress import progress
+    from models.progress import progress
 
     if url:
         job = _run_job(url, f"/memories/{check_name(name)}/compact", {})

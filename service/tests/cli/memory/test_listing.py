@@ -11,8 +11,9 @@ import pytest
 from index_store import Store
 from index_store.editor import Editor
 from index_store.tests.support.small import ENCODER, build_memory, some_pairs
+from models.tests.terminal import terminal
 from service.cli.main import main
-from service.tests.cli.in_process import run, terminal
+from service.tests.cli.in_process import run
 from service.tests.conftest import one_line, reco
 
 

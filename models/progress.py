@@ -48,6 +48,14 @@ def progress(total: int | None, label: str, unit: str = "item") -> Iterator[Mete
         yield ProgressBar(display, total, label)
 
 
+def track(total: int, label: str, unit: str = "item") -> Iterator[int]:
+    """0 to total - 1, each counted as done when the next is taken."""
+    with progress(total, label, unit) as meter:
+        for number in range(total):
+            yield number
+            meter.advance(1)
+
+
 def _figures(unit: str) -> tuple[ProgressColumn, ...]:
     """How much is done, and at which rate."""
     from rich.progress import MofNCompleteColumn, ProgressColumn, Task

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from service.cli import progress as module
-from service.cli.progress import progress
-from service.tests.cli.in_process import terminal
+from models import progress as module
+from models.progress import progress
+from models.tests.terminal import terminal
 
 
 def test_a_log_gets_a_line_for_each_state(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
