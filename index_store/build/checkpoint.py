@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from index_store.build.source import BuildSource, Done, Kept, Reject, Step
+from index_store.build.source import BuildProgress, BuildSource, Kept, Reject, SourceStep
 from index_store.build.staging import IDS, LOCK, PROGRESS, REJECTS
 from index_store.storage.atomic import fsync_path, replace_text, translate_write_errors
 from index_store.storage.columns import map_rows, open_lines
@@ -112,7 +112,7 @@ class BuildCheckpoint:
             self._ids, _ = open_lines(work / IDS, earlier.pairs if earlier else 0)
             self._rejects, _ = open_lines(work / REJECTS, self._rejected)
 
-    def note(self, step: Step) -> None:
+    def note(self, step: SourceStep) -> None:
         """Remember what a step brought; it counts once `settle` says that its rows are written."""
         with translate_write_errors(self._work.parent.name):
             if step.pairs is not None:
@@ -180,12 +180,12 @@ class BuildCheckpoint:
                 log.debug("notes were not flushed", exc_info=True)
 
 
-def done_of(work: Path, progress: Progress | None) -> Done:
+def done_of(work: Path, progress: Progress | None) -> BuildProgress:
     """What a source is told so that it goes on."""
     if progress is None:
-        return Done()
+        return BuildProgress()
     rejects, kept = progress.rejected, progress
-    return Done(progress.items, progress.pairs, lambda: read_rejects(work, rejects), lambda: _kept(work, kept))
+    return BuildProgress(progress.items, progress.pairs, lambda: read_rejects(work, rejects), lambda: _kept(work, kept))
 
 
 def read_ids(work: Path, count: int) -> list[Id]:

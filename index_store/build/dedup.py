@@ -8,7 +8,7 @@ from operator import itemgetter
 import faiss
 import numpy as np
 
-from index_store.build.source import Kept, Reject, Step
+from index_store.build.source import Kept, Reject, SourceStep
 from index_store.errors import PairsRefused
 from index_store.types import Id, Pairs
 
@@ -44,12 +44,12 @@ class Deduplicator:
         for block in blocks:
             self._keep(block.ids.tolist(), _unit(block.image), block.text)
 
-    def filter(self, steps: Iterable[Step]) -> Iterator[Step]:
+    def filter(self, steps: Iterable[SourceStep]) -> Iterator[SourceStep]:
         """The same steps, with every near-duplicate of an earlier pair turned into a reject that names it."""
         for step in steps:
             yield step if step.pairs is None or not len(step.pairs) else self._filtered(step, step.pairs)
 
-    def _filtered(self, step: Step, pairs: Pairs) -> Step:
+    def _filtered(self, step: SourceStep, pairs: Pairs) -> SourceStep:
         image, text = _unit(pairs.image.astype(np.float16)), _unit(pairs.text.astype(np.float16))
         ids = pairs.ids.tolist()
         nearest = self._among_kept(image, text)
@@ -67,7 +67,9 @@ class Deduplicator:
                 good[row] = None
         return self._split(step, pairs, list(good), rejects, image)
 
-    def _split(self, step: Step, pairs: Pairs, good: list[int], rejects: list[Reject], image: np.ndarray) -> Step:
+    def _split(
+        self, step: SourceStep, pairs: Pairs, good: list[int], rejects: list[Reject], image: np.ndarray
+    ) -> SourceStep:
         """Keep the good rows, reject the others."""
         ids = pairs.ids.tolist()
         self._keep([ids[row] for row in good], image[good], pairs.text[good])

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from index_store.build.source import Reject, Step, first_of_each
+from index_store.build.source import Reject, SourceStep, first_of_each
 from index_store.edits.journal import JOURNAL_SUFFIX, log, read_records
 from index_store.errors import IncompatibleSnapshot, PairsRefused
 from index_store.storage.checksums import verify
@@ -49,7 +49,7 @@ def stored_manifest(path: Path, *, encoder: str, kinds: Mapping[Side, KeyKind]) 
 
 def stored_steps(
     path: Path, manifest: Manifest, *, kinds: Mapping[Side, KeyKind], seen: set[Id], skip: int = 0
-) -> Iterator[Step]:
+) -> Iterator[SourceStep]:
     """Every pair of a verified version in the order of its rows, edits made online apart: fold those in by compacting first.
 
     seen: ids taken so far, added to; a pair whose id is among them is rejected.  skip: rows passed over, of which only the ids are read.
@@ -60,7 +60,7 @@ def stored_steps(
         skip -= min(skip, shard["pairs"])
 
 
-def _shard_steps(folder: Path, kinds: Mapping[Side, KeyKind], seen: set[Id], skip: int) -> Iterator[Step]:
+def _shard_steps(folder: Path, kinds: Mapping[Side, KeyKind], seen: set[Id], skip: int) -> Iterator[SourceStep]:
     names = ["ids", "records", *SIDES, *(f"{side}_key" for side in SIDES if kinds[side] != "vector")]
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
     lines = np.memmap(folder / "records.jsonl", np.uint8, mode="r")
@@ -69,17 +69,17 @@ def _shard_steps(folder: Path, kinds: Mapping[Side, KeyKind], seen: set[Id], ski
         yield _step(arrays, lines, start, seen)
 
 
-def _step(arrays: Mapping[str, np.ndarray], lines: np.ndarray, start: int, seen: set[Id]) -> Step:
+def _step(arrays: Mapping[str, np.ndarray], lines: np.ndarray, start: int, seen: set[Id]) -> SourceStep:
     """The rows of one block whose ids are new."""
     ids = decode_ids(np.asarray(arrays["ids"][start : start + BLOCK_ROWS]))
     first = np.array(first_of_each(ids.tolist(), seen))
     rows = start + np.flatnonzero(first)
     rejects = [Reject(str(name), REPEATED) for name in ids[~first].tolist()]
     if not len(rows):
-        return Step(None, len(ids), rejects)
+        return SourceStep(None, len(ids), rejects)
     values = {name: array[rows] for name, array in arrays.items() if name not in ("ids", "records")}
     records = [_record(lines, arrays["records"], row) for row in rows.tolist()]
-    return Step(Pairs(ids=ids[first], records=records, **values), len(ids), rejects)
+    return SourceStep(Pairs(ids=ids[first], records=records, **values), len(ids), rejects)
 
 
 def _record(lines: np.ndarray, offsets: np.ndarray, row: int) -> dict[str, Any]:

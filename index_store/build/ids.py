@@ -5,7 +5,7 @@ import numpy as np
 from index_store.errors import PairsRefused
 
 
-class Seen:
+class SeenIds:
     """The ids of a build so far, as sorted runs of growing length; a set of a million strings would take ten times the room.
 
     State: the runs, each more than twice as long as the next, so that an id is moved log2(N) times at most.

@@ -15,9 +15,9 @@ from index_store.build.checkpoint import (
     keep_only,
     read_ids,
 )
-from index_store.build.ids import Seen
+from index_store.build.ids import SeenIds
 from index_store.build.index import check_recipe
-from index_store.build.source import BuildSource, Step
+from index_store.build.source import BuildSource, SourceStep
 from index_store.build.staging import clear
 from index_store.errors import PairsRefused, StoreUnwritable
 from index_store.storage.columns import ShardWriter
@@ -53,7 +53,7 @@ class VersionWriter:
         self._kinds, self._index, self._shard_pairs = kinds, index, shard_pairs
         self._content: Content | None = None
         self._writer: ShardWriter | None = None
-        self._seen = Seen()
+        self._seen = SeenIds()
 
     def go_on(self, earlier: Progress) -> None:
         """Take over the rows of an earlier run."""
@@ -153,7 +153,7 @@ def fill_from(filling: VersionWriter, job: BuildSource, digest: str, version: st
         ledger.close()
 
 
-def _take(step: Step, filling: VersionWriter, ledger: BuildCheckpoint) -> None:
+def _take(step: SourceStep, filling: VersionWriter, ledger: BuildCheckpoint) -> None:
     """Store one step, then let it count; a step that is interrupted on the way does not."""
     if step.pairs is not None:
         filling.add(step.pairs)

@@ -20,7 +20,7 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Step:
+class SourceStep:
     """What a source gives at once.
 
     pairs: the next block, None where all was rejected.  items: how many of the source's items this step deals with, rejects included.
@@ -41,7 +41,7 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class BuildProgress:
     """How far an earlier run of the same job came.
 
     items: of the source, dealt with.  pairs: stored.  rejects: read from the disk when called.  kept: the rows stored, block by block.
@@ -63,7 +63,7 @@ class BuildSource:
     """
 
     identity: Mapping[str, Any]
-    steps: Callable[[Done], Iterable[Step]]
+    steps: Callable[[BuildProgress], Iterable[SourceStep]]
     fresh: bool = False
     every_pairs: int = 4096
     every_s: float = 30.0

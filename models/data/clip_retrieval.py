@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from index_store.build.source import Reject, Step
+from index_store.build.source import Reject, SourceStep
 from index_store.types import SIDES, Id, Pairs, Side
 from models.data.encode import invalid_id_reason
 from models.data.tables import columns_of, count_rows, integer_column, parquet_rows
@@ -79,7 +79,7 @@ def read_embedding_folder(folder: Path, *, dim: int, encoder: str, id_column: st
     )
 
 
-def embedding_steps(source: EmbeddingFolder, *, seen: set[Id], skip: int = 0) -> Iterator[Step]:
+def embedding_steps(source: EmbeddingFolder, *, seen: set[Id], skip: int = 0) -> Iterator[SourceStep]:
     """Every row as a pair of unit vectors, block by block; rows without a direction or an id of their own are rejected.
 
     seen: ids taken so far, added to.  skip: rows passed over, of which only the ids are read.
@@ -106,7 +106,7 @@ def _step(
     vectors: Mapping[Side, np.ndarray],
     first: int,
     seen: set[Id],
-) -> Step:
+) -> SourceStep:
     """The usable rows of one block.  vectors: (R, D) any float.  first: the number of its first row."""
     units: dict[Side, np.ndarray] = {}
     reasons: list[str | None] = [None] * len(ids)
@@ -125,10 +125,10 @@ def _step(
     ]
     good = [row for row, why in enumerate(reasons) if why is None]
     if not good:
-        return Step(None, len(ids), rejects)
+        return SourceStep(None, len(ids), rejects)
     records = [_record(fields[row], source.id_column) for row in good]
     names = np.array([ids[row] for row in good], np.int64 if source.whole_numbers else np.str_)
-    return Step(Pairs(names, units["image"][good], units["text"][good], records), len(ids), rejects)
+    return SourceStep(Pairs(names, units["image"][good], units["text"][good], records), len(ids), rejects)
 
 
 def _unit(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from index_store.build.source import Reject, Step
+from index_store.build.source import Reject, SourceStep
 from index_store.types import MAX_ID_BYTES, Id, KeyKind, Pairs, Side
 from models.data.samples import Sample
 from models.encoder.encoder import Encoded, Encoder
@@ -71,7 +71,7 @@ def encode_steps(
     batch: int = 32,
     workers: int = 2,
     max_pixels: int = MAX_PIXELS,
-) -> Iterator[Step]:
+) -> Iterator[SourceStep]:
     """The same blocks as steps of a build.  skip: samples passed over, neither decoded nor encoded; their ids count as taken."""
     stream = iter(samples)
     seen.update(item.id for item in islice(stream, skip) if isinstance(item, Sample))
@@ -81,11 +81,11 @@ def encode_steps(
         on_progress=dealt.append, seen=seen,
     )  # fmt: skip
     for pairs in blocks:
-        yield Step(pairs, sum(dealt), tuple(rejects))
+        yield SourceStep(pairs, sum(dealt), tuple(rejects))
         dealt.clear()
         rejects.clear()
     if dealt:
-        yield Step(None, sum(dealt), tuple(rejects))
+        yield SourceStep(None, sum(dealt), tuple(rejects))
 
 
 def encode_images(

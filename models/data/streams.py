@@ -8,7 +8,7 @@ from typing import Any
 
 from index_store.build.dedup import Deduplicator
 from index_store.build.from_version import is_version, stored_manifest, stored_steps
-from index_store.build.source import Done, Step
+from index_store.build.source import BuildProgress, SourceStep
 from index_store.types import Id, KeyKind, Side
 from models.data.clip_retrieval import EmbeddingFolder, embedding_steps
 from models.data.encode import encode_steps
@@ -29,7 +29,7 @@ class Stream:
     name: str
     items: int
     identity: Any
-    steps: Callable[[set[Id], int], Iterator[Step]]
+    steps: Callable[[set[Id], int], Iterator[SourceStep]]
     samples: Sequence[Path] = ()
     version: str | None = None
 
@@ -64,7 +64,7 @@ def build_streams(sources: Sequence[Path], encoding: Encoding, count: Callable[[
 def sample_stream(sources: Sequence[Path], encoding: Encoding, items: int) -> Stream:
     """Images and captions to encode."""
 
-    def steps(seen: set[Id], skip: int) -> Iterator[Step]:
+    def steps(seen: set[Id], skip: int) -> Iterator[SourceStep]:
         samples = read_all(sources, caption=encoding.caption, skip=skip)
         return encode_steps(
             samples, encoding.encoder, kinds=encoding.kinds, seen=seen, skip=skip, batch=encoding.batch, workers=encoding.workers,
@@ -83,7 +83,7 @@ def version_stream(path: Path, encoder: str, kinds: Mapping[Side, KeyKind]) -> S
     """The pairs of a finished version."""
     manifest = stored_manifest(path, encoder=encoder, kinds=kinds)
 
-    def steps(seen: set[Id], skip: int) -> Iterator[Step]:
+    def steps(seen: set[Id], skip: int) -> Iterator[SourceStep]:
         return stored_steps(path, manifest, kinds=kinds, seen=seen, skip=skip)
 
     return Stream(manifest.ref, manifest.pairs, manifest.to_json(), steps, version=manifest.ref)
@@ -92,13 +92,15 @@ def version_stream(path: Path, encoder: str, kinds: Mapping[Side, KeyKind]) -> S
 def embedding_stream(source: EmbeddingFolder) -> Stream:
     """Embeddings made elsewhere."""
 
-    def steps(seen: set[Id], skip: int) -> Iterator[Step]:
+    def steps(seen: set[Id], skip: int) -> Iterator[SourceStep]:
         return embedding_steps(source, seen=seen, skip=skip)
 
     return Stream(source.name, source.rows, [_stamps(source.files), source.id_column], steps)
 
 
-def chain_streams(streams: Iterable[Stream], done: Done, near: Deduplicator | None = None) -> Iterator[Step]:
+def chain_streams(
+    streams: Iterable[Stream], done: BuildProgress, near: Deduplicator | None = None
+) -> Iterator[SourceStep]:
     """The steps of all streams that an earlier run has not done, near-duplicates dropped where asked."""
     if near is None:
         return _chained(streams, done.items)
@@ -106,7 +108,7 @@ def chain_streams(streams: Iterable[Stream], done: Done, near: Deduplicator | No
     return near.filter(_chained(streams, done.items))
 
 
-def _chained(streams: Iterable[Stream], skip: int) -> Iterator[Step]:
+def _chained(streams: Iterable[Stream], skip: int) -> Iterator[SourceStep]:
     seen = set[Id]()
     for stream in streams:
         passed = min(skip, stream.items)

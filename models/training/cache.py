@@ -22,7 +22,7 @@ import torch
 
 from index_store.build.index import FLAT
 from index_store.build.shards import VersionWriter, fill_from
-from index_store.build.source import BuildSource, Done, Step
+from index_store.build.source import BuildProgress, BuildSource, SourceStep
 from index_store.build.staging import forget_notes, workplace
 from index_store.errors import PairsRefused
 from index_store.search.hits import Hits
@@ -78,7 +78,7 @@ def prepare_pairs(folder: Path, sources: Sequence[Path], encoding: Encoding) -> 
     path, before = folder / "pairs" / digest[:16], None
     if not path.exists():
         streams = build_streams(sources, encoding, partial(count_items, caption=encoding.caption))
-        done = list[Done]()
+        done = list[BuildProgress]()
         try:
             _encode(path, BuildSource(identity, partial(_steps, streams, done)), digest, encoding.kinds)
         except PairsRefused as error:
@@ -90,7 +90,7 @@ def prepare_pairs(folder: Path, sources: Sequence[Path], encoding: Encoding) -> 
     return pairs
 
 
-def _steps(streams: Sequence[Stream], runs: list[Done], done: Done) -> Iterator[Step]:
+def _steps(streams: Sequence[Stream], runs: list[BuildProgress], done: BuildProgress) -> Iterator[SourceStep]:
     """What remains to be encoded.  runs: told how far an earlier run came."""
     runs.append(done)
     items = sum(stream.items for stream in streams)

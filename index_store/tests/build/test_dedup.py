@@ -5,7 +5,7 @@ import pytest
 
 from index_store.build import dedup
 from index_store.build.dedup import Deduplicator
-from index_store.build.source import Kept, Reject, Step
+from index_store.build.source import Kept, Reject, SourceStep
 from index_store.errors import PairsRefused
 from index_store.tests.support.small import normalize, slice_pairs, some_pairs, unit_rows
 from index_store.types import Pairs
@@ -24,10 +24,10 @@ def clustered(n: int, width: int = 16, seed: int = 0) -> Pairs:
     return Pairs(pairs.ids, image, text, pairs.records)
 
 
-def steps(pairs: Pairs, size: int) -> Iterator[Step]:
+def steps(pairs: Pairs, size: int) -> Iterator[SourceStep]:
     for start in range(0, len(pairs), size):
         block = slice_pairs(pairs, slice(start, start + size))
-        yield Step(block, len(block) + 1, [Reject(f"bad-{start}", "no caption")])
+        yield SourceStep(block, len(block) + 1, [Reject(f"bad-{start}", "no caption")])
 
 
 def brute_force(pairs: Pairs, cosine: float) -> tuple[list[str], dict[str, str]]:
@@ -67,7 +67,7 @@ def test_equal_pairs_reach_a_cosine_of_one() -> None:
     again = np.array([f"again-{name}" for name in pairs.ids])
     image, text = np.tile(pairs.image, (2, 1)), np.tile(pairs.text, (2, 1))
     twice = Pairs(np.concatenate([pairs.ids, again]), image, text, [*pairs.records, *pairs.records])
-    (step,) = Deduplicator(1.0).filter([Step(twice, 40)])
+    (step,) = Deduplicator(1.0).filter([SourceStep(twice, 40)])
     assert step.pairs is not None
     assert step.pairs.ids.tolist() == pairs.ids.tolist()
     assert step.rejects[3] == Reject("again-pair-3", "near-duplicate of pair-3 (cosine 1.000)")
@@ -77,14 +77,14 @@ def test_keys_of_their_own_and_records_stay_aligned() -> None:
     pairs = some_pairs(10, key_width=8)
     first, again = slice_pairs(pairs, slice(0, 4)), slice_pairs(pairs, slice(2, 10))
     deduplicator = Deduplicator(0.99)
-    _, step = deduplicator.filter([Step(first, 4), Step(again, 8)])
+    _, step = deduplicator.filter([SourceStep(first, 4), SourceStep(again, 8)])
     assert step.pairs is not None
     assert step.pairs.image_key is not None
     assert pairs.image_key is not None
     assert [record["caption"] for record in step.pairs.records] == [f"caption {i}" for i in range(4, 10)]
     np.testing.assert_array_equal(step.pairs.image_key, pairs.image_key[4:])
     assert len(deduplicator) == 10
-    (last,) = deduplicator.filter([Step(again, 8)])
+    (last,) = deduplicator.filter([SourceStep(again, 8)])
     assert last.pairs is None
 
 

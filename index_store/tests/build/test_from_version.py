@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from index_store.build.from_version import is_version, stored_manifest, stored_steps
-from index_store.build.source import Step
+from index_store.build.source import SourceStep
 from index_store.editor import Editor
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, PairsRefused
 from index_store.store import Store
@@ -12,7 +12,7 @@ from index_store.tests.support.small import ENCODER, TRUNKS, VECTORS, build_memo
 from index_store.types import Id, Pairs
 
 
-def stored(path: Path, *, trunks: bool = False, seen: set[Id] | None = None, skip: int = 0) -> list[Step]:
+def stored(path: Path, *, trunks: bool = False, seen: set[Id] | None = None, skip: int = 0) -> list[SourceStep]:
     kinds = TRUNKS if trunks else VECTORS
     manifest = stored_manifest(path, encoder=ENCODER, kinds=kinds)
     return list(stored_steps(path, manifest, kinds=kinds, seen=set() if seen is None else seen, skip=skip))

@@ -3,13 +3,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from index_store.build.ids import Seen
+from index_store.build.ids import SeenIds
 from index_store.errors import PairsRefused
 
 
 @given(st.lists(st.lists(st.integers(-30, 30), max_size=6), max_size=12), st.booleans())
 def test_agrees_with_a_set(blocks: list[list[int]], words: bool) -> None:
-    seen, known = Seen(), set[int]()
+    seen, known = SeenIds(), set[int]()
     for block in blocks:
         ids = np.array([f"ä{i}" for i in block] if words else block, np.str_ if words else np.int64)
         twice = len(set(block)) < len(block) or known & set(block)
@@ -22,7 +22,7 @@ def test_agrees_with_a_set(blocks: list[list[int]], words: bool) -> None:
 
 
 def test_words_of_every_length_and_ids_as_stored() -> None:
-    seen = Seen()
+    seen = SeenIds()
     seen.add(np.array(["a", "b" * 200]))
     seen.add(np.array([b"c", b"dd"]))
     with pytest.raises(PairsRefused, match="id 'dd' comes twice"):
@@ -30,7 +30,7 @@ def test_words_of_every_length_and_ids_as_stored() -> None:
 
 
 def test_runs_stay_few() -> None:
-    seen = Seen()
+    seen = SeenIds()
     for start in range(0, 100_000, 100):
         seen.add(np.arange(start, start + 100))
     assert len(seen._runs) < 12

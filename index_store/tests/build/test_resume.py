@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from index_store.build.build import build_version
-from index_store.build.source import BuildSource, Done, Reject, Step
+from index_store.build.source import BuildProgress, BuildSource, Reject, SourceStep
 from index_store.build.staging import NOTES
 from index_store.errors import PairsRefused, RecallTooLow, StoreBusy, StoreUnwritable
 from index_store.storage.manifest import Manifest
@@ -33,7 +33,7 @@ class Source:
     """Numbered items, every BLOCK-th a reject; remembers where each run began and how many items it was made to encode."""
 
     def __init__(self, items: int = 1500, *, key_width: int = 0, ints: bool = False, pause_s: float = 0.0) -> None:
-        self.items, self.began, self.encoded = items, list[Done](), 0
+        self.items, self.began, self.encoded = items, list[BuildProgress](), 0
         self._key_width, self._ints, self._pause_s = key_width, ints, pause_s
         self.stop_at: int | None = None
         self.error: BaseException = KeyboardInterrupt()
@@ -43,7 +43,7 @@ class Source:
         options = {"every_pairs": 100, "least_s": 0.0, **options}
         return BuildSource(options.pop("identity", {"items": self.items}), self._steps, **options)
 
-    def _steps(self, done: Done) -> Iterator[Step]:
+    def _steps(self, done: BuildProgress) -> Iterator[SourceStep]:
         self.began.append(done)
         if self.log is not None:
             with self.log.open("a") as file:
@@ -53,7 +53,7 @@ class Source:
                 raise self.error
             time.sleep(self._pause_s)
             self.encoded += BLOCK
-            yield Step(self._pairs(start), BLOCK, [Reject(f"bad-{start}", "no caption")])
+            yield SourceStep(self._pairs(start), BLOCK, [Reject(f"bad-{start}", "no caption")])
 
     def _pairs(self, start: int) -> Pairs | None:
         if start == 2 * BLOCK:
@@ -110,7 +110,7 @@ def test_what_was_kept_is_given_back(tmp_path: Path) -> None:
         build(tmp_path, source.job())
     seen: list[tuple[list[str], np.ndarray, np.ndarray]] = []
 
-    def steps(done: Done) -> Iterator[Step]:
+    def steps(done: BuildProgress) -> Iterator[SourceStep]:
         assert [reject.item for reject in done.rejects()] == [f"bad-{start}" for start in range(0, 900, BLOCK)]
         blocks = list(done.kept())
         seen.append(
@@ -226,9 +226,9 @@ def test_an_error_of_the_source_keeps_what_was_done(tmp_path: Path) -> None:
 
 
 def test_refused_pairs_leave_nothing_to_go_on_from(tmp_path: Path) -> None:
-    def steps(done: Done) -> Iterator[Step]:
-        yield Step(some_pairs(300), 300)
-        yield Step(some_pairs(5), 5)
+    def steps(done: BuildProgress) -> Iterator[SourceStep]:
+        yield SourceStep(some_pairs(300), 300)
+        yield SourceStep(some_pairs(5), 5)
 
     with pytest.raises(PairsRefused, match="comes twice"):
         build(tmp_path, BuildSource({}, steps, every_pairs=10, least_s=0))
@@ -236,14 +236,14 @@ def test_refused_pairs_leave_nothing_to_go_on_from(tmp_path: Path) -> None:
 
 
 def test_no_valid_pair_says_how_many_were_rejected_and_leaves_only_their_list(tmp_path: Path) -> None:
-    def steps(done: Done) -> Iterator[Step]:
-        yield Step(None, 2, [Reject("a.jpg", "no caption"), Reject("b\udcff.jpg", "not a plain file")])
+    def steps(done: BuildProgress) -> Iterator[SourceStep]:
+        yield SourceStep(None, 2, [Reject("a.jpg", "no caption"), Reject("b\udcff.jpg", "not a plain file")])
 
     with pytest.raises(PairsRefused, match=r"no valid pair.*; 2 rejected, the first 'a\.jpg': no caption$"):
         build(tmp_path, BuildSource({}, steps))
     assert rejects(tmp_path) == ["a.jpg", "b\udcff.jpg"]
     assert [path.name for path in (tmp_path / "things").iterdir()] == ["rejects-v1.jsonl"]
-    build(tmp_path, BuildSource({}, lambda done: [Step(some_pairs(9), 9)]))
+    build(tmp_path, BuildSource({}, lambda done: [SourceStep(some_pairs(9), 9)]))
     assert [path.name for path in (tmp_path / "things").iterdir()] == [
         "v1"
     ]  # a list of another run's rejects would mislead

@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from index_store.build.build import build_version
-from index_store.build.source import BuildSource, Step
+from index_store.build.source import BuildSource, SourceStep
 from index_store.store import Store
 from index_store.types import Id
 from models.data.clip_retrieval import embedding_steps, is_embedding_folder, read_embedding_folder
@@ -42,12 +42,12 @@ def part(
     )
 
 
-def steps(folder: Path, skip: int = 0, seen: set[Id] | None = None, **options: Any) -> list[Step]:
+def steps(folder: Path, skip: int = 0, seen: set[Id] | None = None, **options: Any) -> list[SourceStep]:
     layout = read_embedding_folder(folder, dim=D, encoder=ENCODER, **options)
     return list(embedding_steps(layout, seen=set() if seen is None else seen, skip=skip))
 
 
-def ids(found: list[Step]) -> list[Id]:
+def ids(found: list[SourceStep]) -> list[Id]:
     return [name for step in found if step.pairs is not None for name in step.pairs.ids.tolist()]
 
 

@@ -19,7 +19,7 @@ from service.settings import Settings, UsageError
 if TYPE_CHECKING:
     from index_store import Store
     from index_store.build.dedup import Deduplicator
-    from index_store.build.source import Done, Reject, Step
+    from index_store.build.source import BuildProgress, Reject, SourceStep
     from index_store.storage.manifest import Manifest
     from index_store.types import KeyKind, Side
     from models.data.streams import Encoding, Stream
@@ -81,12 +81,12 @@ class Tally:
     rejected: int = 0
     near_duplicates: int = 0
 
-    def begin(self, done: Done) -> None:
+    def begin(self, done: BuildProgress) -> None:
         """Take over the counts of an earlier run."""
         self.items = self.before = done.items
         self._count(done.rejects())
 
-    def add(self, step: Step) -> None:
+    def add(self, step: SourceStep) -> None:
         """Count one step."""
         self.items += step.items
         self._count(step.rejects)
@@ -256,7 +256,7 @@ def _build_version(plan: Plan, tally: Tally) -> Manifest:
     options, near = plan.options, plan.deduplicator()
     with progress(plan.items, plan.name) as meter:
 
-        def steps(done: Done) -> Iterator[Step]:
+        def steps(done: BuildProgress) -> Iterator[SourceStep]:
             tally.begin(done)
             meter.start_at(done.items)
             for step in chain_streams(plan.streams, done, near):
