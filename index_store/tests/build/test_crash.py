@@ -20,11 +20,11 @@ from index_store.tests.support.child_process import ROOT, ForkServer, kill_count
 from index_store.tests.support.small import ENCODER, build_memory, open_memory, some_pairs, store_is_empty
 
 BUILD = """
-from index_store.tests.support.small import built, part, some_pairs
+from index_store.tests.support.small import build_memory, slice_pairs, some_pairs
 pairs = some_pairs(1500, 32)
-blocks = [part(pairs, slice(i, i + 100)) for i in range(0, 1500, 100)]
+blocks = [slice_pairs(pairs, slice(i, i + 100)) for i in range(0, 1500, 100)]
 def build(root):
-    built(root, blocks, index="IVF8,Flat", shard_pairs=500)
+    build_memory(root, blocks, index="IVF8,Flat", shard_pairs=500)
 """
 
 
@@ -168,10 +168,10 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from index_store.errors import StoreUnwritable
-from index_store.tests.support.small import built, some_pairs
+from index_store.tests.support.small import build_memory, some_pairs
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 try:
-    built(Path(sys.argv[1]), some_pairs(900, 32), index=sys.argv[3])
+    build_memory(Path(sys.argv[1]), some_pairs(900, 32), index=sys.argv[3])
 except StoreUnwritable as error:
     print(error)
 """
@@ -194,12 +194,12 @@ import os, sys
 from pathlib import Path
 from index_store.errors import StoreUnwritable
 from index_store.store import Store
-from index_store.tests.support.small import built, some_pairs
+from index_store.tests.support.small import build_memory, some_pairs
 pairs = some_pairs(5)
 Store(Path(sys.argv[1])).open("things", "v1", encoder="@0123456789ab")  # everything imported before the rights are given up
 if os.geteuid() == 0:
     os.setgid(65534); os.setuid(65534)
-for attempt in (lambda: built(Path(sys.argv[1]), pairs, "v2"), lambda: built(Path(sys.argv[1]), pairs, "v1", name="others"),
+for attempt in (lambda: build_memory(Path(sys.argv[1]), pairs, "v2"), lambda: build_memory(Path(sys.argv[1]), pairs, "v1", name="others"),
                 lambda: Store(Path(sys.argv[1])).activate("things", "v1")):
     try:
         attempt()
