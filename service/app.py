@@ -1,4 +1,7 @@
-"""create_app: the only assembly line. It takes an opened engine: what cannot be opened is told in one line, not in a trace."""
+"""The FastAPI application: routes, error handlers and middleware around an opened engine.
+
+The engine is opened before, so that a wrong setting is one line on stderr and not a stack trace.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from starlette.staticfiles import StaticFiles
 from index_store.errors import StoreError
 from models.errors import ModelError
 from service.api.middleware import RequestMiddleware
-from service.api.responses import dump, error_response
-from service.api.routes import classify, embed, health, memories, openai
+from service.api.responses import dump_json, error_response
+from service.api.routes import classify, embed, health, label_sets, memories, openai
 from service.batching.batcher import BatcherError
 from service.engine import Engine
 from service.errors import BadRequest, InvalidValue, Refusal, ServiceError
@@ -27,7 +30,7 @@ PAGE = Path(__file__).parent / "page"
 
 
 def create_app(engine: Engine) -> FastAPI:
-    """The application around an opened engine; its lifespan starts and stops the batchers."""
+    """Assemble the application; its lifespan starts and stops the batchers of the engine."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -41,15 +44,15 @@ def create_app(engine: Engine) -> FastAPI:
         summary="Retrieval-enhanced CLIP embeddings",
     )
     app.state.engine = engine
-    for family in (embed, openai, classify, memories, health):
+    for family in (embed, openai, classify, label_sets, memories, health):
         app.include_router(family.router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.add_api_route("/", _index, include_in_schema=False)
     for kind in (ServiceError, StoreError, ModelError, BatcherError):
-        app.add_exception_handler(kind, _refused)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(ClientDisconnect, _left)
+        app.add_exception_handler(kind, _answer_refusal)
+    app.add_exception_handler(RequestValidationError, _answer_invalid_body)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(ClientDisconnect, _answer_disconnect)
     app.add_middleware(RequestMiddleware, engine=engine)
     return app
 
@@ -60,12 +63,12 @@ async def _index() -> FileResponse:
     )
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _answer_refusal(_: Request, error: Exception) -> Response:
     return error_response(error)
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
-    """What pydantic says of a body, in our words: the first problem, with its field."""
+async def _answer_invalid_body(_: Request, error: Exception) -> Response:
+    """Answer a body that pydantic refuses with its first problem and the field."""
     assert isinstance(error, RequestValidationError)  # noqa: S101  registered for this class alone
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"][1:]) or "body"
@@ -74,18 +77,18 @@ async def _invalid(_: Request, error: Exception) -> Response:
     return error_response(InvalidValue(f"{field}: {first['msg']}", field))
 
 
-async def _http(request: Request, error: Exception) -> Response:
-    """Starlette's own refusals (no such route, wrong method) in the one error body."""
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    """Answer Starlette's own errors (no such route, wrong method) in the one error body."""
     assert isinstance(error, HTTPException)  # noqa: S101  registered for this class alone
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
-    told = Refusal(
+    refusal = Refusal(
         error.status_code,
         f"{request.method} {request.url.path}: {error.detail}; GET /docs lists the routes",
         "invalid_request_error",
         code,
     )
-    return Response(dump(told.body), told.status, headers=error.headers, media_type="application/json")
+    return Response(dump_json(refusal.body), refusal.status, headers=error.headers, media_type="application/json")
 
 
-async def _left(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it; the metrics count it
+async def _answer_disconnect(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it; it is counted and logged

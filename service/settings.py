@@ -111,7 +111,6 @@ class Settings(BaseSettings):
         default=1024, ge=1, validate_default=True, description="items admitted and not yet answered, per modality"
     )
     max_batch: int = Field(default=32, ge=1, description="items of one batch of the model")
-    max_wait_s: float = Field(default=0.0, ge=0, le=1, description="seconds that a batch may wait to fill; 0: never")
     decode_workers: int = Field(
         default_factory=lambda: max(2, os.cpu_count() or 2), ge=1, description="threads that decode images"
     )

@@ -1,4 +1,6 @@
-"""What route handlers depend on: the engine, the deadline of the request, and its cancellation when the caller leaves."""
+"""What route handlers depend on: the engine, the deadline of the request, and its cancellation when
+the caller leaves.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from service.pipeline.stages import Query
 T = TypeVar("T")
 
 
-# Dependencies are async although they wait for nothing: FastAPI sends any other function through a thread, a millisecond on a busy machine.
+# Dependencies are async although they wait for nothing: FastAPI sends any other function through a
+# thread, a millisecond on a busy machine.
 
 
 def engine_of(request: Request) -> Engine:
@@ -29,22 +32,28 @@ def engine_of(request: Request) -> Engine:
     return engine
 
 
-async def _engine_of(request: Request) -> Engine:
+async def _engine(request: Request) -> Engine:
     return engine_of(request)
 
 
-EngineDep = Annotated[Engine, Depends(_engine_of)]
+EngineDep = Annotated[Engine, Depends(_engine)]
 
 
 def query_of(engine: Engine, options: Options, snapshot: Snapshot | None) -> Query:
-    """The query that a request's options describe, with `snapshot` pinned. Raises InvalidValue for k."""
+    """The query that a request's options describe, with `snapshot` pinned.
+
+    Raises InvalidValue for k.
+    """
     ceiling = math.inf if options.max_similarity is None else options.max_similarity
     params = SearchParams(max_similarity=ceiling, exclude=[frozenset(options.exclude)])
     return engine.query(snapshot, k=options.k, params=params, neighbors=options.neighbors)
 
 
 def deadline(request: Request, engine: Engine) -> float:
-    """A `time.monotonic()` instant: the caller's X-Request-Timeout-Ms, at most the operator's own."""
+    """The deadline of a request as a `time.monotonic()` instant.
+
+    It is the caller's X-Request-Timeout-Ms, at most the operator's `timeout_s`.
+    """
     given = request.headers.get("x-request-timeout-ms")
     if given is None:
         return time.monotonic() + engine.settings.timeout_s
@@ -57,19 +66,23 @@ def deadline(request: Request, engine: Engine) -> float:
     return time.monotonic() + min(allowed_s, engine.settings.timeout_s)
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the caller hangs up; its items that still wait then leave the queue."""
-    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+async def run_until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `work`, or cancel it when the caller hangs up.
+
+    Items that still wait then leave the queue. Raises ClientDisconnect.
+    """
+    task = asyncio.ensure_future(work)
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
-        await asyncio.wait((doing, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
+        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
             raise ClientDisconnect
-        return doing.result()
+        return task.result()
     finally:
-        doing.cancel()
-        leaving.cancel()
+        task.cancel()
+        disconnect.cancel()
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,5 @@
-"""The middleware around every request: its id, limits of the body, draining, failures, metrics and log.
+"""The middleware around every request: its id, limits of the body, draining, failures, metrics and
+log.
 
 Pure ASGI, so bodies stream through.
 """
@@ -67,7 +68,10 @@ class RequestMiddleware:
             self._count(scope, exchange)
 
     async def _answer(self, scope: Scope, exchange: _Exchange, send: Send, *, guard: bool = False) -> None:
-        """Run the application; answer what it raises. A failure after the reply has begun is raised again."""
+        """Run the application; answer what it raises.
+
+        A failure after the reply has begun is raised again.
+        """
         try:
             if guard:
                 if self._engine.draining:
@@ -113,7 +117,10 @@ class _Exchange:
             raise self._too_large(int(self._declared))
 
     async def receive(self) -> Message:
-        """The next message. Raises TooLarge by the bytes that came, SlowSender after `receive_s`."""
+        """The next message.
+
+        Raises TooLarge by the bytes that came, SlowSender after `receive_s`.
+        """
         if self._complete:  # the only message that can still come is the disconnect
             return await self.receive_unlimited()
         try:

@@ -1,4 +1,6 @@
-"""The OpenAI shape of a request: one `input` of texts, images, or both -> a part for each tower, and the order to join them in."""
+"""Parsing of OpenAI's `input`: texts, images, or both, as a part for each tower and the order to
+join them.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,21 @@ from typing import Any
 from starlette.requests import Request
 
 from index_store import Side
-from service.api.requests import counted, read_image, read_json, read_text
+from service.api.requests import check_count, read_image, read_json, read_text
 from service.api.schemas import OpenAIOptions
 from service.errors import BadRequest, InvalidValue, ItemRefused
 from service.observability.metrics import Modality
-from service.pipeline.stages import Answered, EmbeddedItem, Items, slowest
+from service.pipeline.stages import EmbeddedItem, EmbedResult, Items, slowest_stages
 from service.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
-class Mixed:
-    """What a caller sent. parts: at most one per tower, none empty; places[p][i]: where item i of part p stands in `input`."""
+class MixedInput:
+    """The items of `input`, by tower.
+
+    parts: at most one per tower, none empty.  places[p][i]: the place of item i of part p in
+    `input`.
+    """
 
     parts: Sequence[Items]
     places: Sequence[Sequence[int]]
@@ -27,21 +33,21 @@ class Mixed:
 
     @property
     def modality(self) -> Modality:
-        """Of the request, for its metrics."""
+        """The modality of the request, for its metrics."""
         return "mixed" if len(self.parts) > 1 else self.parts[0].side
 
-    def join(self, answers: Sequence[Answered]) -> Answered:
-        """The parts' answers as one, in the order of `input`; a refusal is called by its place there."""
+    def join(self, results: Sequence[EmbedResult]) -> EmbedResult:
+        """Join the results of the parts in the order of `input`; a refusal names its place there."""
         rows: dict[int, EmbeddedItem | ItemRefused] = {}
-        for places, answered in zip(self.places, answers, strict=True):
-            rows.update((place, _placed(row, place)) for place, row in zip(places, answered.rows, strict=True))
-        return Answered(
-            [rows[place] for place in sorted(rows)], slowest(answers), sum(answered.tokens for answered in answers)
+        for places, result in zip(self.places, results, strict=True):
+            rows.update((place, _rename_refusal(row, place)) for place, row in zip(places, result.rows, strict=True))
+        return EmbedResult(
+            [rows[place] for place in sorted(rows)], slowest_stages(results), sum(result.tokens for result in results)
         )
 
 
-async def read_input(request: Request, settings: Settings) -> Mixed:
-    """`input`: a text, texts, data URIs (with modality=image), or objects {"text": …} and {"image": …} in any order."""
+async def read_input(request: Request, settings: Settings) -> MixedInput:
+    """Read `input`: a text, texts, data URIs (with modality=image), or objects {text} and {image}."""
     body = await read_json(request)
     if "input" not in body:
         raise BadRequest("send input: a string, a list of strings, or a list of {text} and {image} objects", "input")
@@ -50,17 +56,17 @@ async def read_input(request: Request, settings: Settings) -> Mixed:
     }  # clients send null for "not given"
     options = OpenAIOptions.read(request.query_params.multi_items(), rest)
     items = body["input"] if isinstance(body["input"], list) else [body["input"]]
-    sides = [_side(item, i, options.modality) for i, item in enumerate(items)]
-    counted(items, "input", settings)
+    sides = [_side_of(item, i, options.modality) for i, item in enumerate(items)]
+    check_count(items, "input", settings)
     parts, places = [], []
     for side in dict.fromkeys(sides):
-        there = [i for i, each in enumerate(sides) if each == side]
-        parts.append(_part(side, {i: items[i] for i in there}, settings))
-        places.append(there)
-    return Mixed(parts, places, options)
+        own_places = [i for i, each in enumerate(sides) if each == side]
+        parts.append(_read_part(side, {i: items[i] for i in own_places}, settings))
+        places.append(own_places)
+    return MixedInput(parts, places, options)
 
 
-def _side(item: object, index: int, modality: Side) -> Side:
+def _side_of(item: object, index: int, modality: Side) -> Side:
     """Which tower an item of `input` goes through."""
     if isinstance(item, str):
         return modality
@@ -76,13 +82,13 @@ def _side(item: object, index: int, modality: Side) -> Side:
     )
 
 
-def _part(side: Side, items: Mapping[int, Any], settings: Settings) -> Items:
-    """The items of one tower. items: by their place in `input`."""
+def _read_part(side: Side, items: Mapping[int, Any], settings: Settings) -> Items:
+    """Read the items of one tower. items: by their place in `input`."""
     bare = {i: item[side] if isinstance(item, dict) else item for i, item in items.items()}
     if side == "text":
         return Items([], [read_text(item, f"input[{i}]", settings) for i, item in bare.items()])
     return Items([read_image(item, i, settings) for i, item in bare.items()], [])
 
 
-def _placed(row: EmbeddedItem | ItemRefused, place: int) -> EmbeddedItem | ItemRefused:
+def _rename_refusal(row: EmbeddedItem | ItemRefused, place: int) -> EmbeddedItem | ItemRefused:
     return ItemRefused(f"input[{place}]", row.cause) if isinstance(row, ItemRefused) else row

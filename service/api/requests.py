@@ -1,4 +1,7 @@
-"""A request's body in any of its shapes -> items and options. Limits on bytes and counts are applied here, on pixels in `decode`."""
+"""Parsing of request bodies: items and options from a form, raw bytes or JSON.
+
+Limits on bytes, counts and characters are applied here; limits on pixels in `pipeline/decode`.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +37,17 @@ class ParsedRequest(Generic[O]):
 
 
 async def read_images(request: Request, options: type[O], settings: Settings) -> ParsedRequest[O]:
-    """Images of a multipart form (field `file`), a raw image body, or JSON {"images": [base64 | data URI]}."""
+    """Read images of a form (field `file`), a raw image body, or JSON {"images": [base64 | data
+    URI]}.
+    """
     kind = _content_type(request)
     if kind == "multipart/form-data":
-        found = await _form(request, options, settings)
+        found = await _read_form(request, options, settings)
     elif kind == "application/json":
         body = await read_json(request)
-        found = _from_json(body, options, request, settings, allowed={"images"})
+        found = _read_json_items(body, options, request, settings, allowed={"images"})
     elif kind.startswith("image/") or kind == "application/octet-stream":
-        image = _limited(await request.body(), 0, settings)
+        image = _check_image_bytes(await request.body(), 0, settings)
         found = ParsedRequest(Items([image], []), options.read(request.query_params.multi_items()))
     else:
         raise UnsupportedType(
@@ -52,15 +57,15 @@ async def read_images(request: Request, options: type[O], settings: Settings) ->
 
 
 async def read_texts(request: Request, options: type[O], settings: Settings) -> ParsedRequest[O]:
-    """Texts of JSON {"texts": […]} or {"inputs": …}."""
-    return _from_json(await read_json(request), options, request, settings, allowed={"texts", "inputs"})
+    """Read texts of JSON {"texts": […]} or {"inputs": …}."""
+    return _read_json_items(await read_json(request), options, request, settings, allowed={"texts", "inputs"})
 
 
-async def read_either(request: Request, options: type[O], settings: Settings) -> ParsedRequest[O]:
-    """Images in any shape, or JSON with texts."""
+async def read_images_or_texts(request: Request, options: type[O], settings: Settings) -> ParsedRequest[O]:
+    """Read images in any shape, or texts of JSON."""
     if _content_type(request) != "application/json":
         return await read_images(request, options, settings)
-    return _from_json(await read_json(request), options, request, settings, allowed={"images", "texts", "inputs"})
+    return _read_json_items(await read_json(request), options, request, settings, allowed={"images", "texts", "inputs"})
 
 
 def _content_type(request: Request) -> str:
@@ -68,7 +73,7 @@ def _content_type(request: Request) -> str:
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The body as an object. Raises UnsupportedType, BadRequest."""
+    """Read the body as a JSON object. Raises UnsupportedType, BadRequest."""
     if _content_type(request) != "application/json":
         raise UnsupportedType(f"content type {_content_type(request) or '(none)'!r}: this route reads application/json")
     try:
@@ -80,7 +85,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     return body
 
 
-async def _form(request: Request, options: type[O], settings: Settings) -> ParsedRequest[O]:
+async def _read_form(request: Request, options: type[O], settings: Settings) -> ParsedRequest[O]:
     try:
         async with request.form(max_files=settings.max_items + 1, max_fields=1000, max_part_size=4 * 2**20) as form:
             files = [value for name, value in form.multi_items() if name == "file"]
@@ -88,16 +93,16 @@ async def _form(request: Request, options: type[O], settings: Settings) -> Parse
             for name, value in fields:
                 if isinstance(value, UploadFile):
                     raise BadRequest(f"a file in field {name!r}: images belong in the field 'file'", name)
-            counted(files, "file", settings)
+            check_count(files, "file", settings)
             read = [await value.read() if isinstance(value, UploadFile) else value.encode() for value in files]
     except HTTPException as error:
         too_many = "too many" in str(error.detail).lower() or "exceeded" in str(error.detail).lower()
         raise (TooLarge if too_many else BadRequest)(f"multipart body: {error.detail}") from error
-    images = [_refusable(_limited, image, i, settings) for i, image in enumerate(read)]
+    images = [_read_or_refuse(_check_image_bytes, image, i, settings) for i, image in enumerate(read)]
     return ParsedRequest(Items(images, []), options.read(request.query_params.multi_items(), fields))
 
 
-def _from_json(
+def _read_json_items(
     body: dict[str, Any], options: type[O], request: Request, settings: Settings, *, allowed: set[str]
 ) -> ParsedRequest[O]:
     given = allowed & body.keys()
@@ -112,34 +117,34 @@ def _from_json(
     items = [body[name]] if name == "inputs" and isinstance(body[name], str) else body[name]
     if not isinstance(items, list):
         raise InvalidValue(f"{name} is a {type(items).__name__}: send a list of strings", name)
-    counted(items, name, settings)
+    check_count(items, name, settings)
     if name == "images":
         return ParsedRequest(Items([read_image(item, i, settings) for i, item in enumerate(items)], []), chosen)
     return ParsedRequest(Items([], [read_text(item, f"{name}[{i}]", settings) for i, item in enumerate(items)]), chosen)
 
 
 def new_pairs(body: PairsBody, settings: Settings) -> list[NewPair]:
-    """The pairs of an edit, each image decoded from base64; an image that cannot be read is refused with its own item."""
+    """The pairs of an edit; an image that is not base64 becomes the refusal of its pair."""
     return [
         NewPair(
             pair.id,
             pair.caption,
             None if pair.image is None else read_image(pair.image, i, settings),
-            _floats32(pair.image_embedding),
-            _floats32(pair.image_key),
-            _floats32(pair.text_embedding),
+            _to_float32(pair.image_embedding),
+            _to_float32(pair.image_key),
+            _to_float32(pair.text_embedding),
             pair.metadata,
         )
         for i, pair in enumerate(body.pairs)
     ]
 
 
-def _floats32(numbers: list[float] | None) -> np.ndarray | None:
+def _to_float32(numbers: list[float] | None) -> np.ndarray | None:
     return None if numbers is None else np.array(numbers, np.float32)
 
 
-def counted(items: Sequence[object], name: str, settings: Settings) -> None:
-    """Raises BadRequest for no item, TooLarge for too many."""
+def check_count(items: Sequence[object], name: str, settings: Settings) -> None:
+    """Raise BadRequest for no item, TooLarge for too many."""
     if not items:
         raise BadRequest(f"{name} is empty: send at least one item", name)
     if len(items) > settings.max_items:
@@ -149,7 +154,7 @@ def counted(items: Sequence[object], name: str, settings: Settings) -> None:
 
 
 def read_text(item: object, param: str, settings: Settings) -> str:
-    """One text. Raises InvalidValue, TooLarge."""
+    """Check one text. Raises InvalidValue, TooLarge."""
     if not isinstance(item, str):
         raise InvalidValue(f"{param} is a {type(item).__name__}: send a string", param)
     if len(item) > settings.max_text_chars:
@@ -158,19 +163,19 @@ def read_text(item: object, param: str, settings: Settings) -> str:
 
 
 def read_image(item: object, index: int, settings: Settings) -> bytes | ItemRefused:
-    """The bytes of base64 or a data URI, or the refusal that belongs to this item alone."""
-    return _refusable(_from_base64, item, index, settings)
+    """Return the bytes of base64 or a data URI, or the refusal of this item alone."""
+    return _read_or_refuse(_decode_base64, item, index, settings)
 
 
-def _refusable(read: Any, item: Any, index: int, settings: Settings) -> bytes | ItemRefused:
-    """The bytes, or the refusal that belongs to this item alone."""
+def _read_or_refuse(read: Any, item: Any, index: int, settings: Settings) -> bytes | ItemRefused:
+    """Return the bytes that `read` gives, or the refusal of this item alone."""
     try:
         return bytes(read(item, index, settings))
     except ServiceError as error:
         return ItemRefused(f"images[{index}]", error)
 
 
-def _limited(data: bytes, index: int, settings: Settings) -> bytes:
+def _check_image_bytes(data: bytes, index: int, settings: Settings) -> bytes:
     if not data:
         raise BadRequest("the image is empty: send the bytes of an image file", f"images[{index}]")
     if len(data) > settings.max_image_bytes:
@@ -178,7 +183,7 @@ def _limited(data: bytes, index: int, settings: Settings) -> bytes:
     return data
 
 
-def _from_base64(item: object, index: int, settings: Settings) -> bytes:
+def _decode_base64(item: object, index: int, settings: Settings) -> bytes:
     if not isinstance(item, str):
         raise InvalidValue(f"is a {type(item).__name__}: send base64 or a data URI")
     if item.startswith(("http://", "https://")):
@@ -188,4 +193,4 @@ def _from_base64(item: object, index: int, settings: Settings) -> bytes:
         data = base64.b64decode(item[header.end() :] if header else item, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidValue(f"is not base64: {error}") from error
-    return _limited(data, index, settings)
+    return _check_image_bytes(data, index, settings)

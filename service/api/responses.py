@@ -1,4 +1,6 @@
-"""Replies: the common frame of every JSON reply, vectors as JSON, base64 or .npy, and the response headers."""
+"""Replies: the common frame of every JSON reply, vectors as JSON, base64 or .npy, and the response
+headers.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from index_store import Snapshot
 from service.engine import Engine
 from service.errors import ItemRefused, Refusal, refusal
 from service.observability.logging import log_failure
-from service.pipeline.stages import Answered, EmbeddedItem
+from service.pipeline.stages import EmbeddedItem, EmbedResult
 
 NPY = "application/x-npy"
 
@@ -29,7 +31,7 @@ def error_response(error: Exception) -> Response:
         headers["Retry-After"] = "1"
     elif refused.status == 408:  # the rest of the body may still come
         headers["Connection"] = "close"
-    return Response(dump(refused.body), refused.status, headers=headers, media_type="application/json")
+    return Response(dump_json(refused.body), refused.status, headers=headers, media_type="application/json")
 
 
 def refuse(error: Exception) -> Refusal:
@@ -40,8 +42,10 @@ def refuse(error: Exception) -> Refusal:
     return refused
 
 
-def failing(rows: Sequence[EmbeddedItem | ItemRefused], on_error: str) -> Sequence[EmbeddedItem | ItemRefused]:
-    """The rows; raises the first refusal unless the caller asked for nulls."""
+def raise_first_refusal(
+    rows: Sequence[EmbeddedItem | ItemRefused], on_error: str
+) -> Sequence[EmbeddedItem | ItemRefused]:
+    """Return the rows; raise the first refusal among them unless on_error is "null"."""
     if on_error == "fail":
         for row in rows:
             if isinstance(row, ItemRefused):
@@ -49,8 +53,8 @@ def failing(rows: Sequence[EmbeddedItem | ItemRefused], on_error: str) -> Sequen
     return rows
 
 
-def frame(engine: Engine, snapshot: Snapshot | None) -> dict[str, Any]:
-    """The head of every reply: which model, memory and fusion made it."""
+def reply_head(engine: Engine, snapshot: Snapshot | None) -> dict[str, Any]:
+    """The first fields of every reply: the model, memory and fusion that made it."""
     memory = snapshot.ref if snapshot is not None else None
     return {
         "object": "list",
@@ -60,32 +64,32 @@ def frame(engine: Engine, snapshot: Snapshot | None) -> dict[str, Any]:
     }
 
 
-def reply(body: dict[str, Any], answered: Answered) -> Response:
-    """JSON with the stages' times and the memory's version as headers."""
-    return Response(dump(body), media_type="application/json", headers=headers(answered, body["memory"]))
+def json_reply(body: dict[str, Any], result: EmbedResult) -> Response:
+    """A JSON reply; headers give the seconds of the stages and the version of the memory."""
+    return Response(dump_json(body), media_type="application/json", headers=reply_headers(result, body["memory"]))
 
 
-def headers(answered: Answered, memory: str | None) -> dict[str, str]:
+def reply_headers(result: EmbedResult, memory: str | None) -> dict[str, str]:
     """Server-Timing in milliseconds, and X-Memory-Version where a memory was asked."""
-    timing = ", ".join(f"{stage};dur={1000 * seconds:.3f}" for stage, seconds in answered.seconds.items())
+    timing = ", ".join(f"{stage};dur={1000 * seconds:.3f}" for stage, seconds in result.seconds.items())
     return {"Server-Timing": timing, **({"X-Memory-Version": memory} if memory else {})}
 
 
-def vector(row: np.ndarray, encoding: str) -> np.ndarray | str:
-    """(D,) float32 as orjson writes it, or base64 of its little-endian bytes."""
+def encode_vector(row: np.ndarray, encoding: str) -> np.ndarray | str:
+    """Return (D,) float32 for orjson, or the base64 of its little-endian bytes."""
     return row if encoding == "float" else base64.b64encode(row.astype("<f4").tobytes()).decode("ascii")
 
 
-def npy(vectors: np.ndarray) -> bytes:
-    """(n, D) float32 as an .npy file."""
+def npy_bytes(vectors: np.ndarray) -> bytes:
+    """Return (n, D) float32 as the bytes of an .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, vectors, allow_pickle=False)
     return buffer.getvalue()
 
 
-def dump(body: object) -> bytes:
-    """JSON bytes; numpy rows are written without becoming Python floats."""
+def dump_json(body: object) -> bytes:
+    """Return JSON bytes; numpy rows are written without becoming Python floats."""
     try:
         return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-    except TypeError:  # somebody's metadata holds half a surrogate pair, or a number of more than 64 bits
+    except TypeError:  # metadata with half a surrogate pair, or an integer of more than 64 bits
         return json.dumps(body, default=lambda rows: rows.tolist(), separators=(",", ":")).encode("ascii")

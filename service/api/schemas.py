@@ -1,7 +1,8 @@
-"""What travels over HTTP: option and reply models. pydantic goes no deeper than this file.
+"""Schemas of requests: the options of each route and the bodies of admin routes, as pydantic
+models.
 
-Options arrive as JSON, form fields or query alike; `Options.read` makes one model of all three.
-Replies are built as plain dictionaries holding numpy rows and written by orjson, so that no float becomes a Python object.
+Options come as JSON, form fields or query parameters; `Options.read` makes one model of all three.
+No pydantic model goes deeper than `api`; replies are plain dictionaries (see `responses`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Enhance = Literal["both", "image", "text", "none"]
 
 
 class Options(BaseModel):
-    """What every embedding route takes beside its items."""
+    """Options that every embedding route takes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,7 +39,7 @@ class Options(BaseModel):
 
     @classmethod
     def read(cls, *sources: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Self:
-        """One model of JSON objects and of repeated (name, text) pairs.
+        """Make one model of JSON objects and of repeated (name, text) pairs; later sources win.
 
         Raises BadRequest for an option that does not exist, InvalidValue for a wrong type or range.
         """
@@ -48,7 +49,7 @@ class Options(BaseModel):
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
-            raise cls._refused(error) from error
+            raise cls._refuse(error) from error
 
     @classmethod
     def _from_text(cls, fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -56,10 +57,10 @@ class Options(BaseModel):
         values: dict[str, list[Any]] = {}
         for name, value in fields:
             values.setdefault(name, []).append(value)
-        return {name: _listed(name, found) if name in LISTS else found[-1] for name, found in values.items()}
+        return {name: _parse_list(name, found) if name in LIST_OPTIONS else found[-1] for name, found in values.items()}
 
     @classmethod
-    def _refused(cls, error: ValidationError) -> BadRequest | InvalidValue:
+    def _refuse(cls, error: ValidationError) -> BadRequest | InvalidValue:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"] if not isinstance(part, int)) or "body"
         if first["type"] == "extra_forbidden":
@@ -105,7 +106,7 @@ class ClassifyOptions(Options):
     )
 
     @model_validator(mode="after")
-    def _one_source_of_labels(self) -> Self:
+    def _require_one_source_of_labels(self) -> Self:
         if (self.labels is None) == (self.label_set is None):
             raise ValueError("send either labels or label_set")
         return self
@@ -129,8 +130,8 @@ class ActivateBody(BaseModel):
     dry_run: bool = False
 
 
-def _floats(value: object) -> object:
-    """Base64 of little-endian float32, or a list of numbers."""
+def _decode_floats(value: object) -> object:
+    """Decode base64 of little-endian float32; a list of numbers stays as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -139,11 +140,11 @@ def _floats(value: object) -> object:
         raise ValueError("neither a list of numbers nor base64 of little-endian float32") from error
 
 
-Vector = Annotated[list[float], BeforeValidator(_floats)]
+Vector = Annotated[list[float], BeforeValidator(_decode_floats)]
 
 
 class PairBody(BaseModel):
-    """One pair. Each side is given as it is, to be encoded, or as the vector that this very encoder made of it."""
+    """One pair; each side is given as it is, or as the vector that this encoder made of it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -166,13 +167,19 @@ class PairsBody(BaseModel):
     pairs: list[PairBody] = Field(min_length=1)
 
 
-def documented(options: type[Options], *items: Literal["images", "texts", "input"]) -> dict[str, Any]:
-    """The request body for /docs: routes read several shapes by hand, which FastAPI cannot see."""
+def describe_body(options: type[Options], *items: Literal["images", "texts", "input"]) -> dict[str, Any]:
+    """The request body for /docs, since routes read several shapes by hand, which FastAPI cannot
+    see.
+    """
     known = options.model_json_schema()["properties"]
     strings = {"type": "array", "items": {"type": "string"}}
-    told = {"images": "base64 or data URIs", "texts": "texts", "input": "strings, or objects {text} and {image}"}
+    descriptions = {
+        "images": "base64 or data URIs",
+        "texts": "texts",
+        "input": "strings, or objects {text} and {image}",
+    }
     shapes = {"input": {"type": "array", "items": {}}}  # not strings alone
-    given = {name: {**shapes.get(name, strings), "description": told[name]} for name in items}
+    given = {name: {**shapes.get(name, strings), "description": descriptions[name]} for name in items}
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object", "properties": {**given, **known}}}}
     if "images" in items:
         files = {"type": "array", "items": {"type": "string", "format": "binary"}}
@@ -183,10 +190,10 @@ def documented(options: type[Options], *items: Literal["images", "texts", "input
     return {"requestBody": {"required": True, "content": content}}
 
 
-LISTS = frozenset({"exclude", "labels", "templates"})
+LIST_OPTIONS = frozenset({"exclude", "labels", "templates"})
 
 
-def _listed(name: str, found: list[Any]) -> list[Any]:
+def _parse_list(name: str, found: list[Any]) -> list[Any]:
     if len(found) == 1 and isinstance(found[0], str) and found[0].lstrip().startswith("["):
         try:
             parsed = json.loads(found[0])

@@ -6,13 +6,16 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
-__all__ = ["gather"]
+__all__ = ["gather_parts"]
 
 T = TypeVar("T")
 
 
-async def gather(parts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Return the result of each part, in order. The first failure cancels the other parts and is raised as it is."""
+async def gather_parts(parts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Return the result of each part, in order.
+
+    The first failure cancels the other parts and is raised as it is.
+    """
     if len(parts) == 1:
         return [await parts[0]]
     try:

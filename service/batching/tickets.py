@@ -1,4 +1,4 @@
-"""What a batcher hands out: a ticket for each item, the answer to it, and what it says of its own: standard library alone."""
+"""Tickets of a batcher: one per admitted item, with the future of its answer. Standard library."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ R = TypeVar("R")
 
 
 class BatcherError(Exception):
-    """What a batcher itself says, as opposed to what `run` raised.
+    """A refusal by the batcher itself; errors of the function that it runs keep their own class.
 
     BatcherError
-     ├── QueueFull        at the door: the items would not fit behind those that wait
+     ├── QueueFull        on submit: the items would exceed the queue
      ├── DeadlinePassed   of one item: no worker was free before its deadline
-     └── BatcherClosed    at the door once closing, or of an item cut off by an abrupt end
+     └── BatcherClosed    on submit while closing, or of an item cut off by an abrupt end
     """
 
 
@@ -27,16 +27,16 @@ class QueueFull(BatcherError):
 
 
 class DeadlinePassed(BatcherError):
-    """The item's deadline came before its work started; a started batch is always finished."""
+    """The deadline came before the batch of the item started; a started batch is always finished."""
 
 
 class BatcherClosed(BatcherError):
-    """The batcher is closing or has ended, and takes nothing more."""
+    """The batcher is closing or has ended, and takes no more items."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer(Generic[R]):
-    """One item's result. queued_s: seconds between admission and the start of its batch."""
+    """The result of one item. queued_s: seconds between admission and the start of its batch."""
 
     result: R
     queued_s: float
@@ -44,7 +44,10 @@ class Answer(Generic[R]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ticket(Generic[T, R]):
-    """One admitted item. enqueued, deadline: `time.monotonic()` seconds.  reply: failures are its *result*, never its exception."""
+    """One admitted item. enqueued, deadline: `time.monotonic()` seconds.
+
+    reply: the future of the answer; a failure is its result, never its exception.
+    """
 
     payload: T
     reply: asyncio.Future[Answer[R] | Exception]
@@ -52,7 +55,7 @@ class Ticket(Generic[T, R]):
     deadline: float | None
 
     def settle(self, outcome: Answer[R] | Exception) -> None:
-        """Answer the caller, unless it has left or has its answer."""
+        """Answer the caller, unless the caller has left or has an answer already."""
         if not self.reply.done():
             self.reply.set_result(outcome)
 

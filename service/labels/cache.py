@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from index_store import Snapshot
-from service.batching.executors import Threads, low_priority
+from service.batching.executors import IdleThreads, low_priority_threads
 from service.errors import NotFound, NotServing
 from service.labels.index import LabelIndex
 from service.labels.label_set import LabelSet
@@ -68,7 +68,7 @@ class LabelVectors:
     def __init__(self, embed: Embed, *, scale: float, large: int, metrics: Metrics) -> None:
         self._embed, self._scale, self._large, self._metrics = embed, scale, large, metrics
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
-        self._quick, self._slow = Threads(SHORT_LISTS, "short-labels"), low_priority(1, "labels")
+        self._quick, self._slow = IdleThreads(SHORT_LISTS, "short-labels"), low_priority_threads(1, "labels")
 
     async def get(self, labels: LabelSet, snapshot: Snapshot | None) -> Candidates:
         """The labels' unit vectors, each the mean over the templates, of enhanced texts where a snapshot is given."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from index_store import Side, Snapshot
 from index_store.errors import StoreError
-from service.batching.executors import low_priority
+from service.batching.executors import low_priority_threads
 from service.errors import ServiceError
 from service.memories.query_log import Asked, QueryLog
 from service.observability.metrics import Metrics
@@ -33,7 +33,7 @@ class RecallSampler:
         self._recent, self._resolve, self._metrics, self._share = recent, resolve, metrics, share
         self._counted: dict[Asked, int] = {}
         self._checks: dict[Asked, tuple[str, deque[float]]] = {}  # of a version
-        self._pool = low_priority(1, "recall")
+        self._pool = low_priority_threads(1, "recall")
 
     async def run(self) -> None:
         """Check for ever; a check that fails is logged, and the next one goes on."""

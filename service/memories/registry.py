@@ -92,6 +92,10 @@ class MemoryRegistry:
         """The memories that answer, sorted."""
         return sorted(self._live)
 
+    def current_versions(self) -> dict[str, str]:
+        """The version served by each memory that answers."""
+        return {name: self._live[name].current.manifest.version for name in self.names()}
+
     def table(self) -> list[dict[str, Any]]:
         """One row per memory of the store, live or not."""
         return [self.row(name) for name in self._store.names()]

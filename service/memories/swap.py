@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from index_store import Snapshot
 from index_store.editor import CompactedVersion
 from index_store.errors import DamagedVersion, StoreError
-from service.batching.executors import low_priority
+from service.batching.executors import low_priority_threads
 from service.errors import SwapInProgress
 from service.memories.drift import worst
 from service.memories.jobs import Job, Jobs
@@ -40,7 +40,7 @@ class Swaps:
         self._under_way: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._to_read: set[tuple[str, str]] = set()
-        self._pool, self._reader = low_priority(WORKERS, "swap"), low_priority(1, "verify")
+        self._pool, self._reader = low_priority_threads(WORKERS, "swap"), low_priority_threads(1, "verify")
 
     def swap(self, name: str, version: str, *, dry_run: bool = False) -> Job:
         """Start replacing what `name` serves; returns at once. Raises UnknownMemory, UnknownVersion, SwapInProgress."""

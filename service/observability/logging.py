@@ -1,7 +1,8 @@
 """Logs of the service: one handler on stderr, as text or as JSON lines, with the request's id.
 
-Loggers: `reco` for events and failures, `reco.access` for one line per request. A record never holds a
-key, a caption, a query string or pixels: the route is logged as it is declared, not as it was called.
+Loggers: `reco` for events and failures, `reco.access` for one line per request. A record never
+holds a key, a caption, a query string or pixels: the route is logged as it is declared, not as it
+was called.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_failure(error: Exception, status: int) -> None:
-    """Log a 5xx once per request: with its stack where it is a bug, as one line where it is a refusal.
+    """Log a 5xx once per request: with its stack where it is a bug, as one line where it is a
+    refusal.
 
     error: the failure itself, not the refusal that wraps it.
     """

@@ -1,9 +1,13 @@
-"""Every Prometheus series of the service, declared once: CONTRACT's Metrics section as code, and two more that alerts need.
+"""Every Prometheus series of the service, declared once.
 
-Each attribute of `Metrics` is a series' name without its `reco_`. Durations are seconds. A series shows up at /metrics
-once something has written to it, so a dashboard never plots a zero that nobody measured.
+An attribute of `Metrics` has the name of its series without `reco_`. Durations are seconds. A
+series appears at /metrics once it has a value, so a dashboard never plots a zero that was not
+measured.
 """
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 from prometheus_client import (
@@ -19,7 +23,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 __all__ = ["MODALITIES", "STAGES", "Metrics", "Modality", "Stage"]
 
-Modality = Literal["image", "text", "mixed", "none"]  # of a request; items and batches are always one of the first two
+# of a request; items and batches are always one of the first two
+Modality = Literal["image", "text", "mixed", "none"]
 Stage = Literal["download", "decode", "tokenize", "queue", "encode", "retrieve", "fuse", "serialize"]
 
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
@@ -38,16 +43,25 @@ COSINE = (-1.0, -0.5, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0
 
 
 class Metrics:
-    """The service's series on a registry of their own, so that two apps in one process never share a counter.
+    """All series on a registry of their own, so that two apps in one process share no counter.
 
-    `memory_info.labels(name).info({"version", "encoder", "fusion"})` replaces what it said before: one version at a time.
+    `memory_info.labels(name).info({"version", "encoder", "fusion"})` replaces what it said before:
+    one version at a time.
     """
 
     def __init__(self, *, version: str, torch: str, faiss: str) -> None:
-        # process-wide in prometheus_client; without it every counter drags a `_created` series along
+        # process-wide in prometheus_client; without it every counter drags a `_created` series
+        # along
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.registry = r = CollectorRegistry()
-        ProcessCollector(registry=r)
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._declare_requests(self.registry)
+        self._declare_items(self.registry)
+        self._declare_memories(self.registry)
+        self._declare_process(self.registry)
+        self.build_info.info({"version": version, "torch": torch, "faiss": faiss})
+
+    def _declare_requests(self, r: CollectorRegistry) -> None:
         self.requests_total = Counter(
             "reco_requests_total", "Requests answered", ["endpoint", "modality", "code"], registry=r
         )
@@ -65,13 +79,15 @@ class Metrics:
             buckets=DURATION_S,
             registry=r,
         )
+        self.rejected_total = Counter(
+            "reco_rejected_total", "Requests refused before any work was done", ["reason"], registry=r
+        )
+
+    def _declare_items(self, r: CollectorRegistry) -> None:
         self.batch_size = Histogram(
             "reco_batch_size", "Items in one batch of the encoder", ["modality"], buckets=BATCH, registry=r
         )
         self.queue_depth = Gauge("reco_queue_depth", "Items waiting for a batch", ["modality"], registry=r)
-        self.rejected_total = Counter(
-            "reco_rejected_total", "Requests refused before any work was done", ["reason"], registry=r
-        )
         self.items_total = Counter("reco_items_total", "Images and texts encoded", ["modality"], registry=r)
         self.neighbor_similarity = Histogram(
             "reco_neighbor_similarity",
@@ -83,6 +99,8 @@ class Metrics:
         self.enhanced_total = Counter(
             "reco_enhanced_total", "Vectors answered, enhanced or not, and why", ["enhanced", "reason"], registry=r
         )
+
+    def _declare_memories(self, r: CollectorRegistry) -> None:
         self.memory_info = Info("reco_memory", "The version being served", ["name"], registry=r)
         self.memory_pairs = Gauge("reco_memory_pairs", "Pairs in the snapshot being served", ["name"], registry=r)
         self.memory_bytes = Gauge(
@@ -109,13 +127,25 @@ class Metrics:
         self.drift_cosine = Gauge(
             "reco_drift_cosine", "Mean cosine of recent vectors under the old and new memory", ["name"], registry=r
         )
+
+    def _declare_process(self, r: CollectorRegistry) -> None:
         self.label_cache_total = Counter(
             "reco_label_cache_total", "Look-ups of embedded label sets", ["result"], registry=r
         )
         self.gpu_memory_bytes = Gauge("reco_gpu_memory_bytes", "GPU memory of this process", ["kind"], registry=r)
         self.ready = Gauge("reco_ready", "1 while /readyz answers 200, else 0", [], registry=r)
         self.build_info = Info("reco_build", "Versions of what is running", registry=r)
-        self.build_info.info({"version": version, "torch": torch, "faiss": faiss})
+
+    def observe_stage(self, stage: Stage, modality: Modality, seconds: float) -> None:
+        """Add one duration to the histogram of a stage."""
+        self.stage_duration_seconds.labels(stage, modality).observe(seconds)
+
+    @contextmanager
+    def time_stage(self, stage: Stage, modality: Modality) -> Iterator[None]:
+        """Observe how long the block takes, unless it raises."""
+        start = time.perf_counter()
+        yield
+        self.observe_stage(stage, modality, time.perf_counter() - start)
 
     def render(self) -> tuple[bytes, str]:
         """The body of /metrics and its content type."""

@@ -1,7 +1,8 @@
 """Spans of requests and of their stages, where an exporter is configured (extra `tracing`).
 
-Configured means that OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set; the other OTEL_* variables are read by
-OpenTelemetry itself. Otherwise nothing is imported, and a request costs one comparison with None.
+Configured means that OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set; the
+other OTEL_* variables are read by OpenTelemetry itself. Otherwise nothing is imported, and a
+request costs one comparison with None.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ SERVICE = "reco-serve"  # unless OTEL_SERVICE_NAME says otherwise
 
 
 class Tracing:
-    """The spans of one service. What is exported waits in OpenTelemetry's own queue and thread, and is dropped where that is full."""
+    """The spans of one service.
+
+    What is exported waits in OpenTelemetry's own queue and thread, and is dropped where that is
+    full.
+    """
 
     def __init__(self, provider: TracerProvider) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -40,7 +45,9 @@ class Tracing:
 
     @classmethod
     def from_environment(cls) -> Tracing | None:
-        """None where no exporter is configured or OpenTelemetry is not installed; the latter is told."""
+        """None where no exporter is configured or OpenTelemetry is not installed; the latter is
+        told.
+        """
         if (
             not any(os.environ.get(name) for name in ENDPOINTS)
             or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
@@ -75,7 +82,8 @@ class Tracing:
             yield span
 
     def stages(self, seconds: Mapping[Stage, float], attributes: Mapping[str, Any]) -> None:
-        """A span per stage under the current request's, one behind the other up to now: durations are measured, starts follow from them.
+        """A span per stage under the current request's, one behind the other up to now: durations
+        are measured, starts follow from them.
 
         attributes: of the request's own span.
         """
@@ -94,7 +102,9 @@ class Tracing:
 
 
 def finish(span: Span, scope: Scope, status: int) -> None:
-    """Name a request's span as the conventions for HTTP have it; a 5xx is an error, the rest is the caller's affair."""
+    """Name a request's span as the conventions for HTTP have it; a 5xx is an error, the rest is the
+    caller's affair.
+    """
     from opentelemetry.trace import Status, StatusCode
 
     span.update_name(f"{scope['method']} {template(scope)}")

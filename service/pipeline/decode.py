@@ -1,4 +1,7 @@
-"""Untrusted bytes -> pixels, beside the event loop: a bad image is refused here and never enters a batch."""
+"""Decoding of images: untrusted bytes to pixels, in a bounded pool of threads.
+
+An image that cannot be decoded is refused here and never enters a batch.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ __all__ = ["Decoder"]
 class Decoder:
     """A bounded pool of threads that decode and preprocess.
 
-    read: encoded image -> (3, H, W) uint8 or an ImageError, called from several threads.  At most `workers` images are held as full pixels
-    at a time, whatever the number of callers; a caller who leaves, or whose deadline comes, before its turn is skipped.
+    read: encoded image to (3, H, W) uint8, or an ImageError; called from several threads.
+    workers: how many images are held as full pixels at a time, whatever the number of callers. An
+    image whose caller leaves, or whose deadline comes, before its turn is skipped.
     """
 
     def __init__(self, read: Callable[[bytes], np.ndarray], *, workers: int) -> None:
@@ -28,10 +32,11 @@ class Decoder:
         self._closed = False
 
     async def decode(self, data: bytes, deadline: float | None = None) -> np.ndarray:
-        """The encoder's input of one encoded image. -> (3, H, W) uint8.
+        """Return the encoder's input of one encoded image: (3, H, W) uint8.
 
-        deadline: a `time.monotonic()` instant; an image whose turn has not come by then is never decoded.
-        Raises ImageError (UnsupportedImage, ImageTooLarge by the header alone, BrokenImage), DeadlinePassed, NotServing after close.
+        deadline: a `time.monotonic()` instant; an image whose turn has not come by then is skipped.
+        Raises ImageError (UnsupportedImage, ImageTooLarge by the header alone, BrokenImage),
+        DeadlinePassed, NotServing after close.
         """
         if self._closed:
             raise NotServing("the service is shutting down and decodes no new image: retry elsewhere or later")
@@ -45,6 +50,6 @@ class Decoder:
             ) from error
 
     def close(self) -> None:
-        """Take no more images; those handed over before are still decoded."""
+        """Take no more images; those that were submitted are still decoded."""
         self._closed = True
         self._pool.shutdown(wait=False)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from service.batching.executors import apart
+from service.batching.executors import run_in_own_thread
 from service.observability.logging import configure_logging
 from service.settings import Settings, UsageError
 
@@ -88,7 +88,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def few_arenas() -> None:
-    """Threads come and go in a service, and glibc would give each a heap of its own, which keeps what was freed in it."""
+    """IdleThreads come and go in a service, and glibc would give each a heap of its own, which keeps what was freed in it."""
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
 
@@ -109,7 +109,7 @@ def serve(settings: Settings) -> None:
         from service.engine import Engine
 
         import_libraries()
-        opening = apart(partial(Engine.open, settings))
+        opening = run_in_own_thread(partial(Engine.open, settings))
         from service.app import create_app  # most of a second too, while the weights are read and hashed
         from service.server.connection_limits import bounded
 

@@ -26,7 +26,8 @@ from service.tests import warm
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("RECO_DATA", ROOT.parent / "shared" / "data"))
-START_S = float(os.environ.get("RECO_TEST_START_S", "300"))  # more on a machine that is busy with other things
+# more on a machine that is busy with other things
+START_S = float(os.environ.get("RECO_TEST_START_S", "300"))
 
 
 @dataclass
@@ -53,7 +54,9 @@ def reco(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 
 def start_reco(*args: str, stderr: Path = Path(os.devnull), **environ: str) -> warm.Forked:
-    """Start one command as such a process, without its output; stderr goes to a file where one is given."""
+    """Start one command as such a process, without its output; stderr goes to a file where one is
+    given.
+    """
     return warm.Forked(args, _environ(environ), Path(os.devnull), stderr)
 
 
@@ -113,7 +116,10 @@ def serving(store: Path, *flags: str, **environ: str) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The starter with its own memory, as `make serve` gives it. Shared: leave "grocery" serving "all" behind you."""
+    """The starter with its own memory, as `make serve` gives it.
+
+    Shared: leave "grocery" serving "all" behind you.
+    """
     with serving(tmp_path_factory.mktemp("store")) as running:
         yield running
 
@@ -166,7 +172,9 @@ def labelled(path: Path) -> list[tuple[bytes, str]]:
 
 @pytest.fixture(scope="session")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
-    """Settings, the starter's Reco and its store, loaded in this process: what an Engine is made of."""
+    """Settings, the starter's Reco and its store, loaded in this process: what an Engine is made
+    of.
+    """
     from index_store import Store
     from models.starter import install_starter
     from service.pipeline.load import load_reco

@@ -1,4 +1,6 @@
-"""The whole application in this process, where its parts can be held up, slowed and counted; nothing but the socket is left out."""
+"""The whole application in this process, where its parts can be held up, slowed and counted;
+nothing but the socket is left out.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A real Prometheus for the tests: the shipped configuration and rules, on a clock fast enough for them."""
+"""A real Prometheus for the tests: the shipped configuration and rules, on a clock fast enough for
+them.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ binaries = pytest.mark.skipif(
 
 @contextmanager
 def prometheus(folder: Path, target: str) -> Iterator[str]:
-    """The shipped configuration in `folder`, scraping `target` and judging every second; yields Prometheus' URL."""
+    """The shipped configuration in `folder`, scraping `target` and judging every second; yields
+    Prometheus' URL.
+    """
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))

@@ -48,7 +48,8 @@ def test_every_path_and_module_that_is_cited_exists(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_line_of_prose_is_over_100_columns(document: Path) -> None:
-    lines = [(number, CODE.sub("`…`", line)) for number, line in prose(document)]  # code cannot be wrapped
+    # code cannot be wrapped
+    lines = [(number, CODE.sub("`…`", line)) for number, line in prose(document)]
     wide = [number for number, line in lines if len(line) > 100 and not line.startswith(NEVER_WRAPPED)]
     assert wide == []
 

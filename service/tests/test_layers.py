@@ -1,4 +1,6 @@
-"""The house's walls: who may import whom, who owns which name, and what is never loaded by accident."""
+"""The house's walls: who may import whom, who owns which name, and what is never loaded by
+accident.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-# Rooms of each package, lowest first: a module imports from its own room and from rooms above it in this list only.
+# Rooms of each package, lowest first: a module imports from its own room and from rooms above it in
+# this list only.
 ROOMS = {
     "index_store": [
         "errors", "neighbors", "float16", "types", "storage", "search", "snapshot", "memory", "edits", "store",
@@ -125,7 +128,9 @@ def test_no_cycles_inside_a_package(package: str) -> None:
 
 @pytest.mark.parametrize("package", RANK)
 def test_each_package_name_has_one_owner(package: str) -> None:
-    """Another distribution with a top-level `models` would shadow ours, or be shadowed: both fail far from here."""
+    """Another distribution with a top-level `models` would shadow ours, or be shadowed: both fail
+    far from here.
+    """
     assert set(packages_distributions().get(package, ["reco-serve"])) == {
         "reco-serve"
     }  # an editable install declares no top level

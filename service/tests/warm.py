@@ -103,7 +103,8 @@ def _fork_server() -> Iterator[ForkServerContext]:
 def reco_on_path(folder: Path) -> Iterator[Path]:
     """A folder for PATH with a `reco` that shell scripts can call: each call is a forked process.
 
-    The script sends its arguments, variables and working folder over a socket and prints the output.
+    The script sends its arguments, variables and working folder over a socket and prints the
+    output.
     """
     place = str(folder / "reco.socket")
     script = folder / "reco"
@@ -145,7 +146,8 @@ def _run(args: list[str], environ: dict[str, str], stdout: str, stderr: str, fol
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(folder)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell would have it ignored
+    # a background shell would have it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     out = os.open(stdout, flags, 0o600)

@@ -24,7 +24,9 @@ async def livez(engine: EngineDep) -> JSONResponse:
 @router.get("/health")
 @router.get("/v2/health/ready", include_in_schema=False)
 async def readyz(engine: EngineDep) -> JSONResponse:
-    """The model is warm, a memory is loaded, a real batch has passed lately, and the service is not shutting down."""
+    """The model is warm, a memory is loaded, a real batch has passed lately, and the service is not
+    shutting down.
+    """
     return _told(engine.not_ready())
 
 

@@ -1,4 +1,7 @@
-"""The memories: what is served, and replacing it while requests flow. By name and version, never by path."""
+"""The memories: what is served, and replacing it while requests flow.
+
+By name and version, never by path.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ async def get_memory(name: str, engine: EngineDep) -> dict[str, Any]:
 
 @router.post("/memories/{name}/activate", status_code=202)
 async def activate(name: str, body: Annotated[ActivateBody, Body()], engine: EngineDep) -> dict[str, Any]:
-    """Start serving another version; poll the job at GET /jobs/{id}. A failure leaves the current one serving."""
+    """Start serving another version; poll the job at GET /jobs/{id}.
+
+    A failure leaves the current one serving.
+    """
     return asdict(engine.swaps.swap(name, body.version, dry_run=body.dry_run))
 
 
@@ -41,7 +47,9 @@ async def rollback(name: str, engine: EngineDep) -> dict[str, Any]:
 
 @router.post("/memories/{name}/compact", status_code=202)
 async def compact(name: str, engine: EngineDep) -> dict[str, Any]:
-    """Start folding the online edits into a new version, which is then served; edits go on meanwhile."""
+    """Start folding the online edits into a new version, which is then served; edits go on
+    meanwhile.
+    """
     return asdict(engine.swaps.compact(name))
 
 
@@ -49,7 +57,9 @@ async def compact(name: str, engine: EngineDep) -> dict[str, Any]:
 async def put_pairs(
     request: Request, name: str, body: Annotated[PairsBody, Body()], engine: EngineDep
 ) -> dict[str, Any]:
-    """Add pairs, or replace those of the same id: on the disk, and visible to the next request, before this is answered."""
+    """Add pairs, or replace those of the same id: on the disk, and visible to the next request,
+    before this is answered.
+    """
     return await engine.editing.put(name, new_pairs(body, engine.settings), deadline(request, engine))
 
 

@@ -1,4 +1,7 @@
-"""POST /v1/embeddings: the OpenAI shape, so that clients which speak it need no change. GET /v1/models is in `health`: it takes no key."""
+"""POST /v1/embeddings: the shape of OpenAI's API, for clients that speak it.
+
+GET /v1/models is in `health`, since it takes no key.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +9,38 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from service.api.auth import WithKey
-from service.api.dependencies import EngineDep, deadline, unless_gone
-from service.api.openai_input import Mixed, read_input
-from service.api.routes.embed import asked, told
-from service.api.schemas import OpenAIOptions, documented
-from service.batching.gather import gather
+from service.api.dependencies import EngineDep, deadline, run_until_disconnect
+from service.api.openai_input import MixedInput, read_input
+from service.api.routes.embed import build_reply, pin_query
+from service.api.schemas import OpenAIOptions, describe_body
+from service.batching.gather import gather_parts
 from service.engine import Engine
 from service.errors import BadRequest
-from service.pipeline.stages import Answered, Query
+from service.pipeline.stages import EmbedResult, Query
 
 router = APIRouter(dependencies=[WithKey], tags=["openai"])
 
 
-@router.post("/v1/embeddings", response_class=Response, openapi_extra=documented(OpenAIOptions, "input"))
+@router.post("/v1/embeddings", response_class=Response, openapi_extra=describe_body(OpenAIOptions, "input"))
 async def embeddings(request: Request, engine: EngineDep) -> Response:
-    """Embed texts, images or both as OpenAI's API does, each refined by its neighbours in memory; our own options are further fields."""
+    """Embed texts, images or both as OpenAI's API does, each refined by its neighbours in memory.
+
+    Our own options are further fields.
+    """
     mixed = await read_input(request, engine.settings)
     request.state.modality = mixed.modality
-    _same_width(mixed.options, engine.reco.encoder.dim)
-    query = asked(request, engine, mixed.options)
-    answered = await unless_gone(request, _embedded(engine, mixed, query, deadline(request, engine)))
-    return told(request, engine, mixed.parts[0].side, mixed.options, query, answered)
+    _check_dimensions(mixed.options, engine.reco.encoder.dim)
+    query = pin_query(request, engine, mixed.options)
+    result = await run_until_disconnect(request, _embed(engine, mixed, query, deadline(request, engine)))
+    return build_reply(request, engine, mixed.parts[0].side, mixed.options, query, result)
 
 
-async def _embedded(engine: Engine, mixed: Mixed, query: Query, until: float) -> Answered:
-    """Both towers at once; where one refuses its part, the other's is withdrawn."""
-    return mixed.join(await gather([engine.embed(part, query, until) for part in mixed.parts]))
+async def _embed(engine: Engine, mixed: MixedInput, query: Query, until: float) -> EmbedResult:
+    """Run both towers at once; where one refuses its part, the other part is withdrawn."""
+    return mixed.join(await gather_parts([engine.embed(part, query, until) for part in mixed.parts]))
 
 
-def _same_width(options: OpenAIOptions, dim: int) -> None:
+def _check_dimensions(options: OpenAIOptions, dim: int) -> None:
     if options.dimensions not in (None, dim):
         raise BadRequest(
             f"dimensions = {options.dimensions}: these vectors have {dim} and cannot be shortened, leave it out",

@@ -1,4 +1,6 @@
-"""Hostile and broken input over real HTTP: each has the code of the contract, and the service goes on."""
+"""Hostile and broken input over real HTTP: each has the code of the contract, and the service goes
+on.
+"""
 
 from __future__ import annotations
 
@@ -137,13 +139,16 @@ def test_callers_who_hang_up_are_counted_and_their_work_is_dropped(
         time.sleep(0.1)
     assert metric(http, left) == before + 1
     time.sleep(1)
-    assert metric(http, encoded) < batched + 100  # of 200: those in a batch already, and the test item of the pulse
+    # of 200: those in a batch already, and the watchdog's test item
+    assert metric(http, encoded) < batched + 100
     assert re.search(r'reco_queue_depth\{modality="image"\} 0\.0', http.get("/metrics").text)
     assert http.post("/embed/image", content=photos["coffee"], headers=JPEG).status_code == 200
 
 
 def test_nothing_of_it_stays_behind(server: Server, http: httpx.Client, photos: dict[str, bytes]) -> None:
-    """Files, memory, items admitted and requests inside are as before a few hundred hostile requests."""
+    """Files, memory, items admitted and requests inside are as before a few hundred hostile
+    requests.
+    """
     photo, address = photos["coffee"], server.url.removeprefix("http://").split(":")
 
     def hostile() -> None:

@@ -45,7 +45,7 @@ def vectors(reply: httpx.Response, field: str = "embedding") -> np.ndarray:
     return np.array([item[field] for item in reply.json()["data"]], np.float32)
 
 
-# --- embedding ---------------------------------------------------------------------------------------------------------------
+# --- embedding ------------------------------------------------------------------------------------
 
 
 def test_three_shapes_of_an_image_give_one_vector(http: httpx.Client, photos: dict[str, bytes]) -> None:
@@ -150,7 +150,7 @@ def test_concurrent_callers_each_get_their_own(http: httpx.Client, photos: dict[
         assert min(pool.map(ask, range(60))) > 0.9999
 
 
-# --- classification ----------------------------------------------------------------------------------------------------------
+# --- classification -------------------------------------------------------------------------------
 
 
 def test_classify_scores_are_a_softmax_in_order(http: httpx.Client, photos: dict[str, bytes]) -> None:
@@ -189,7 +189,8 @@ def test_enhancing_helps_on_grocery(http: httpx.Client, grocery: list[tuple[byte
             count += sum(found[0]["label"] == name for found, (_, name) in zip(reply.json()["data"], part, strict=True))
         return count
 
-    assert set(labels) <= set(http.get("/label-sets/grocery").json()["labels"])  # the starter brings its label set
+    # the starter brings its label set
+    assert set(labels) <= set(http.get("/label-sets/grocery").json()["labels"])
     plain, both = right("none"), right("both")
     assert both > plain + len(sample) // 5, (plain, both, len(sample))
 
@@ -228,7 +229,7 @@ def test_label_sets_are_stored_listed_used_and_deleted(http: httpx.Client, photo
     refused(http.post("/classify?label_set=fruit", files={"file": photos["coffee"]}), 404)
 
 
-# --- bad input: each the code of CONTRACT, and the service goes on ------------------------------------------------------------
+# --- bad input: each the code of CONTRACT, and the service goes on --------------------------------
 
 
 def huge_png() -> bytes:
@@ -283,7 +284,9 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 def test_every_format_and_colour_mode_has_the_vector_of_its_picture(
     http: httpx.Client, photos: dict[str, bytes]
 ) -> None:
-    """The same photo in every dress, against itself as a PNG; the second frame of an animation is another photo."""
+    """The same photo in every dress, against itself as a PNG; the second frame of an animation is
+    another photo.
+    """
     photo = Image.open(io.BytesIO(photos["chelsea"])).resize((300, 300))
     other, exif = Image.open(io.BytesIO(photos["coffee"])).resize((300, 300)), Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
@@ -388,13 +391,14 @@ def test_a_declared_length_beyond_the_limit_is_refused_unread(server: Server) ->
             b"POST /embed/image HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: 10737418240\r\n\r\nthe beginning"
         )
         reply = b""
-        while not reply.endswith(b"}") and (part := raw.recv(65536)):  # head and body may come apart
+        # head and body may come apart
+        while not reply.endswith(b"}") and (part := raw.recv(65536)):
             reply += part
     assert reply.startswith(b"HTTP/1.1 413")
     assert b"10737418240" in reply
 
 
-# --- what is running ---------------------------------------------------------------------------------------------------------
+# --- what is running ------------------------------------------------------------------------------
 
 
 def test_health_info_and_models(http: httpx.Client) -> None:

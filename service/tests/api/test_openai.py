@@ -1,4 +1,6 @@
-"""POST /v1/embeddings with the official `openai` package against a real service; /embed/* is the oracle."""
+"""POST /v1/embeddings with the official `openai` package against a real service; /embed/* is the
+oracle.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The page at `/` in a real browser against a real service: what a visitor does, and what a hostile label must not do."""
+"""The page at `/` in a real browser against a real service: what a visitor does, and what a hostile
+label must not do.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, server: Server) -> Iterator[Page]:
-    """The page as a visitor finds it; at the end nothing was asked of another host, and no script failed."""
+    """The page as a visitor finds it; at the end nothing was asked of another host, and no script
+    failed.
+    """
     with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
         context.set_default_timeout(PATIENCE_MS)
         expect.set_options(timeout=PATIENCE_MS)
@@ -123,7 +127,8 @@ def test_the_memory_is_swapped_from_the_menu_while_an_answer_is_shown(page: Page
         {"name": "chelsea.jpg", "mimeType": "image/jpeg", "buffer": photos["chelsea"]}
     )
     expect(page.locator("#answered-by")).to_have_text("with grocery@all")
-    for version in ("fruit-and-vegetables", "all"):  # there and back: other tests share this service
+    # there and back: other tests share this service
+    for version in ("fruit-and-vegetables", "all"):
         expect(page.get_by_label("Name", exact=True)).to_have_value("grocery")
         expect(page.get_by_role("button", name="Swap")).to_be_hidden()
         page.get_by_label("Version").select_option(version)

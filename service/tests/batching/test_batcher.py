@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batching.batcher import COMPANY, Answer, Batcher, BatcherClosed, DeadlinePassed, QueueFull
+from service.batching.batcher import LINGER_FRACTION, Answer, Batcher, BatcherClosed, DeadlinePassed, QueueFull
 from service.batching.workers import WorkerLost
 
 SLOW_S = 1.0
@@ -28,7 +28,10 @@ class PoisonError(Exception):
 
 @dataclass
 class Doubler:
-    """A worker that doubles. `gate` holds it inside its first run until set; poison items make a whole run fail."""
+    """A worker that doubles.
+
+    `gate` holds it inside its first run until set; poison items make a whole run fail.
+    """
 
     poison: frozenset[int] = frozenset()
     gate: threading.Event | None = None
@@ -59,14 +62,12 @@ async def serving(
     *,
     max_batch: int = 4,
     max_queue: int = 100,
-    max_wait_s: float = 0.0,
-    workers: int = 1,
     then: Callable[[list[int]], Sequence[int]] | None = None,
     stall_s: float = PATIENCE_S,
     on_batch: Callable[[int], None] | None = None,
 ) -> AsyncIterator[Batcher[int, int]]:
     batcher: Batcher[int, int] = Batcher(
-        run, name="double", max_batch=max_batch, max_queue=max_queue, max_wait_s=max_wait_s, workers=workers, then=then, stall_s=stall_s,
+        run, name="double", max_batch=max_batch, max_queue=max_queue, then=then, stall_s=stall_s,
         on_batch=on_batch,
     )  # fmt: skip
     task = asyncio.create_task(batcher.serve())
@@ -78,7 +79,9 @@ async def serving(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Yields once at least, and looks as often as the loop turns at first, so that a moment is not missed."""
+    """Yields once at least, and looks as often as the loop turns at first, so that a moment is not
+    missed.
+    """
     for turn in itertools.count():
         await asyncio.sleep(0 if turn < 10 else 0.001)
         if condition():
@@ -92,7 +95,7 @@ def values(outcomes: Sequence[Answer[int] | Exception]) -> list[int | type[Excep
 def test_each_caller_gets_its_own_results_in_order() -> None:
     async def scenario() -> None:
         run = Doubler()
-        async with serving(run, max_batch=7, workers=2) as batcher:
+        async with serving(run, max_batch=7) as batcher:
             requests = [list(range(start, start + 3)) for start in range(0, 60, 3)]
             replies = await asyncio.gather(*(batcher.submit(request) for request in requests))
         assert [values(reply) for reply in replies] == [[2 * item for item in request] for request in requests]
@@ -127,32 +130,17 @@ def test_a_batch_keeps_filling_while_the_only_worker_is_busy() -> None:
             run.gate.set()
             replies = await asyncio.gather(first, *others)
         assert [values(reply) for reply in replies] == [[2 * item] for item in range(9)]
-        assert run.batches == [[0], list(range(1, 9))]  # formed only once the worker was free, and then whole
+        # formed only once the worker was free, and then whole
+        assert run.batches == [[0], list(range(1, 9))]
         assert sizes == [1, 8]
 
     run_async(scenario())
 
 
-def test_max_wait_gathers_items_that_arrive_apart() -> None:
-    async def scenario() -> None:
-        run = Doubler()
-        async with serving(run, max_batch=3, max_wait_s=PATIENCE_S) as batcher:
-            requests = []
-            for item in range(3):  # the third fills the batch, which ends the wait long before max_wait_s
-                requests.append(asyncio.create_task(batcher.submit([item])))
-                await asyncio.sleep(0.01)
-            await asyncio.gather(*requests)
-            batcher.max_wait_s = (
-                0.02  # tuned while serving: an unfilled batch goes once the oldest item has waited so long
-            )
-            assert values(await batcher.submit([5])) == [10]
-        assert run.batches == [[0, 1, 2], [5]]
-
-    run_async(scenario())
-
-
 class Slow(Doubler):
-    """Takes a second and more for its first batch, and no time for the others: a tenth of that is a moment worth waiting."""
+    """Takes a second and more for its first batch, and no time for the others: a tenth of that is a
+    moment worth waiting.
+    """
 
     def __call__(self, payloads: list[int]) -> list[int]:
         if not self.batches:
@@ -168,7 +156,9 @@ async def after_a_slow_batch(batcher: Batcher[int, int], items: int) -> None:
 
 
 def test_callers_who_come_back_one_by_one_are_answered_together() -> None:
-    """Three in a closed loop: without a moment's wait the first to come back would go alone, and ever again."""
+    """Three in a closed loop: without a moment's wait the first to come back would go alone, and
+    ever again.
+    """
 
     async def scenario() -> None:
         run = Slow()
@@ -183,7 +173,8 @@ def test_callers_who_come_back_one_by_one_are_answered_together() -> None:
 
             begun = time.monotonic()
             await asyncio.gather(*(back(item) for item in range(3)))
-            assert time.monotonic() - begun < SLOW_S * COMPANY  # all are back: nothing more is waited for
+            # all are back: nothing more is waited for
+            assert time.monotonic() - begun < SLOW_S * LINGER_FRACTION
         assert run.batches == [[0, 1, 2], [0, 1, 2]]
 
     run_async(scenario())
@@ -197,19 +188,19 @@ def test_company_that_does_not_come_is_not_waited_for_long() -> None:
             begun = time.monotonic()
             with batcher.expecting(1):  # one of two is back, and this one is decoded for ever
                 assert values(await batcher.submit([5])) == [10]
-            assert SLOW_S * COMPANY * 0.5 < time.monotonic() - begun < SLOW_S / 2
+            assert SLOW_S * LINGER_FRACTION * 0.5 < time.monotonic() - begun < SLOW_S / 2
             with batcher.expecting(1):
                 pass
             begun = time.monotonic()  # that batch was quick: so is the patience with the next one
             assert values(await batcher.submit([6])) == [12]
-            assert time.monotonic() - begun < SLOW_S * COMPANY
+            assert time.monotonic() - begun < SLOW_S * LINGER_FRACTION
         assert run.batches[1:] == [[5], [6]]
 
     run_async(scenario())
 
 
 def test_a_batch_that_hung_leaves_no_patience_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.batching.batcher.MOMENT_S", 0.01)
+    monkeypatch.setattr("service.batching.batcher.MAX_LINGER_S", 0.01)
 
     async def scenario() -> None:
         go_on = threading.Event()
@@ -225,7 +216,8 @@ def test_a_batch_that_hung_leaves_no_patience_behind(monkeypatch: pytest.MonkeyP
             begun = time.monotonic()
             with batcher.expecting(1):  # decoded for ever
                 assert values(await batcher.submit([5])) == [5]
-            assert time.monotonic() - begun < 3.0 * COMPANY * 0.8  # a tenth of what was lost would be more
+            # a tenth of what was lost would be more
+            assert time.monotonic() - begun < 3.0 * LINGER_FRACTION * 0.8
 
     run_async(scenario())
 
@@ -236,26 +228,12 @@ def test_a_caller_who_is_alone_waits_for_nobody() -> None:
     async def scenario() -> None:
         async with serving(Slow(), max_batch=8) as batcher:
             await after_a_slow_batch(batcher, 8)
-            await asyncio.sleep(SLOW_S * COMPANY)
+            await asyncio.sleep(SLOW_S * LINGER_FRACTION)
             with batcher.expecting(1):
                 pass
             (answer,) = await batcher.submit([1])
             assert isinstance(answer, Answer)
-            assert answer.queued_s < SLOW_S * COMPANY / 2
-
-    run_async(scenario())
-
-
-def test_several_workers_run_at_once() -> None:
-    async def scenario() -> None:
-        together = threading.Barrier(3)
-
-        def run(payloads: list[int]) -> list[int]:
-            together.wait(PATIENCE_S)  # returns only when three runs are inside at the same time
-            return payloads
-
-        async with serving(run, max_batch=1, workers=3) as batcher:
-            assert values(await batcher.submit([1, 2, 3])) == [1, 2, 3]
+            assert answer.queued_s < SLOW_S * LINGER_FRACTION / 2
 
     run_async(scenario())
 
@@ -277,7 +255,8 @@ def test_a_full_queue_refuses_the_whole_request_and_keeps_the_admitted() -> None
             run.gate.set()
             assert [values(await task) for task in (busy, admitted, last)] == [[0], [2, 4], [10]]
             with pytest.raises(QueueFull):
-                await batcher.submit(range(4))  # would never fit: refused, not left waiting for ever
+                # would never fit: refused, not left waiting for ever
+                await batcher.submit(range(4))
 
     run_async(scenario())
 
@@ -361,13 +340,12 @@ def test_only_the_poisoned_item_gets_the_error_and_the_loop_lives() -> None:
     requests=st.lists(st.lists(st.integers(0, 30), max_size=6), max_size=8),
     poison=st.frozensets(st.integers(0, 30), max_size=4),
     max_batch=st.integers(1, 9),
-    workers=st.integers(1, 3),
 )
 def test_whatever_the_poison_every_item_has_its_own_outcome(
-    requests: list[list[int]], poison: frozenset[int], max_batch: int, workers: int
+    requests: list[list[int]], poison: frozenset[int], max_batch: int
 ) -> None:
     async def scenario() -> None:
-        async with serving(Doubler(poison), max_batch=max_batch, workers=workers) as batcher:
+        async with serving(Doubler(poison), max_batch=max_batch) as batcher:
             replies = await asyncio.gather(*(batcher.submit(request) for request in requests))
         expected = [[PoisonError if item in poison else 2 * item for item in request] for request in requests]
         assert [values(reply) for reply in replies] == expected
@@ -442,7 +420,7 @@ def test_a_failing_on_batch_is_told_to_the_callers_and_the_loop_lives() -> None:
 def test_close_answers_the_admitted_and_refuses_the_rest() -> None:
     async def scenario() -> None:
         run = Doubler(gate=threading.Event())
-        async with serving(run, max_batch=2, max_wait_s=PATIENCE_S) as batcher:
+        async with serving(run, max_batch=2) as batcher:
             admitted = [asyncio.create_task(batcher.submit([item, item])) for item in range(5)]
             await until(run.started.is_set)
             closing = asyncio.create_task(batcher.close())
@@ -484,10 +462,10 @@ def test_close_without_serve_leaves_no_caller_waiting() -> None:
 def test_a_cancelled_serve_leaves_no_caller_waiting() -> None:
     async def scenario() -> None:
         run = Doubler(gate=threading.Event())
-        batcher: Batcher[int, int] = Batcher(run, name="double", max_batch=1, max_queue=9, workers=2)
+        batcher: Batcher[int, int] = Batcher(run, name="double", max_batch=1, max_queue=9)
         task = asyncio.create_task(batcher.serve())
-        caller = asyncio.create_task(batcher.submit([1, 2, 3]))  # two in their runs, one waiting
-        await until(lambda: len(run.batches) == 2)
+        caller = asyncio.create_task(batcher.submit([1, 2, 3]))  # one in its run, two waiting
+        await until(lambda: len(run.batches) == 1)
         task.cancel()
         assert values(await caller) == [BatcherClosed] * 3
         with pytest.raises(asyncio.CancelledError):
@@ -503,7 +481,7 @@ def test_a_cancelled_serve_leaves_no_caller_waiting() -> None:
 def test_under_many_callers_who_come_fail_and_leave_nothing_is_lost() -> None:
     async def scenario() -> None:
         run = Doubler(poison=frozenset(range(0, 600, 37)))
-        async with serving(run, max_batch=16, max_queue=64, workers=2) as batcher:
+        async with serving(run, max_batch=16, max_queue=64) as batcher:
 
             async def caller(item: int) -> str:
                 await asyncio.sleep(item % 11 * 0.001)
@@ -573,7 +551,8 @@ def test_each_stage_keeps_its_poison_to_itself() -> None:
         async with serving(first, max_batch=8, then=second) as batcher:
             assert values(await batcher.submit(list(range(8)))) == [0, 4, 8, PoisonError, 16, PoisonError, 24, 28]
             assert values(await batcher.submit([3])) == [PoisonError]
-        assert all(6 not in batch for batch in second.batches)  # what failed in the first is not tried in the second
+        # what failed in the first is not tried in the second
+        assert all(6 not in batch for batch in second.batches)
 
     run_async(scenario())
 
@@ -660,7 +639,8 @@ def test_a_cancelled_serve_leaves_no_caller_waiting_in_either_stage() -> None:
         second = Doubler(gate=threading.Event())
         batcher: Batcher[int, int] = Batcher(Doubler(), name="double", max_batch=1, max_queue=9, then=second)
         task = asyncio.create_task(batcher.serve())
-        caller = asyncio.create_task(batcher.submit([1, 2, 3, 4]))  # in the second stage, before it, and two waiting
+        # in the second stage, before it, and two waiting
+        caller = asyncio.create_task(batcher.submit([1, 2, 3, 4]))
         await until(second.started.is_set)
         await asyncio.sleep(0.01)
         task.cancel()
@@ -673,9 +653,7 @@ def test_a_cancelled_serve_leaves_no_caller_waiting_in_either_stage() -> None:
     run_async(scenario())
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"max_batch": 0}, {"max_queue": 0}, {"workers": 0}, {"max_wait_s": -1.0}, {"stall_s": 0.0}]
-)
+@pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"max_queue": 0}, {"stall_s": 0.0}])
 def test_senseless_limits_are_refused(wrong: dict[str, Any]) -> None:
     limits: dict[str, Any] = {"max_batch": 1, "max_queue": 1, **wrong}
     with pytest.raises(ValueError, match="batcher odd"):

@@ -1,4 +1,4 @@
-"""Threads that end when idle, by what the system counts; torch's own pools included."""
+"""IdleThreads that end when idle, by what the system counts; torch's own pools included."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from service.batching.executors import IDLE_S, Threads, apart
-from service.pipeline.tower import computing
+from service.batching.executors import IDLE_S, IdleThreads, run_in_own_thread
+from service.pipeline.tower import set_torch_threads
 
 PATIENCE_S = 20.0
 linux = pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
@@ -50,7 +50,7 @@ async def until(condition: Callable[[], bool]) -> None:
 def test_an_idle_thread_ends_with_the_pool_it_computed_with_and_a_new_one_begins() -> None:
     async def scenario() -> None:
         began: list[str] = []
-        threads = Threads(1, "test", begin=lambda: began.append(threading.current_thread().name))
+        threads = IdleThreads(1, "test", initialize=lambda: began.append(threading.current_thread().name))
         before = threads_of_the_process()
         for _ in range(3):  # no pause is long enough: one thread, and its pool
             assert (await threads.run(multiply)).startswith("test")
@@ -68,7 +68,7 @@ def test_an_idle_thread_ends_with_the_pool_it_computed_with_and_a_new_one_begins
 
 def test_a_thread_at_work_is_never_let_go() -> None:
     async def scenario() -> None:
-        go_on, threads = threading.Event(), Threads(2, "test")
+        go_on, threads = threading.Event(), IdleThreads(2, "test")
         long = asyncio.ensure_future(threads.run(go_on.wait, PATIENCE_S))
         await threads.run(int)
         await asyncio.sleep(2 * IDLE_S)  # the second thread is idle all the while
@@ -81,7 +81,7 @@ def test_a_thread_at_work_is_never_let_go() -> None:
 
 def test_closed_they_begin_nothing_and_drop_what_waits() -> None:
     async def scenario() -> None:
-        go_on, threads = threading.Event(), Threads(1, "test")
+        go_on, threads = threading.Event(), IdleThreads(1, "test")
         working, waiting = (asyncio.ensure_future(threads.run(go_on.wait, PATIENCE_S)) for _ in range(2))
         threads.close()
         go_on.set()
@@ -100,9 +100,9 @@ def test_closed_they_begin_nothing_and_drop_what_waits() -> None:
 @linux
 def test_what_is_done_apart_leaves_no_thread_and_gives_what_it_raised() -> None:
     before = threads_of_the_process()
-    assert apart(multiply).result() != threading.current_thread().name
+    assert run_in_own_thread(multiply).result() != threading.current_thread().name
     with pytest.raises(KeyError, match="gone"):
-        apart(lambda: {}["gone"]).result()  # type: ignore[index]
+        run_in_own_thread(lambda: {}["gone"]).result()  # type: ignore[index]
     give_up = time.monotonic() + PATIENCE_S
     while threads_of_the_process() != before and time.monotonic() < give_up:
         time.sleep(0.01)
@@ -114,12 +114,12 @@ def test_a_thread_computes_with_the_cores_it_was_given_and_the_others_with_their
 
     async def scenario() -> None:
         alone, all_of_them = (
-            Threads(1, str(cores), begin=partial(computing, cores, given)) for cores in (1, given + 1)
+            IdleThreads(1, str(cores), initialize=partial(set_torch_threads, cores, given)) for cores in (1, given + 1)
         )
         for _ in range(2):
             assert await alone.run(torch.get_num_threads) == 1
             assert await all_of_them.run(torch.get_num_threads) == given + 1
-            assert apart(torch.get_num_threads).result() == given
+            assert run_in_own_thread(torch.get_num_threads).result() == given
         for threads in (alone, all_of_them):
             threads.close()
 

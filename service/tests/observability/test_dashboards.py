@@ -1,4 +1,6 @@
-"""Every query of every dashboard and rule: against the declared series, and against a real Prometheus scraping a real service."""
+"""Every query of every dashboard and rule: against the declared series, and against a real
+Prometheus scraping a real service.
+"""
 
 from __future__ import annotations
 
@@ -195,7 +197,9 @@ def test_links_of_the_operations_page_lead_somewhere() -> None:
 
 
 def varied(client: httpx.Client, photo: bytes) -> None:
-    """A little of everything: four routes of work, what is refused by type, by deadline and by a full queue of eight."""
+    """A little of everything: four routes of work, what is refused by type, by deadline and by a
+    full queue of eight.
+    """
     for _ in range(2):
         client.post("/embed/image", files={"file": ("a.jpg", photo, "image/jpeg")}).raise_for_status()
     client.post("/embed/text", json={"texts": ["a ripe banana"], "enhance": False}).raise_for_status()
@@ -241,7 +245,8 @@ def test_every_panel_has_an_answer_after_some_traffic(
             running.store / "grocery/all", running.store / "grocery/damaged"
         )  # its manifest names another version
         assert swapped(client, "damaged") == "failed"
-        varied(client, photos["coffee"])  # a rate needs two scrapes of a series, the second one changed
+        # a rate needs two scrapes of a series, the second one changed
+        varied(client, photos["coffee"])
         asked, exempt = panel_queries(), may_be_empty()
         silent: dict[str, str] = {}
 

@@ -36,7 +36,8 @@ CONTRACT: dict[str, tuple[str, str, str]] = {
     "drift_cosine": ("reco_drift_cosine", "gauge", "name"),
     "label_cache_total": ("reco_label_cache_total", "counter", "result"),
     "gpu_memory_bytes": ("reco_gpu_memory_bytes", "gauge", "kind"),
-    "ready": ("reco_ready", "gauge", ""),  # ours: for the alert on a service that is up and not ready
+    # ours: for the alert on a service that is up and not ready
+    "ready": ("reco_ready", "gauge", ""),
     "build_info": ("reco_build_info", "gauge", "version torch faiss"),
 }
 

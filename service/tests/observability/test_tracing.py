@@ -1,4 +1,6 @@
-"""Spans as a collector gets them: a real service exports to a real HTTP endpoint, which decodes OTLP."""
+"""Spans as a collector gets them: a real service exports to a real HTTP endpoint, which decodes
+OTLP.
+"""
 
 import gzip
 import sys

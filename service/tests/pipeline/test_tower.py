@@ -1,4 +1,4 @@
-"""A lane whose model hangs, whose batcher ends, and whose two stages overlap: what callers and probes are told."""
+"""A tower whose model hangs, whose batcher ends, and whose stages overlap: replies and probes."""
 
 from __future__ import annotations
 
@@ -82,12 +82,12 @@ def test_a_model_that_hangs_does_not_hold_up_the_end(
 
 def test_a_batcher_that_ends_is_put_back(engine: Engine) -> None:
     async def work(client: httpx.AsyncClient) -> None:
-        ended = engine._lanes["text"]._batcher
+        ended = engine.embedder.towers["text"]._batcher
         ended.max_batch = None  # type: ignore[assignment]  # it may change while serving; nonsense ends the loop
         assert (await client.post("/embed/text", json={"texts": ["lost"]})).status_code == 503
         assert "put back" in (await until(client, 503)).json()["reason"]
         await until(client, 200)
-        assert engine._lanes["text"]._batcher is not ended
+        assert engine.embedder.towers["text"]._batcher is not ended
         assert (await client.post("/embed/text", json={"texts": ["found"]})).status_code == 200
 
     scenario(engine, work)
@@ -121,7 +121,7 @@ def test_a_batch_is_encoded_while_the_one_before_is_enhanced(engine: Engine, mon
 def test_a_large_request_is_decoded_while_its_first_batch_is_encoded(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, photos: dict[str, bytes]
 ) -> None:
-    encoded, decoded, own, read = list[float](), list[float](), engine.reco.encode, engine._decoder._read
+    encoded, decoded, own, read = list[float](), list[float](), engine.reco.encode, engine.embedder.decoder._read
     files = [("file", photos[name]) for name in ("astronaut", "chelsea", "coffee")] * 3
     found: dict[str, list[list[float]]] = {}
 
@@ -131,7 +131,8 @@ def test_a_large_request_is_decoded_while_its_first_batch_is_encoded(
 
     def decode(data: bytes) -> Any:
         made = read(data)
-        time.sleep(0.02)  # of nine images two at a time: the last are done well after the first batch has begun
+        # of nine images two at a time: the last are done well after the first batch has begun
+        time.sleep(0.02)
         decoded.append(time.perf_counter())
         return made
 
@@ -144,7 +145,7 @@ def test_a_large_request_is_decoded_while_its_first_batch_is_encoded(
                 assert [row["index"] for row in bad.json()["data"] if row["embedding"] is None] == [7]
                 assert bad.json()["data"][7]["error"]["param"] == "images[7]"
 
-    monkeypatch.setattr(engine._decoder, "_read", decode)
+    monkeypatch.setattr(engine.embedder.decoder, "_read", decode)
 
     async def warmed(client: httpx.AsyncClient) -> None:
         monkeypatch.setattr(engine.reco, "encode", encode)

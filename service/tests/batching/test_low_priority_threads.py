@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from service.batching.executors import NICE, low_priority
+from service.batching.executors import NICE, low_priority_threads
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="priorities of single threads are Linux's")
@@ -25,7 +25,7 @@ def test_its_threads_and_theirs_give_way_and_no_other_does() -> None:
     before = nice()
 
     async def asked() -> list[int]:
-        threads = low_priority(1, "test")
+        threads = low_priority_threads(1, "test")
         try:
             return [await threads.run(nice), await threads.run(of_a_child)]
         finally:
