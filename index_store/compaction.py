@@ -1,4 +1,4 @@
-"""What compactions left behind: versions of which every pair and every edit stands in another one, so that nothing goes with them."""
+"""Versions left behind by compactions, whose pairs and edits a served version contains."""
 
 import hashlib
 from collections.abc import Collection, Iterator
@@ -9,36 +9,43 @@ from index_store.store import Store
 
 
 def redundant_versions(store: Store, name: str, served: Collection[str]) -> list[str]:
-    """The versions that compactions made and that repeat one of `served`, by way of others or not; none of `served` itself.
+    """The versions made by compactions that a version of `served` contains completely, sorted.
 
-    One that was edited after a compaction had folded it away holds what no other does, and is not among them.
+    A version contains another one directly, or through versions in between. A version that was
+    edited after it had been compacted holds edits found nowhere else and is not redundant.
     """
-    made = dict(_compactions(store, name))
-    holdings = {
-        holding for version, (base, folded) in made.items() for holding in _holdings(store, name, version, base, folded)
+    compactions = dict(_read_compactions(store, name))
+    contains = {
+        pair
+        for version, (base, folded) in compactions.items()
+        for pair in _compare_versions(store, name, version, base, folded)
     }
-    known = set(served)
-    while more := {held for holder, held in holdings if holder in known} - known:
-        known |= more
-    return sorted((known - set(served)) & set(made))
+    reached = set(served)
+    while more := {contained for container, contained in contains if container in reached} - reached:
+        reached |= more
+    return sorted((reached - set(served)) & set(compactions))
 
 
-def _compactions(store: Store, name: str) -> Iterator[tuple[str, tuple[str, int]]]:
-    """(version, (what it was made of, how many edits of that are folded in)) of every version that a compaction made."""
+def _read_compactions(store: Store, name: str) -> Iterator[tuple[str, tuple[str, int]]]:
+    """(new version, (compacted version, its edits folded in)) of every compaction."""
     for version in store.versions(name):
         try:
             source = store.manifest(name, version).source
-        except StoreError:  # nothing is known of it, so it repeats nothing
+        except StoreError:  # an unreadable manifest does not say what the version contains
             continue
         if "compacted" in source:
             yield version, (source["compacted"]["from"].partition("@")[2], source["compacted"]["edits"])
 
 
-def _holdings(store: Store, name: str, version: str, base: str, folded: int) -> Iterator[tuple[str, str]]:
-    """(holder, held): a compaction carries over the edits made meanwhile, so each holds the other up to where their edits part."""
+def _compare_versions(store: Store, name: str, version: str, base: str, folded: int) -> Iterator[tuple[str, str]]:
+    """(container, contained) pairs of a compaction's version and its base.
+
+    A compaction copies the edits made while it ran into the new version's journal. So each of the
+    two contains the other one if its journal continues the other's.
+    """
     try:
-        own, later = _edits(store, name, version), _edits(store, name, base)[folded:]
-    except StoreError:  # one of them is gone, or damaged
+        own, later = _edit_digests(store, name, version), _edit_digests(store, name, base)[folded:]
+    except StoreError:  # one of the two is deleted or damaged
         return
     if own[: len(later)] == later:
         yield version, base
@@ -46,7 +53,7 @@ def _holdings(store: Store, name: str, version: str, base: str, folded: int) -> 
         yield base, version
 
 
-def _edits(store: Store, name: str, version: str) -> list[bytes]:
-    """A digest of each edit made on a version."""
+def _edit_digests(store: Store, name: str, version: str) -> list[bytes]:
+    """The sha256 of each edit made on a version, in order."""
     records = read_records(store.journal_path(name, version), store.manifest(name, version).sha256)
     return [hashlib.sha256(payload).digest() for _, payload in records]

@@ -1,4 +1,4 @@
-"""Editing a memory while it serves: durable first, visible next, folded into a new version in time."""
+"""Editor: durable online edits of a served version, and its compaction into a new version."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,16 +14,15 @@ from index_store.storage.manifest import Manifest
 from index_store.store import Store
 from index_store.types import SIDES, Id, Pairs
 
-SHARD_PAIRS = 1_000_000
-
-Progress = Callable[[int, int], object]
+SHARD_PAIRS = 1_000_000  # pairs per shard of a compacted version whose base has one shard
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompactedVersion:
-    """A compacted version, built and open but not yet serving.
+    """A version that a compaction built and opened, before it is served.
 
-    snapshot: the new version alone.  base: the one that it was made from.  edits, size: how much of the base's journal is in it.
+    snapshot: the new version.  base: the version it was made from.
+    edits, size: how many edits, and bytes of the base's journal, it contains.
     """
 
     snapshot: Snapshot
@@ -33,9 +32,10 @@ class CompactedVersion:
 
 
 class Editor:
-    """Whoever serves a version holds one of these and makes every edit through it; any thread may.
+    """The editor of the version that a process serves; all its threads edit through one Editor.
 
-    Its state: the overlay, whose snapshot is what serves, and the journal once this process writes it. Both change under one lock.
+    State under one lock: the overlay, whose snapshot is the one to serve, and the journal, which is
+    open from the first edit on.
     """
 
     def __init__(self, store: Store, overlay: Overlay, size: int, devices: Sequence[int]) -> None:
@@ -47,9 +47,10 @@ class Editor:
     def open(
         cls, store: Store, name: str, version: str | None = None, *, encoder: str, devices: Sequence[int] = ()
     ) -> "Editor":
-        """A verified version, the current one where none is named, with every acknowledged edit.  devices: as in `Snapshot.open`.
+        """Open a version with all acknowledged edits, by default the current version.
 
-        Takes no lock yet: the first edit does, and is refused with StoreBusy while another process edits this version.
+        encoder, devices: as in `Snapshot.open`.
+        The first edit locks the journal, and raises StoreBusy while another process holds it.
         """
         version = store.current(name) if version is None else version
         base = Snapshot.open(store.path(name, version), encoder=encoder, devices=devices)
@@ -57,43 +58,49 @@ class Editor:
 
     @property
     def snapshot(self) -> Snapshot:
-        """The version with all edits so far: what to serve."""
+        """The version with all edits so far, which is the snapshot to serve."""
         return self._overlay.snapshot
 
     def put(self, pairs: Pairs) -> Snapshot:
-        """Add pairs, replacing those of the same id; on the disk before this returns the snapshot that shows them.
+        """Add pairs, replacing those with the same ids; returns the snapshot that shows them.
 
-        PairsRefused where they are not of this memory's kind, StoreUnwritable where the disk does not take them: then nothing changed.
+        The edit is on disk before this returns.
+        Raises PairsRefused for pairs not of this memory's kind, StoreUnwritable, StoreBusy; then
+        nothing has changed.
         """
         manifest = self._overlay.base.manifest
         change = make_put(pairs, manifest, self._overlay.base.id_kind)
         if not len(change.ids):
             return self.snapshot
         with self._lock:
-            return self._made(change)
+            return self._apply(change)
 
     def delete(self, ids: Sequence[Id]) -> tuple[Snapshot, list[Id]]:
-        """Remove pairs by id, as durable as put(); also those of the ids that no pair had."""
+        """Remove pairs by id, as durably as `put`; returns the snapshot and the unknown ids."""
         base, wanted = self._overlay.base, list(dict.fromkeys(ids))
         names = encode_ids(wanted, base.id_kind, base.manifest.ref)
         with self._lock:
-            self._writer()
-            known = self._overlay.known(names)
-            missing = [name for name, there in zip(wanted, known.tolist(), strict=True) if not there]
-            return (self._made(Delete(names[known])) if known.any() else self.snapshot), missing
+            self._open_journal()
+            known = self._overlay.contains(names)
+            missing = [name for name, found in zip(wanted, known.tolist(), strict=True) if not found]
+            return (self._apply(Delete(names[known])) if known.any() else self.snapshot), missing
 
-    def compact(self, version: str | None = None, on_progress: Progress | None = None) -> Snapshot:
-        """Fold version and edits into a new version and serve that: compact_build(), then switch()."""
+    def compact(self, version: str | None = None, on_progress: Callable[[int, int], object] | None = None) -> Snapshot:
+        """Build a new version from the version and its edits and serve it: returns its snapshot."""
         return self.switch(self.compact_build(version, on_progress))
 
-    def compact_build(self, version: str | None = None, on_progress: Progress | None = None) -> CompactedVersion:
-        """Build a new version of what is there now; edits go on meanwhile, and nothing changes for them.
+    def compact_build(
+        self, version: str | None = None, on_progress: Callable[[int, int], object] | None = None
+    ) -> CompactedVersion:
+        """Build a new version of the pairs as they are now; edits continue meanwhile.
 
-        version: None takes the next free name of today.  on_progress: told pairs written and pairs in all.
-        It has the base's recipe, kinds and recall floor; `parent` says name@version+N.
+        version: name of the new version, None = the next free name of today.
+        on_progress: called with pairs written and pairs in all.
+        The new version has the base's recipe, key kinds and recall floor, and `parent`
+        name@version+N. Raises PairsRefused where no pair is left.
         """
         with self._lock:
-            journal, overlay = self._writer(), self._overlay
+            journal, overlay = self._open_journal(), self._overlay
             snapshot, edits, size = overlay.snapshot, journal.edits, journal.size
         if not len(snapshot):
             raise PairsRefused(
@@ -104,7 +111,7 @@ class Editor:
             self._store,
             base.name,
             version,
-            _reported(snapshot, on_progress),
+            _read_blocks(snapshot, on_progress),
             encoder=base.encoder,
             kinds={side: base.key_kind(side) for side in SIDES},
             index=base.index.get("asked", base.index["recipe"]),
@@ -116,52 +123,51 @@ class Editor:
         opened = Snapshot.open(self._store.path(base.name, built.version), encoder=base.encoder, devices=self._devices)
         return CompactedVersion(opened, overlay.base, edits, size)
 
-    def switch(self, prepared: CompactedVersion) -> Snapshot:
-        """Carry over the edits made since the build began, make the new version current, and serve and edit it from now on.
+    def switch(self, compacted: CompactedVersion) -> Snapshot:
+        """Serve and edit the compacted version from now on; returns its snapshot.
 
-        Should the process die on the way, either version opens with every acknowledged edit. CURRENT is left alone where it names
-        another version than the one that was compacted.
+        Copies the edits made since the build began into the new version's journal, then makes the
+        version current, unless CURRENT has moved to another version than the base. If the process
+        dies in between, both versions open with every acknowledged edit.
+        Raises StoreBusy where the editor has switched to another version since the build began.
         """
-        old, new = prepared.base.manifest, prepared.snapshot.manifest
+        old, new = compacted.base.manifest, compacted.snapshot.manifest
         with self._lock:
-            if self._overlay.base is not prepared.base:
+            if self._overlay.base is not compacted.base:
                 raise StoreBusy(
-                    f"{new.ref} was compacted from {old.ref}, by now {self.snapshot.ref} is being edited: compact that again"
+                    f"{new.ref} was compacted from {old.ref}, by now {self.snapshot.ref} is being edited: "
+                    "compact that again"
                 )
-            self._writer()
-            fresh = Overlay(prepared.snapshot)
-            payloads = [
-                payload
-                for _, payload in read_records(
-                    self._store.journal_path(old.name, old.version), old.sha256, prepared.size
-                )
-            ]
-            for number, payload in enumerate(payloads, prepared.edits + 1):
-                fresh.apply(decode_record(payload, prepared.base, number))
+            self._open_journal()
+            overlay = Overlay(compacted.snapshot)
+            old_journal = self._store.journal_path(old.name, old.version)
+            payloads = [payload for _, payload in read_records(old_journal, old.sha256, compacted.size)]
+            for number, payload in enumerate(payloads, compacted.edits + 1):
+                overlay.apply(decode_record(payload, compacted.base, number))
             journal = Journal.create(self._store.journal_path(new.name, new.version), new.sha256, payloads)
             self._activate(new, old, journal)
-            self._close()
-            self._overlay, self._journal = fresh, journal
-            return fresh.snapshot
+            self._close_journal()
+            self._overlay, self._journal = overlay, journal
+            return overlay.snapshot
 
     def close(self) -> None:
-        """Let another process edit. Snapshots stay as they are; a later edit takes the journal again."""
+        """Unlock the journal for other processes; a later edit locks it again."""
         with self._lock:
-            self._close()
+            self._close_journal()
 
-    def _close(self) -> None:
+    def _close_journal(self) -> None:
         if self._journal is not None:
             self._size = self._journal.size
             self._journal.close()
             self._journal = None
 
-    def _made(self, change: Change) -> Snapshot:
-        """Durable, then visible."""
-        self._writer().append(change.encode())
+    def _apply(self, change: Change) -> Snapshot:
+        """Write an edit to the journal, then apply it in memory."""
+        self._open_journal().append(change.encode())
         return self._overlay.apply(change)
 
-    def _writer(self) -> Journal:
-        """The journal, taken for writing at the first edit; edits that another process made until then are read first."""
+    def _open_journal(self) -> Journal:
+        """The journal, locked for writing. The first call reads edits made by other processes."""
         if self._journal is None:
             base = self._overlay.base
             path = self._store.journal_path(base.manifest.name, base.manifest.version)
@@ -169,7 +175,8 @@ class Editor:
             if journal.edits < self.snapshot.edits:
                 journal.close()
                 raise DamagedVersion(
-                    f"{path.name} held {self.snapshot.edits} edits and now holds {journal.edits}: restore it from a copy"
+                    f"{path.name} held {self.snapshot.edits} edits and now holds {journal.edits}: "
+                    "restore it from a copy"
                 )
             if journal.size != self._size:
                 self._overlay, self._size = replay_journal(base, path)
@@ -177,17 +184,17 @@ class Editor:
         return self._journal
 
     def _activate(self, new: Manifest, old: Manifest, journal: Journal) -> None:
-        """Point CURRENT at the new version if it names the old one; where that fails, everything is as before."""
+        """Make the new version current if the old one is; on failure, remove the new journal."""
         try:
             self._store.activate(new.name, new.version, instead_of=old.version)
         except StoreUnwritable:
-            if self._store.current(new.name) != new.version:  # otherwise it was done, and only its sync was refused
+            if self._store.current(new.name) != new.version:  # if it is current, only the fsync has failed
                 journal.remove()
                 raise
 
 
-def _reported(snapshot: Snapshot, on_progress: Progress | None) -> Iterator[Pairs]:
-    """The pairs of a snapshot in blocks; how many have been handed out is told after each."""
+def _read_blocks(snapshot: Snapshot, on_progress: Callable[[int, int], object] | None) -> Iterator[Pairs]:
+    """The pairs of a snapshot in blocks; on_progress gets pairs read and in all after each."""
     done = 0
     for block in snapshot.blocks():
         yield block

@@ -1,4 +1,4 @@
-"""One version of a memory, verified and open: two searches over mapped rows."""
+"""Snapshot: a verified, open version of a memory, searchable by image and by text."""
 
 import copy
 import threading
@@ -25,91 +25,102 @@ from index_store.storage.checksums import verify
 from index_store.storage.manifest import Manifest, read_manifest, same_encoder
 from index_store.types import SIDES, KeyKind, Pairs, Side, decode_ids, other
 
-BLOCK = 8_192  # pairs handed out at a time: 40 MB at D = 512
+BLOCK_PAIRS = 8_192  # pairs per block of `blocks`: 40 MB at D = 512
 
-_living: "weakref.WeakSet[Snapshot]" = weakref.WeakSet()
-_living_lock = threading.Lock()
+_open_snapshots: "weakref.WeakSet[Snapshot]" = weakref.WeakSet()
+_open_snapshots_lock = threading.Lock()
 
 
 class Snapshot:
-    """One verified version of one memory. Never modified after it is opened: share it, drop it, never close it.
+    """One version of a memory with the edits made on it so far; immutable, so threads share it.
 
-    Its files stay mapped until the last holder (a Memory, a batch, a Neighbors) lets go of it.
+    `Snapshot.open` verifies a version and opens it; `with_delta` puts edits on top. A snapshot is
+    never closed: its files stay mapped until the last reference (a Memory, a batch, a Neighbors)
+    is dropped.
+
+    manifest: of the version.  id_kind: "i" or "S", the dtype kind of the stored ids.
+    unread_files: large files whose recorded stat was trusted at opening; `Store.verify` reads them.
     """
 
     def __init__(
         self,
         manifest: Manifest,
         shards: Sequence[Shard],
-        probes: dict[Side, ProbeQueries],
-        unread: frozenset[str] = frozenset(),
+        probe_queries: Mapping[Side, ProbeQueries],
+        unread_files: frozenset[str] = frozenset(),
     ) -> None:
         self.manifest = manifest
-        self.unread_files = unread  # files taken on the word of an earlier reading: read them again at leisure
-        self._fans = {side: ShardedIndex(shards, side) for side in SIDES}
-        self._searched: Mapping[Side, SideIndex] = self._fans
-        self._tail: Delta | None = None
-        self._probes = probes
-        self._resident = sum(shard.resident_bytes() for shard in shards)
-        self.id_kind = shards[0].ids.dtype.kind  # "i" or "S"
-        with _living_lock:
-            _living.add(self)
+        self.unread_files = unread_files
+        self.id_kind = shards[0].ids.dtype.kind
+        self._base_indexes = {side: ShardedIndex(shards, side) for side in SIDES}
+        self._indexes: Mapping[Side, SideIndex] = self._base_indexes  # with the delta, once there is one
+        self._delta: Delta | None = None
+        self._probe_queries = probe_queries
+        self._resident_bytes = sum(shard.resident_bytes() for shard in shards)
+        with _open_snapshots_lock:
+            _open_snapshots.add(self)
 
     @classmethod
     def open(cls, path: Path, *, encoder: str, devices: Sequence[int] = ()) -> "Snapshot":
-        """The version in the directory `path` (…/name/version), checked; or a StoreError.
+        """Verify and open the version in the directory `path` (…/name/version), without its edits.
 
-        encoder: fingerprint of the encoder whose queries it will answer; only the digest must agree.
-        devices: GPUs to clone the shards' indexes to, in turn; none keeps them mapped.
-        Large files untouched since they were last read whole are not read again: `verify` does that at leisure, after the start.
+        encoder: fingerprint of the encoder of the queries; its digest must equal the manifest's.
+        devices: GPUs to clone the indexes to, shard by shard in turn; with none they stay mapped.
+        A large file whose stat has not changed since it was last read in full is not read again.
+        Raises UnknownVersion, DamagedVersion, IncompatibleSnapshot, DeviceRefused.
         """
         manifest = read_manifest(path)
         if not same_encoder(manifest.encoder, encoder):
             raise IncompatibleSnapshot(
-                f"{manifest.ref} was built by {manifest.encoder}, this service encodes with {encoder}: rebuild it, or serve its encoder"
+                f"{manifest.ref} was built by {manifest.encoder}, this service encodes with {encoder}: "
+                "rebuild it, or serve its encoder"
             )
-        unread = verify(path, manifest, trust=True)
-        owners = cycle([DeviceThread.of(device) for device in devices] or [None])
+        unread_files = verify(path, manifest, trust=True)
+        device_threads = cycle([DeviceThread.get(device) for device in devices] or [None])
         shards = [
-            Shard(path, shard["folder"], shard["pairs"], manifest, owner=next(owners)) for shard in manifest.shards
+            Shard(path, shard["folder"], shard["pairs"], manifest, device_thread=next(device_threads))
+            for shard in manifest.shards
         ]
-        return cls(manifest, shards, {side: ProbeQueries.read(path, side, manifest) for side in SIDES}, unread)
+        probe_queries = {side: ProbeQueries.read(path, side, manifest) for side in SIDES}
+        return cls(manifest, shards, probe_queries, unread_files)
 
-    def with_delta(self, tail: Delta) -> "Snapshot":
-        """The same version with these edits on top: a snapshot of its own that shares every file and index with this one."""
+    def with_delta(self, delta: Delta) -> "Snapshot":
+        """A new snapshot of the same version with these edits; it shares all files and indexes."""
         edited = copy.copy(self)
-        edited._tail = tail
-        edited._searched = {side: EditedIndex(fan, tail) for side, fan in self._fans.items()}
-        with _living_lock:
-            _living.add(edited)
+        edited._delta = delta
+        edited._indexes = {side: EditedIndex(base, delta) for side, base in self._base_indexes.items()}
+        with _open_snapshots_lock:
+            _open_snapshots.add(edited)
         return edited
 
     @staticmethod
     def count_open() -> dict[str, int]:
-        """How many openings of each memory are still held by anyone: more than one after a swap's last batch is a leak.
+        """{memory name: opened versions that are still referenced}.
 
-        Snapshots that edits made of one opening share its files, and count once.
+        More than one after the last batch of a swap is a leak. Snapshots that edits made of one
+        opened version share its files and count once.
         """
-        with _living_lock:
-            opened = {id(snapshot._fans): snapshot.manifest.name for snapshot in _living}
+        with _open_snapshots_lock:
+            opened = {id(snapshot._base_indexes): snapshot.manifest.name for snapshot in _open_snapshots}
         return dict(Counter(opened.values()))
 
     def __len__(self) -> int:
-        return self._searched["image"].pairs
+        """The number of live pairs."""
+        return self._indexes["image"].pairs
 
     @property
     def edits(self) -> int:
-        """How many changes stand on top of the version."""
-        return self._tail.edits if self._tail else 0
+        """Number of edits on top of the version."""
+        return self._delta.edits if self._delta else 0
 
     @property
     def edited_rows(self) -> int:
-        """How many rows edits have added or removed: what a compaction folds away."""
-        return self._tail.pairs + self._tail.dead if self._tail else 0
+        """Number of rows that edits added or removed, which a compaction folds into a version."""
+        return self._delta.pairs + self._delta.tombstones if self._delta else 0
 
     @property
     def ref(self) -> str:
-        """name@version, and +N where N edits stand on top of it."""
+        """name@version, or name@version+N with N edits on top."""
         return f"{self.manifest.ref}+{self.edits}" if self.edits else self.manifest.ref
 
     @property
@@ -119,15 +130,18 @@ class Snapshot:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """{"mapped": bytes of files that the system pages in and out, "resident": bytes held by flat indexes and edits}."""
-        tail = self._tail.resident_bytes() if self._tail else 0
+        """{"mapped": bytes of files, "resident": bytes of flat indexes and edits in memory}."""
+        delta_bytes = self._delta.resident_bytes() if self._delta else 0
         return {
             "mapped": sum(file["bytes"] for file in self.manifest.files.values()),
-            "resident": self._resident + tail,
+            "resident": self._resident_bytes + delta_bytes,
         }
 
     def key_kind(self, side: Side) -> KeyKind:
-        """What a query on `side` must be: the CLIP vector, or the tower's features before projection."""
+        """What a query on `side` must be.
+
+        "vector" = a CLIP vector, "trunk" = the tower's features before projection.
+        """
         return self.manifest.key_kind(side)
 
     def retrieve(
@@ -147,93 +161,104 @@ class Snapshot:
         Raises QueryRefused where queries, k or params do not fit this memory.
         """
         hits = self.search(queries, side, k, params)
-        return self._gathered(hits, self._searched[side], side if values == "same" else other(side))
+        return self._gather(hits, self._indexes[side], side if values == "same" else other(side))
 
     def search(self, queries: np.ndarray, side: Side, k: int, params: SearchParams = DEFAULT_PARAMS) -> Hits:
-        """The first half of `retrieve`, for who gathers later: the rows, which mean something to this very snapshot alone."""
-        fan = self._searched[side]
-        queries = self._checked(queries, fan, k)
-        lists = self.manifest.index["probes"]
-        row_filter = RowFilter.of(params, len(queries), self.id_kind)
-        return find_nearest(fan, queries, k, (params.probes or lists) if lists else 0, row_filter)
+        """The search of `retrieve` without ids and vectors: rows, valid in this snapshot only."""
+        index = self._indexes[side]
+        queries = self._check_queries(queries, index, k)
+        row_filter = RowFilter.from_params(params, len(queries), self.id_kind)
+        default_probes = self.manifest.index["probes"]  # 0 where the recipe has no lists
+        probes = (params.probes or default_probes) if default_probes else 0
+        return find_nearest(index, queries, k, probes, row_filter)
 
     def vectors(self, rows: np.ndarray, side: Side) -> np.ndarray:
-        """(R, D) float16 as stored.  rows: (R,) int64 that a search of this snapshot found, none absent."""
-        return self._searched[side].take(rows, lambda part: part.values[side])
+        """(R, D) float16 vectors as stored.  rows: (R,) int64 found by `search`, none absent."""
+        return self._indexes[side].take(rows, lambda segment: segment.values[side])
 
-    def check_recall(self) -> dict[Side, float]:
-        """Answer the stored probe queries; recall per side, or RecallTooLow where one is below the manifest's floor."""
-        floor, depth = self.manifest.recall["floor"], self.manifest.recall["k"]
-        proven = {side: self._probes[side].recall(self._fans[side], self.manifest.index["probes"]) for side in SIDES}
-        for side, recall in proven.items():
-            if recall < floor:
-                raise RecallTooLow(
-                    f"{self.ref}: {side} recall@{depth} is {recall:.4f}, the floor is {floor}: rebuild it with a finer index"
-                )
-        return proven
+    def blocks(self, rows: int = BLOCK_PAIRS) -> Iterator[Pairs]:
+        """All live pairs in row order, at most `rows` at a time, as a build takes them."""
+        index = self._indexes["image"]
+        for start in range(0, index.rows, rows):
+            numbers = np.arange(start, min(start + rows, index.rows))
+            numbers = numbers[index.is_live(numbers)]
+            if len(numbers):
+                yield self._read_pairs(index, numbers)
 
     def find_rows(self, ids: np.ndarray) -> np.ndarray:
-        """(n,) int64 rows of the version itself that have these ids, -1 = none; edits are not looked at.  ids: (n,) as stored."""
-        fan = self._fans["image"]
+        """(n,) int64 row of the version with each id, -1 = none; edits are ignored.
+
+        ids: (n,) int64 or bytes, as stored.
+        """
+        base = self._base_indexes["image"]
         rows = np.full(len(ids), -1, np.int64)
-        for start, shard in zip(fan.starts.tolist(), fan.shards, strict=False):
-            found = shard.find(ids)
+        for start, shard in zip(base.starts.tolist(), base.shards, strict=False):
+            found = shard.find_rows(ids)
             rows[found >= 0] = start + found[found >= 0]
         return rows
 
-    def blocks(self, rows: int = BLOCK) -> Iterator[Pairs]:
-        """Every pair that is there, at most `rows` at a time, as a builder takes them."""
-        fan = self._searched["image"]
-        for start in range(0, fan.rows, rows):
-            numbers = np.arange(start, min(start + rows, fan.rows))
-            numbers = numbers[fan.alive(numbers)]
-            if len(numbers):
-                yield self._pairs(fan, numbers)
+    def check_recall(self) -> dict[Side, float]:
+        """Recall of the stored probe queries per side.
 
-    def _pairs(self, fan: SideIndex, rows: np.ndarray) -> Pairs:
-        """Some rows as they were given.  rows: (R,) int64, all present."""
-
-        def values(side: Side) -> np.ndarray:
-            return fan.take(rows, lambda part: part.values[side])
-
-        def own_keys(side: Side) -> np.ndarray | None:
-            return None if self.key_kind(side) == "vector" else fan.take(rows, lambda part: part.keys[side])
-
-        ids, records = decode_ids(fan.take(rows, lambda part: part.ids)), [self._record(row) for row in rows.tolist()]
-        return Pairs(ids, values("image"), values("text"), records, own_keys("image"), own_keys("text"))
+        Raises RecallTooLow where a side is below the recall floor of the manifest.
+        """
+        floor, k, probes = self.manifest.recall["floor"], self.manifest.recall["k"], self.manifest.index["probes"]
+        recalls = {side: self._probe_queries[side].recall(self._base_indexes[side], probes) for side in SIDES}
+        for side, recall in recalls.items():
+            if recall < floor:
+                raise RecallTooLow(
+                    f"{self.ref}: {side} recall@{k} is {recall:.4f}, the floor is {floor}: "
+                    "rebuild it with a finer index"
+                )
+        return recalls
 
     def measure_recall(self, queries: np.ndarray, side: Side) -> float:
-        """Share of the exact 10 best of `queries` that the index finds: reads every row, so ask it away from requests.
+        """recall@10 of `queries` on the version's index, against a scan of every row.
 
-        queries: (B, Dk) float32 unit rows.  Edits do not count: they are searched exactly.
+        queries: (B, Dk) float32 unit rows. Edits are ignored, because they are searched exactly.
+        The scan reads all keys: do not call it in a request.
         """
-        fan = self._fans[side]
-        exact = fan.scan(self._checked(queries, fan, RECALL_K), min(RECALL_K, fan.pairs)).scores  # (B, k)
-        return ProbeQueries(queries, exact).recall(fan, self.manifest.index["probes"])
+        index = self._base_indexes[side]
+        exact = index.scan(self._check_queries(queries, index, RECALL_K), min(RECALL_K, index.pairs))  # (B, k)
+        return ProbeQueries(queries, exact.scores).recall(index, self.manifest.index["probes"])
 
-    def _checked(self, queries: np.ndarray, fan: SideIndex, k: int) -> np.ndarray:
+    def _check_queries(self, queries: np.ndarray, index: SideIndex, k: int) -> np.ndarray:
+        """The queries as contiguous float32. Raises QueryRefused where they or k do not fit."""
         if k < 1:
             raise QueryRefused(f"k is {k}: ask for at least one neighbour")
-        if queries.ndim != 2 or queries.shape[1] != fan.width:
-            kind = self.key_kind(fan.side)
+        if queries.ndim != 2 or queries.shape[1] != index.width:
+            kind = self.key_kind(index.side)
             raise QueryRefused(
-                f"{self.ref} compares {fan.side} {kind} keys of width {fan.width}, the queries are {queries.shape}"
+                f"{self.ref} compares {index.side} {kind} keys of width {index.width}, the queries are {queries.shape}"
             )
         if not np.isfinite(queries).all():
             raise QueryRefused("a query holds a value that is not finite: check the encoder's precision")
         return np.ascontiguousarray(queries, np.float32)
 
-    def _gathered(self, hits: Hits, fan: SideIndex, valued: Side) -> Neighbors:
-        """Bring ids and the `valued` side's vectors of the rows found; zeros where none was."""
+    def _gather(self, hits: Hits, index: SideIndex, value_side: Side) -> Neighbors:
+        """The neighbours at the rows of `hits`: their ids and the vectors of one side."""
         mask = hits.mask
         rows = np.maximum(hits.rows, 0).ravel()  # (B * K,)
-        ids = decode_ids(fan.take(rows, lambda part: part.ids)).reshape(mask.shape)
-        values = to_float32(fan.take(rows, lambda part: part.values[valued])).reshape(*mask.shape, self.dim)
+        ids = decode_ids(index.take(rows, lambda segment: segment.ids)).reshape(mask.shape)
+        values = to_float32(index.take(rows, lambda segment: segment.values[value_side])).reshape(*mask.shape, self.dim)
         if not mask.all():
             ids[~mask] = ids.dtype.type()
             values[~mask] = 0
-        return Neighbors(ids, hits.scores, values, mask, hits.rows, self._record)
+        return Neighbors(ids, hits.scores, values, mask, hits.rows, self._read_record)
 
-    def _record(self, row: int) -> dict[str, Any]:
-        part, place = self._searched["image"].place(row)
-        return part.record(place)
+    def _read_pairs(self, index: SideIndex, rows: np.ndarray) -> Pairs:
+        """The pairs at `rows` as the user gave them.  rows: (R,) int64, all >= 0."""
+
+        def values(side: Side) -> np.ndarray:
+            return index.take(rows, lambda segment: segment.values[side])
+
+        def own_keys(side: Side) -> np.ndarray | None:
+            return None if self.key_kind(side) == "vector" else index.take(rows, lambda segment: segment.keys[side])
+
+        ids = decode_ids(index.take(rows, lambda segment: segment.ids))
+        records = [self._read_record(row) for row in rows.tolist()]
+        return Pairs(ids, values("image"), values("text"), records, own_keys("image"), own_keys("text"))
+
+    def _read_record(self, row: int) -> dict[str, Any]:
+        segment, place = self._indexes["image"].locate(row)
+        return segment.record(place)

@@ -61,7 +61,7 @@ class Clock:
         for side in SIDES:
             rows = fans[side].shards[0].keys[side][:BLOCK]
             self._block[side], self._rows[side] = (
-                partial(build_flat_index(rows).search, k=questions[side].depth),
+                partial(build_flat_index(rows).search, k=questions[side].k),
                 len(rows),
             )
             self._block_ms[side] = statistics.median(_ms(self._block[side], batch) for batch in self._batches(side))
@@ -88,10 +88,10 @@ def measure(
     fans: Mapping[Side, ShardedIndex], questions: Mapping[Side, ProbeQueries], clock: Clock, recipe: str, probes: int
 ) -> Point:
     """Answer the probe queries visiting `probes` lists, for their recall and then once more for the time."""
-    shares = {side: questions[side].found(fans[side], probes) for side in SIDES}  # (P,) each
+    shares = {side: questions[side].recall_per_query(fans[side], probes) for side in SIDES}  # (P,) each
     recall = {side: float(share.mean()) for side, share in shares.items()}
     sure = min(float(share.mean() - share.std() / math.sqrt(len(share))) for share in shares.values())
-    times = [clock.ms(side, partial(fans[side].search, k=questions[side].depth, probes=probes)) for side in SIDES]
+    times = [clock.ms(side, partial(fans[side].search, k=questions[side].k, probes=probes)) for side in SIDES]
     return Point(recipe, probes, recall, sure, statistics.mean(times))
 
 

@@ -1,4 +1,4 @@
-"""Online edits of one version: the journal on disk and the overlay that shows the edits in memory.
+"""Online edits of a version: their encoding, the journal on disk, and their effect in memory.
 
-An edit is written to the journal before it is visible.
+An edit is appended and synced to the journal before the snapshot that shows it is served.
 """

@@ -1,4 +1,4 @@
-"""Nearest-neighbour search in one version: shards, their FAISS indexes, filters, and rows added online.
+"""Nearest-neighbour search in one version: shards, their faiss indexes, filters, and edits on top.
 
-Every search returns `Hits`; the snapshot turns hits into neighbours with ids and vectors.
+Searches return `Hits`, which are row numbers; the snapshot turns them into ids and vectors.
 """

@@ -61,7 +61,7 @@ class RowFilter:
     exclude: Sequence[np.ndarray] | None = None
 
     @classmethod
-    def of(cls, params: SearchParams, queries: int, id_kind: str) -> "RowFilter":
+    def from_params(cls, params: SearchParams, queries: int, id_kind: str) -> "RowFilter":
         """The filter that `params` describe for that many queries.
 
         id_kind: "i" or "S", the dtype kind of the memory's ids.
@@ -99,21 +99,21 @@ class RowFilter:
             None if self.exclude is None else [self.exclude[i] for i in chosen],
         )
 
-    def allowed(self, hits: Hits, fan: SideIndex) -> np.ndarray:
-        """(B, K) bool, True where a row is present, alive (not replaced or deleted) and passes."""
+    def allowed_mask(self, hits: Hits, index: SideIndex) -> np.ndarray:
+        """(B, K) bool, True where a row is present, live and passes the filter."""
         allowed = hits.mask
-        if fan.pairs < fan.rows:
-            allowed &= fan.alive(np.maximum(hits.rows, 0))
+        if index.pairs < index.rows:
+            allowed &= index.is_live(np.maximum(hits.rows, 0))
         if self.ceiling is not None:
             allowed &= hits.scores <= self.ceiling
         if self.exclude is not None and self.max_excluded:
-            ids = fan.take(np.maximum(hits.rows, 0).ravel(), lambda part: part.ids).reshape(hits.rows.shape)
-            allowed &= ~_contained(ids, self.exclude)
+            ids = index.take(np.maximum(hits.rows, 0).ravel(), lambda segment: segment.ids).reshape(hits.rows.shape)
+            allowed &= ~_listed_mask(ids, self.exclude)
         return allowed
 
 
-def _contained(ids: np.ndarray, lists: Sequence[np.ndarray]) -> np.ndarray:
-    """(B, K) bool, True where a query's list contains the id.  ids: (B, K).  lists: B arrays (E,)."""
+def _listed_mask(ids: np.ndarray, lists: Sequence[np.ndarray]) -> np.ndarray:
+    """(B, K) bool, True where a query's list has the id.  ids: (B, K).  lists: B arrays (E,)."""
     found = np.zeros(ids.shape, bool)
     short = [query for query, names in enumerate(lists) if 0 < len(names) <= MAX_BROADCAST_IDS]
     if short:

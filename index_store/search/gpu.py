@@ -1,7 +1,8 @@
-"""Indexes cloned to GPUs. Not yet run on one: the tests take the same path with clones in host memory.
+"""Faiss indexes cloned to GPUs, each device used by one thread only.
 
-faiss allows one thread at a time on a GPU, and a clone must not be loaded while another is freed there; so each device has one owner
-thread on which everything happens in turn. Callers wait for it; a batch in front makes their queue short.
+Faiss allows one thread at a time on a GPU, and no clone may be loaded while another is freed there.
+So each device has one thread on which loading, searching and freeing run one after the other.
+Not yet run on a GPU: the tests take the same path with clones in host memory.
 """
 
 import threading
@@ -16,14 +17,14 @@ import numpy as np
 
 from index_store.errors import DeviceRefused
 
-HOST_MEMORY = -1  # in place of a GPU's number: a clone in host memory
+HOST_MEMORY = -1  # device number of clones in host memory
 
-_owners: dict[int, "DeviceThread"] = {}  # for the life of the process, as the device's context is
-_owners_lock = threading.Lock()
+_device_threads: dict[int, "DeviceThread"] = {}  # kept for the life of the process, as CUDA contexts are
+_device_threads_lock = threading.Lock()
 
 
 class DeviceThread:
-    """The one thread that touches a device, and the resources (streams, scratch memory) that all its clones share."""
+    """The only thread that uses a device, and the faiss resources (streams, scratch) there."""
 
     def __init__(self, device: int) -> None:
         self._device = device
@@ -31,23 +32,26 @@ class DeviceThread:
         self._resources = None if device == HOST_MEMORY else self.submit(faiss.StandardGpuResources).result()
 
     @staticmethod
-    def of(device: int) -> "DeviceThread":
-        """The owner of a device, which is the same for every snapshot; DeviceRefused where faiss sees no such GPU."""
+    def get(device: int) -> "DeviceThread":
+        """The thread of a device, for all snapshots. Raises DeviceRefused for an unknown GPU."""
         if device != HOST_MEMORY and not 0 <= device < faiss.get_num_gpus():
             raise DeviceRefused(
                 f"device {device} is not there, faiss sees {faiss.get_num_gpus()} GPUs: name one of these, or none"
             )
-        with _owners_lock:
-            if device not in _owners:
-                _owners[device] = DeviceThread(device)
-            return _owners[device]
+        with _device_threads_lock:
+            if device not in _device_threads:
+                _device_threads[device] = DeviceThread(device)
+            return _device_threads[device]
 
     def submit(self, work: Callable[..., Any], *arguments: Any, **options: Any) -> Future[Any]:
-        """Do it on the owner's thread, after what was submitted before."""
+        """Run `work` on the device's thread, after everything submitted before."""
         return self._thread.submit(work, *arguments, **options)
 
     def clone(self, index: faiss.Index) -> faiss.Index:
-        """A copy of an index on this device; called on the owner's thread."""
+        """Copy an index to the device; call it on the device's thread.
+
+        Raises DeviceRefused where faiss cannot clone the index or the device's memory is full.
+        """
         try:
             if self._resources is None:
                 return faiss.clone_index(index)
@@ -55,42 +59,47 @@ class DeviceThread:
         except RuntimeError as error:
             reason = str(error).rpartition(": ")[2].splitlines()[0]
             raise DeviceRefused(
-                f"an index of {index.ntotal} rows cannot be put on device {self._device} ({reason}): add a device, or keep it mapped"
+                f"an index of {index.ntotal} rows cannot be put on device {self._device} ({reason}): "
+                "add a device, or keep it mapped"
             ) from error
 
 
 class ClonedIndex:
-    """An index on a device, searched as the original would be. Freed on its owner's thread once nobody holds it."""
+    """A copy of an index on a device, with the same results as the original.
 
-    def __init__(self, index: faiss.Index, owner: DeviceThread) -> None:
+    Garbage collection of this object frees the copy on the device's thread.
+    """
+
+    def __init__(self, index: faiss.Index, device_thread: DeviceThread) -> None:
         self.d, self.ntotal = index.d, index.ntotal
-        self.shells = wrapper_types(index)
-        self._heeds = bool(self.shells) or faiss.try_extract_index_ivf(index) is not None
-        self._owner = owner
-        self._held = [owner.submit(owner.clone, index).result()]  # in a list that the last act can empty
-        weakref.finalize(self, _free, owner, self._held).atexit = False
+        self.wrapper_types = wrapper_types(index)
+        self._takes_params = bool(self.wrapper_types) or faiss.try_extract_index_ivf(index) is not None
+        self._device_thread = device_thread
+        self._held = [device_thread.submit(device_thread.clone, index).result()]  # a list, so that _free can clear it
+        weakref.finalize(self, _free, device_thread, self._held).atexit = False
 
     def search(self, queries: np.ndarray, k: int, params: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """(B, k) scores and rows.  queries: (B, Dk) float32.  k: at most 2048 on a GPU."""
-        found: tuple[np.ndarray, np.ndarray] = self.begin(queries, k, params).result()
+        found: tuple[np.ndarray, np.ndarray] = self.submit_search(queries, k, params).result()
         return found
 
-    def begin(self, queries: np.ndarray, k: int, params: Any) -> Future[Any]:
-        """The same, not waited for."""
-        return self._owner.submit(self._held[0].search, queries, k, params=params if self._heeds else None)
+    def submit_search(self, queries: np.ndarray, k: int, params: Any) -> Future[Any]:
+        """The future of a search, queued on the device's thread."""
+        params = params if self._takes_params else None
+        return self._device_thread.submit(self._held[0].search, queries, k, params=params)
 
 
 class ClonedShards:
-    """Clones of several shards, searched at the same time; rows are numbered through."""
+    """Clones of several shards searched concurrently; rows are numbered through the shards."""
 
     def __init__(self, clones: Sequence[ClonedIndex]) -> None:
         self._clones = clones
         self._starts = np.cumsum([0, *(clone.ntotal for clone in clones)]).tolist()
 
     def search(self, queries: np.ndarray, k: int, params: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """(B, k) scores and rows, the best of all; absent ones last, as faiss gives them."""
-        begun = [clone.begin(queries, k, params) for clone in self._clones]
-        found = [search.result() for search in begun]
+        """(B, k) scores and rows, the best of all shards; absent rows are -1 and come last."""
+        searches = [clone.submit_search(queries, k, params) for clone in self._clones]
+        found = [search.result() for search in searches]
         scores = np.hstack([scores for scores, _ in found])  # (B, clones * k)
         rows = np.hstack(
             [np.where(rows >= 0, rows + start, -1) for (_, rows), start in zip(found, self._starts, strict=False)]
@@ -100,7 +109,10 @@ class ClonedShards:
 
 
 def wrapper_types(index: faiss.Index) -> list[type[faiss.Index]]:
-    """What lies around an index, outermost first, and has parameters of its own: IndexRefine, IndexPreTransform."""
+    """The wrappers around an index that take search parameters of their own, outermost first.
+
+    Each is IndexRefine or IndexPreTransform.
+    """
     found: list[type[faiss.Index]] = []
     while isinstance(index, faiss.IndexRefine | faiss.IndexPreTransform):
         inner = index.base_index if isinstance(index, faiss.IndexRefine) else index.index
@@ -109,6 +121,6 @@ def wrapper_types(index: faiss.Index) -> list[type[faiss.Index]]:
     return found
 
 
-def _free(owner: DeviceThread, held: list[faiss.Index]) -> None:
-    with suppress(RuntimeError):  # the process is ending, and the thread is gone
-        owner.submit(held.clear)
+def _free(device_thread: DeviceThread, held: list[faiss.Index]) -> None:
+    with suppress(RuntimeError):  # at process exit the thread has already ended
+        device_thread.submit(held.clear)

@@ -1,4 +1,4 @@
-"""What a search found, and what anything searchable can be asked: the words that search, limits and tail share."""
+"""Hits of a search, and the interfaces Segment (holds rows) and SideIndex (searches rows)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,10 @@ ABSENT_SCORE = np.float32(-np.inf)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hits:
-    """Rows found, best first. rows: (B, K) int64, -1 = none.  scores: (B, K) float32, inner product."""
+    """Rows found by B queries, best first.
+
+    rows: (B, K) int64, -1 = none.  scores: (B, K) float32, inner product.
+    """
 
     rows: np.ndarray
     scores: np.ndarray
@@ -25,11 +28,11 @@ class Hits:
 
 
 class Segment(Protocol):
-    """Consecutive rows of a memory: a shard on disk, or the tail of edits in memory."""
+    """Consecutive rows of a memory: a shard on disk, or the delta of online edits in memory."""
 
     @property
     def pairs(self) -> int:
-        """N of this part."""
+        """N, the number of rows of this segment."""
 
     @property
     def ids(self) -> np.ndarray:
@@ -37,57 +40,61 @@ class Segment(Protocol):
 
     @property
     def values(self) -> dict[Side, np.ndarray]:
-        """Per side (N, D) float16."""
+        """Per side (N, D) float16 CLIP vectors."""
 
     @property
     def keys(self) -> dict[Side, np.ndarray]:
-        """Per side (N, Dk) float16."""
+        """Per side (N, Dk) float16 search keys."""
 
     def record(self, row: int) -> dict[str, Any]:
         """The caption and metadata of one row."""
 
 
 class SideIndex(Protocol):
-    """One side of a memory as one search, with or without edits on top.
+    """Search over one side of a memory, with or without online edits.
 
-    rows: how many are numbered; pairs: how many of them are there, the others being dead (replaced or deleted).
+    Rows are numbered through all segments. Edits replace or delete a row by a tombstone: it keeps
+    its number and is passed over. `rows` counts all rows, `pairs` only the live ones.
     """
 
     @property
     def side(self) -> Side:
-        """What it compares."""
+        """The side whose keys are compared."""
 
     @property
     def width(self) -> int:
-        """Dk."""
+        """Dk, the width of a key."""
 
     @property
     def rows(self) -> int:
-        """Numbered rows, the dead among them."""
+        """Number of rows, those with a tombstone included."""
 
     @property
     def pairs(self) -> int:
-        """Rows that are alive."""
+        """Number of live rows."""
 
-    def alive(self, rows: np.ndarray) -> np.ndarray:
-        """Bool of the same shape, True where a row lives.  rows: int64, all present."""
+    def is_live(self, rows: np.ndarray) -> np.ndarray:
+        """Bool of the same shape, True where a row has no tombstone.  rows: int64, all >= 0."""
 
     def search(self, queries: np.ndarray, k: int, probes: int) -> Hits:
-        """What the indexes find, dead rows included."""
+        """The k best rows by the indexes, rows with a tombstone included."""
 
     def scan(self, queries: np.ndarray, k: int, ceiling: np.ndarray | None = None) -> Hits:
-        """The exact k best living rows at or below a ceiling per query."""
+        """The exact k best live rows with scores at or below `ceiling`, (B, 1) or None."""
 
     def take(self, rows: np.ndarray, column: Callable[[Segment], np.ndarray]) -> np.ndarray:
-        """(R, …) the rows of one column, wherever they lie."""
+        """(R, …) a column at `rows`, from whichever segments hold them.  rows: (R,) int64, >= 0."""
 
-    def place(self, row: int) -> tuple[Segment, int]:
-        """The part that holds a row, and the row's number there."""
+    def locate(self, row: int) -> tuple[Segment, int]:
+        """The segment that holds a row, and the row's number within the segment."""
 
 
 def top_k(rows: np.ndarray, scores: np.ndarray, k: int) -> Hits:
-    """The k highest scores of each row, highest first; among equals the lowest row number."""
-    if scores.shape[1] > 4 * k:  # partition first: sorting a whole block costs ten times the product itself
+    """The k highest scores of each query, highest first; equal scores in the order of row numbers.
+
+    rows: (B, M) int64.  scores: (B, M) float32.
+    """
+    if scores.shape[1] > 4 * k:  # a full sort of a wide block costs ten times the inner products
         first = np.argpartition(-scores, k - 1, axis=1)[:, :k]
         first.sort(axis=1)
         rows, scores = np.take_along_axis(rows, first, axis=1), np.take_along_axis(scores, first, axis=1)

@@ -1,4 +1,4 @@
-"""One block of pairs on disk: rows that are mapped, not read, and one faiss index per side."""
+"""One shard of a version: memory-mapped columns and one faiss index per side."""
 
 import json
 import mmap
@@ -19,61 +19,70 @@ BLOCK_ROWS = 65_536  # rows converted to float32 at a time: 128 MiB at D = 512
 
 
 def keys_file(side: Side, kind: KeyKind) -> str:
-    """The rows that a search on one side compares: the vectors themselves, or keys of their own."""
+    """Name of the file with a side's search keys: the vectors themselves, or keys of their own."""
     return f"{side}.npy" if kind == "vector" else f"{side}_key.npy"
 
 
 class Shard:
-    """Rows start..start+N of a memory. Opened whole and consistent with its manifest, or not at all.
+    """A shard, opened completely and consistent with its manifest, or not at all.
 
-    ids: (N,) int64 or UTF-8 bytes.  values, keys: per side (N, D) and (N, Dk) float16, mapped.  indexes: per side,
-    cloned to the device of `owner` where one is given.
+    pairs: N.  ids: (N,) int64 or UTF-8 bytes.  values, keys: per side (N, D) and (N, Dk) float16,
+    memory-mapped.  indexes: per side a faiss index, on the device of `device_thread` if given.
+    Raises DamagedVersion for a file that cannot be read or contradicts the manifest.
     """
 
     def __init__(
-        self, root: Path, folder: str, pairs: int, manifest: Manifest, *, owner: DeviceThread | None = None
+        self,
+        root: Path,
+        folder: str,
+        pairs: int,
+        manifest: Manifest,
+        *,
+        device_thread: DeviceThread | None = None,
     ) -> None:
         self._root, self._folder, self._manifest = root, folder, manifest
         self.pairs = pairs
-        self.ids = self._rows("ids.npy", (pairs,))
-        self._order = self._rows("order.npy", (pairs,))
-        self.values = {side: self._rows(f"{side}.npy", (pairs, manifest.dim), here_and_there=True) for side in SIDES}
+        self.ids = self._map_rows("ids.npy", (pairs,))
+        self._order = self._map_rows("order.npy", (pairs,))
+        self.values = {side: self._map_rows(f"{side}.npy", (pairs, manifest.dim), random_access=True) for side in SIDES}
         self.keys = {
-            side: self._rows(keys_file(side, manifest.key_kind(side)), (pairs, manifest.key_dim(side)))
+            side: self._map_rows(keys_file(side, manifest.key_kind(side)), (pairs, manifest.key_dim(side)))
             for side in SIDES
         }
-        self._offsets = self._rows("records.npy", (pairs + 1,))
+        self._offsets = self._map_rows("records.npy", (pairs + 1,))
         self._records = self._read("records.jsonl", lambda path: np.asarray(np.memmap(path, np.uint8, mode="r")))
-        self.indexes: dict[Side, Any] = {side: self._index(side) for side in SIDES}
-        if owner is not None:
-            self.indexes = {side: ClonedIndex(index, owner) for side, index in self.indexes.items()}
-        self._check()
+        self.indexes: dict[Side, Any] = {side: self._open_index(side) for side in SIDES}
+        if device_thread is not None:
+            self.indexes = {side: ClonedIndex(index, device_thread) for side, index in self.indexes.items()}
+        self._check_offsets()
 
     def resident_bytes(self) -> int:
-        """Bytes held in memory of the process: the flat indexes. Everything else is mapped, or on a device."""
+        """Bytes of flat indexes in process memory; all other data is mapped or on a device."""
         return sum(4 * index.ntotal * index.d for index in self.indexes.values() if isinstance(index, faiss.IndexFlat))
 
     def record(self, row: int) -> dict[str, Any]:
-        """The caption and metadata of one row, read from disk now."""
+        """The caption and metadata of one row, read from disk."""
         record: dict[str, Any] = json.loads(bytes(self._records[self._offsets[row] : self._offsets[row + 1]]))
         return record
 
-    def find(self, ids: np.ndarray) -> np.ndarray:
-        """(n,) int64 rows of these ids, -1 = none, by bisection in the mapped file.  ids: (n,) as stored."""
-        places = np.searchsorted(
-            self.ids, ids.astype(self.ids.dtype), sorter=self._order
-        )  # a longer id is cut here, and differs below
+    def find_rows(self, ids: np.ndarray) -> np.ndarray:
+        """(n,) int64 rows of these ids, -1 = none, by bisection of the mapped id file.
+
+        ids: (n,) int64 or bytes, as stored.
+        """
+        truncated = ids.astype(self.ids.dtype)  # an id longer than any here is cut, and differs below
+        places = np.searchsorted(self.ids, truncated, sorter=self._order)
         rows = self._order[np.minimum(places, self.pairs - 1)]
         found: np.ndarray = np.where(self.ids[rows] == ids, rows, -1)
         return found
 
-    def _rows(self, name: str, shape: tuple[int, ...], *, here_and_there: bool = False) -> np.ndarray:
-        """Map one array; its shape must be the one that the manifest implies.
+    def _map_rows(self, name: str, shape: tuple[int, ...], *, random_access: bool = False) -> np.ndarray:
+        """Map one array and check its shape and dtype against the manifest.
 
-        here_and_there: a search takes single rows, and the system is not to read the 128 KiB about each from the disk; scans, which
-        do want that, go through the keys, another map of the same file.
+        random_access: tell the kernel not to read 128 KiB around each row that a search takes.
+        Scans, which profit from reading ahead, go through `keys`, another map of the same file.
         """
-        rows: np.ndarray = self._read(name, lambda path: _mapped(path, here_and_there))
+        rows: np.ndarray = self._read(name, lambda path: _map_array(path, random_access))
         if rows.shape != shape:
             raise self._damaged(name, f"holds {rows.shape}, the manifest says {shape}")
         kinds = {"ids.npy": ("i8", "S"), "order.npy": ("i8",), "records.npy": ("i8",)}.get(name, ("f2",))
@@ -81,8 +90,8 @@ class Shard:
             raise self._damaged(name, f"holds {rows.dtype}, not {' or '.join(kinds)}")
         return rows
 
-    def _index(self, side: Side) -> faiss.Index:
-        """The faiss index over this side's keys: mapped from its file, or built flat in memory from the mapped rows."""
+    def _open_index(self, side: Side) -> faiss.Index:
+        """The faiss index of a side, mapped from its file or built flat in memory from the keys."""
         name, width = index_file(side), self._manifest.key_dim(side)
         if f"{self._folder}/{name}" not in self._manifest.files:
             return build_flat_index(self.keys[side])
@@ -93,8 +102,8 @@ class Shard:
             )
         return index
 
-    def _check(self) -> None:
-        """The two files of the records must agree with each other."""
+    def _check_offsets(self) -> None:
+        """Raise DamagedVersion where records.npy and records.jsonl contradict each other."""
         if self._offsets[0] != 0 or self._offsets[-1] != len(self._records) or np.any(np.diff(self._offsets) <= 0):
             raise self._damaged(
                 "records.npy", f"does not cut the {len(self._records)} bytes of records.jsonl into {self.pairs} lines"
@@ -110,15 +119,15 @@ class Shard:
         return DamagedVersion(f"{self._manifest.ref}: {self._folder}/{name} {what}: restore or rebuild the version")
 
 
-def _mapped(path: Path, here_and_there: bool) -> np.ndarray:
+def _map_array(path: Path, random_access: bool) -> np.ndarray:
     rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    if here_and_there and hasattr(mmap, "MADV_RANDOM"):
+    if random_access and hasattr(mmap, "MADV_RANDOM"):
         rows._mmap.madvise(mmap.MADV_RANDOM)
     return np.asarray(rows)
 
 
 def build_flat_index(keys: np.ndarray) -> faiss.Index:
-    """An exact inner-product index over (N, Dk) float16 rows, converted block by block."""
+    """An exact inner-product index over (N, Dk) float16 keys, converted block by block."""
     index = faiss.IndexFlatIP(keys.shape[1])
     for start in range(0, len(keys), BLOCK_ROWS):
         index.add(to_float32(keys[start : start + BLOCK_ROWS]))  # (BLOCK_ROWS, Dk)

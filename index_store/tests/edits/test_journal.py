@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from index_store.edits.journal import HEAD, RECORD, Journal, read_records
+from index_store.edits.journal import HEADER, RECORD_HEADER, Journal, read_records
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, StoreBusy, StoreUnwritable
 from index_store.tests.support.child_process import tiny_disk
 
@@ -37,7 +37,7 @@ def written(path: Path, payloads: list[bytes] = PAYLOADS) -> bytes:
     return path.read_bytes()
 
 
-def read(path: Path, start: int = HEAD.size) -> list[bytes]:
+def read(path: Path, start: int = HEADER.size) -> list[bytes]:
     return [payload for _, payload in read_records(path, SEAL, start)]
 
 
@@ -68,7 +68,7 @@ def test_created_with_what_is_carried_over(path: Path) -> None:
 
 def test_cut_at_every_byte_of_the_last_record(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = written(path)
-    start = len(whole) - RECORD.size - len(PAYLOADS[-1])
+    start = len(whole) - RECORD_HEADER.size - len(PAYLOADS[-1])
     for size in range(start, len(whole)):
         path.write_bytes(whole[:size])
         assert read(path) == PAYLOADS[:-1]
@@ -89,7 +89,7 @@ def test_cut_at_every_byte_of_the_last_record(path: Path, caplog: pytest.LogCapt
 
 def test_a_flipped_byte_is_refused_or_was_the_last_record(path: Path) -> None:
     whole = written(path)
-    last = len(whole) - RECORD.size - len(PAYLOADS[-1])
+    last = len(whole) - RECORD_HEADER.size - len(PAYLOADS[-1])
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
         if place >= last:
@@ -101,7 +101,7 @@ def test_a_flipped_byte_is_refused_or_was_the_last_record(path: Path) -> None:
             assert "\n" not in str(refused.value)
             assert str(path.parent.parent) not in str(refused.value)
         found = re.search(r"bytes (\d+) to (\d+) are damaged", str(refused.value))
-        assert (found is None) == (place < HEAD.size)
+        assert (found is None) == (place < HEADER.size)
         assert found is None or int(found[1]) <= place < int(found[2])
 
 
@@ -127,12 +127,12 @@ def test_a_head_that_is_not_ours(path: Path) -> None:
         with pytest.raises(DamagedVersion, match="another build of this version"):
             look(path, OTHER)
     whole = path.read_bytes()
-    for size in (0, 7, HEAD.size - 1):
+    for size in (0, 7, HEADER.size - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(DamagedVersion, match="does not begin as a journal"):
             read(path)
-    newer = whole[:8] + struct.pack("<I", 2) + whole[12 : HEAD.size - 4]
-    path.write_bytes(newer + struct.pack("<I", zlib.crc32(newer)) + whole[HEAD.size :])
+    newer = whole[:8] + struct.pack("<I", 2) + whole[12 : HEADER.size - 4]
+    path.write_bytes(newer + struct.pack("<I", zlib.crc32(newer)) + whole[HEADER.size :])
     with pytest.raises(IncompatibleSnapshot, match="format 2, this program reads up to 1"):
         read(path)
     path.unlink()
@@ -155,7 +155,8 @@ def test_a_writer_that_was_refused_keeps_no_lock(path: Path, monkeypatch: pytest
     refused = []
     if trouble == "a hole":
         whole = written(path)
-        path.write_bytes(whole[: HEAD.size] + b"?" + whole[HEAD.size + 1 :])
+        flipped = bytes([whole[HEADER.size] ^ 0x10])
+        path.write_bytes(whole[: HEADER.size] + flipped + whole[HEADER.size + 1 :])
     else:
         monkeypatch.setattr(
             os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device"))
@@ -178,7 +179,7 @@ def test_on_the_disk_before_it_is_acknowledged(path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "fsync", watched)
     journal = Journal.open(path, SEAL)
-    assert synced == [HEAD.size, "folder"]
+    assert synced == [HEADER.size, "folder"]
     journal.append(b"four")
     assert synced[2:] == [path.stat().st_size]
 
@@ -252,7 +253,7 @@ def test_records_that_arrive_while_the_end_is_looked_at(path: Path, monkeypatch:
     """Two more records behind what looked like the end are no hole in the journal."""
     from index_store.edits import journal as module
 
-    writer, real, late = Journal.open(path, SEAL), module._payload, [b"two", b"three"]
+    writer, real, late = Journal.open(path, SEAL), module._read_payload, [b"two", b"three"]
     writer.append(b"one")
 
     def slow(file: Any, mark: bytes) -> bytes | None:
@@ -261,7 +262,7 @@ def test_records_that_arrive_while_the_end_is_looked_at(path: Path, monkeypatch:
             writer.append(late.pop(0))
         return found
 
-    monkeypatch.setattr(module, "_payload", slow)
+    monkeypatch.setattr(module, "_read_payload", slow)
     assert read(path) == [b"one", b"two", b"three"]
 
 

@@ -21,7 +21,7 @@ def test_a_bound_is_never_below_the_score(kind: str) -> None:
     rows = rows_of(kind)
     sketch = BoundProjection(rows[:300])
     for queries in (rows, unit_rows(200, 64, 9), 40 * rows[:50], -rows, np.zeros((1, 64), np.float32)):
-        bounds = sketch.of(queries) @ sketch.of(rows).T
+        bounds = sketch.project(queries) @ sketch.project(rows).T
         assert bounds.dtype == np.float32
         assert (bounds >= queries @ rows.T).all()
 
@@ -30,14 +30,14 @@ def test_it_is_tight_where_rows_differ_in_few_directions() -> None:
     rows = rows_of("few directions")
     sketch = BoundProjection(rows)
     assert sketch.width == 64 // WIDTH_REDUCTION + 1
-    assert (sketch.of(rows) @ sketch.of(rows).T - rows @ rows.T).mean() < 0.03
+    assert (sketch.project(rows) @ sketch.project(rows).T - rows @ rows.T).mean() < 0.03
 
 
 @pytest.mark.parametrize("width", [1, 7, 8])
 def test_narrow_rows(width: int) -> None:
     rows = unit_rows(50, width, 0)
     sketch = BoundProjection(rows)
-    assert (sketch.of(rows) @ sketch.of(rows).T >= rows @ rows.T - 1e-6).all()
+    assert (sketch.project(rows) @ sketch.project(rows).T >= rows @ rows.T - 1e-6).all()
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_every_file_is_shared(tmp_path: Path) -> None:
     overlay = Overlay(base)
     snapshot = put(overlay, some_pairs(3, first=50))
     assert snapshot.manifest is base.manifest
-    assert snapshot._fans is base._fans
+    assert snapshot._base_indexes is base._base_indexes
     assert (len(base), base.edits, base.ref) == (50, 0, "things@v1")
     assert (len(snapshot), snapshot.edits, snapshot.ref) == (53, 1, "things@v1+1")
     assert snapshot.bytes["mapped"] == base.bytes["mapped"]

@@ -72,13 +72,13 @@ def test_searches_and_frees_happen_on_the_owners_thread_alone(monkeypatch: pytes
     index, threads = faiss.IndexFlatIP(16), list[str]()
     index.add(unit_rows(50, 16, 0))
     monkeypatch.setattr(DeviceThread, "clone", lambda _, original: Watched(original, threads))
-    clone = ClonedIndex(index, DeviceThread.of(HOST_MEMORY))
+    clone = ClonedIndex(index, DeviceThread.get(HOST_MEMORY))
     with ThreadPoolExecutor(8) as callers:
         begun = [callers.submit(clone.search, unit_rows(3, 16, seed), 5) for seed in range(40)]
         found = [search.result() for search in begun]
     np.testing.assert_array_equal(found[7][1], index.search(unit_rows(3, 16, 7), 5)[1])
     del clone, begun
-    DeviceThread.of(HOST_MEMORY).submit(lambda: None).result()  # behind the freeing
+    DeviceThread.get(HOST_MEMORY).submit(lambda: None).result()  # behind the freeing
     assert threads == ["device--1_0"] * 40 + ["freed on device--1_0"]
 
 
