@@ -7,17 +7,20 @@ Alphabet: B batch, H W pixels, L tokens, D width, Dt trunk width, Dk key width.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from index_store.types import KeyKind, Side
 from models.encoder.image_io import MAX_PIXELS, read_image
-from models.encoder.image_tower import ImageTower, build_crop, unit_vectors
+from models.encoder.image_tower import build_crop, unit_vectors
 from models.encoder.loading import STARTER, load_model, model_digest
-from models.encoder.text_tower import TrimmedText, build_text_encoder
+from models.encoder.text_tower import TrimmedText
 from models.errors import ConfigError, EncoderUnavailable
+
+if TYPE_CHECKING:
+    from models.encoder.optimize import OptimizedTowers
 
 __all__ = ["STARTER", "Encoded", "Encoder", "EncoderSpec", "FixedShapes", "Precision", "concatenate_encoded"]
 
@@ -90,6 +93,7 @@ class Encoder:
     "cuda[:n]".
     image_size: (H, W).  context_length: L.  dim: D.  trunk_dim: Dt or None.
     logit_scale: the model's inverse softmax temperature.
+    trims_texts: whether texts are encoded without their padding (`text_tower`).
     """
 
     def __init__(self, spec: EncoderSpec, model: Any, tokenizer: Any, fingerprint: str) -> None:
@@ -98,18 +102,14 @@ class Encoder:
         self.device = _resolve_device(spec.device)
         self.logit_scale = math.exp(model.logit_scale.item())  # before any rounding to half precision
         self._model = _freeze(model, self.device, spec.precision)
-        if spec.packed and self.device == "cpu":
-            from models.encoder.onednn import pack_layers
-
-            pack_layers(self._model)
         self._tokenizer = tokenizer
         self._crop = build_crop(model.visual.preprocess_cfg)
         self.image_size = self._crop.size
         self.context_length = int(self.tokenize([""]).shape[1])
-        self._encode_images, self._encode_texts = self._build_runners()
-        probe = self.encode(np.zeros((1, 3, *self.image_size), np.uint8), "image")
-        self.dim = probe.vectors.shape[1]
-        self.trunk_dim = None if probe.trunk is None else probe.trunk.shape[1]
+        towers = self._optimize()
+        self.dim, self.trunk_dim = towers.dim, towers.trunk_dim
+        self.trims_texts = isinstance(towers.text, TrimmedText)
+        self._encode_images, self._encode_texts = self._build_runners(towers)
 
     @classmethod
     def load(cls, spec: EncoderSpec) -> "Encoder":
@@ -161,7 +161,13 @@ class Encoder:
         """Whether batches are padded to a few recorded sizes."""
         return self.spec.fixed_shapes == "on" or (self.spec.fixed_shapes == "auto" and self.device.startswith("cuda"))
 
-    def _build_runners(self) -> "tuple[_Runner, _Runner]":
+    def _optimize(self) -> "OptimizedTowers":
+        from models.encoder.optimize import PROBE_TEXTS, optimize_towers
+
+        pack, tokens = self.spec.packed and self.device == "cpu", self.tokenize(PROBE_TEXTS)
+        return optimize_towers(self._model, self.device, self.image_size, tokens, name=self.fingerprint, pack=pack)
+
+    def _build_runners(self, towers: "OptimizedTowers") -> "tuple[_Runner, _Runner]":
         """The functions that encode images and texts, recorded at fixed shapes where those are on.
 
         Texts have fixed shapes only where the text tower can be trimmed.
@@ -176,7 +182,7 @@ class Encoder:
             run_unpadded,
         )
 
-        image, text = ImageTower(self._model, self.device), build_text_encoder(self._model)
+        image, text = towers.image, towers.text
         encode_texts = run_unpadded(lambda tokens: [unit_vectors(text(tokens))], self.device)
         if not self.fixed_shapes:
             return run_unpadded(image, self.device), encode_texts

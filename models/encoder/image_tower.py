@@ -53,6 +53,7 @@ def is_self_attention_block(block: Any) -> bool:
 class ImageTower:
     """A frozen model's image side on its device.
 
+    dtype: the model's.
     The operations do not depend on the pixels' values, and nothing but the pixels is copied to the
     device, so that a call can be recorded as a CUDA graph.
     """
@@ -60,7 +61,7 @@ class ImageTower:
     def __init__(self, model: Any, device: str) -> None:
         import torch
 
-        self._model, self._dtype = model, model.logit_scale.dtype
+        self._model, self.dtype = model, model.logit_scale.dtype
         config = model.visual.preprocess_cfg
         self._mean, self._std = (torch.tensor(config[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
 
@@ -69,7 +70,7 @@ class ImageTower:
 
         trunk: the features before the projection, where the architecture has them.
         """
-        vectors, trunk = self._forward(((pixels.float() / 255 - self._mean) / self._std).to(self._dtype))
+        vectors, trunk = self._forward(((pixels.float() / 255 - self._mean) / self._std).to(self.dtype))
         return [unit_vectors(vectors)] if trunk is None else [unit_vectors(vectors), unit_vectors(trunk)]
 
     def _forward(self, pixels: "Tensor") -> "tuple[Tensor, Tensor | None]":

@@ -6,8 +6,10 @@ called directly they need no compiler and no compile time.
 Alphabet: B batch, L tokens, W width, H heads.
 """
 
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from models.encoder.image_tower import is_self_attention_block
 
-__all__ = ["pack_layers"]
+__all__ = ["ReplacedLayer", "pack_layers", "packs_dtype", "record_layer_calls", "unpack_layers"]
 
 
 class PackedLinear(nn.Linear):
@@ -52,37 +54,78 @@ class PackedAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """(B, L, W) -> (B, L, W), or (L, B, W) -> (L, B, W) where the batch is not first.
 
-        attn_mask: (L, L), added to the attention scores.
+        attn_mask: (L, L), or (B*H, L, L) with one mask per text and head as in CoCa; added to the
+        attention scores.
         """
         x = query if self._batch_first else query.transpose(0, 1)
         batch, length, width = x.shape
         projected = self._in_projection(x).view(batch, length, 3, self._heads, width // self._heads)
         q, k, v = projected.permute(2, 0, 3, 1, 4).unbind()  # (B, H, L, W/H) each
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.view(batch, self._heads, length, length)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)  # (B, H, L, W/H)
         output = self._out_projection(attended.transpose(1, 2).reshape(batch, length, width))  # (B, L, W)
         return output if self._batch_first else output.transpose(0, 1), None
 
 
-def pack_layers(model: nn.Module) -> None:
-    """Replace a model's linear layers and its blocks' attention by packed ones.
+class ReplacedLayer(NamedTuple):
+    """A layer that packing took out of its parent module, for `unpack_layers`."""
 
-    Nothing is replaced where the processor does not support the model's dtype. A packed model can
-    be neither trained nor saved.
+    parent: nn.Module
+    name: str
+    layer: nn.Module
+
+
+@contextmanager
+def record_layer_calls(model: nn.Module) -> Iterator[Collection[nn.Module]]:
+    """Collect the linear and attention layers that are called within the context.
+
+    A layer whose weights the model hands to a functional call (the attention pool of CLIP's
+    ResNets, EVA's attention) is never called itself, so it is not collected.
     """
-    if not packs_dtype(next(model.parameters()).dtype):
-        return
-    for module in list(model.modules()):
-        children = list(module.named_children())
-        next_child = dict(pairwise(children)) if isinstance(module, nn.Sequential) else {}
+    called = set[nn.Module]()
+    packable = [layer for layer in model.modules() if type(layer) in (nn.Linear, nn.MultiheadAttention)]
+    hooks = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in packable]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def pack_layers(model: nn.Module, layers: Collection[nn.Module]) -> list[ReplacedLayer]:
+    """Replace these linear layers, and the attention of open_clip's blocks, by packed ones.
+
+    layers: the candidates.  Returns what was replaced. A model with packed layers can be neither
+    trained nor saved.
+    """
+    replaced = list[ReplacedLayer]()
+
+    def replace(parent: nn.Module, name: str, packed: nn.Module) -> None:
+        replaced.append(ReplacedLayer(parent, name, parent.get_submodule(name)))
+        setattr(parent, name, packed)
+
+    for parent in list(model.modules()):
+        children = list(parent.named_children())
+        next_child = dict(pairwise(children)) if isinstance(parent, nn.Sequential) else {}
         for name, child in children:
+            if child not in layers:
+                continue
             if type(child) is nn.Linear:
                 next_name, following = next_child.get((name, child), ("", None))
                 gelu = following if type(following) is nn.GELU else None
-                setattr(module, name, PackedLinear(child.weight, child.bias, gelu))
+                replace(parent, name, PackedLinear(child.weight, child.bias, gelu))
                 if gelu is not None:
-                    setattr(module, next_name, nn.Identity())
-            elif type(child) is nn.MultiheadAttention and is_self_attention_block(module):
-                setattr(module, name, PackedAttention(child))
+                    replace(parent, next_name, nn.Identity())
+            elif type(child) is nn.MultiheadAttention and is_self_attention_block(parent):
+                replace(parent, name, PackedAttention(child))
+    return replaced
+
+
+def unpack_layers(replaced: Sequence[ReplacedLayer]) -> None:
+    """Put the layers back that `pack_layers` replaced."""
+    for parent, name, layer in replaced:
+        setattr(parent, name, layer)
 
 
 def packs_dtype(dtype: torch.dtype) -> bool:

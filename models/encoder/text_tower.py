@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TrimmedText", "build_text_encoder"]
+__all__ = ["TrimmedText", "build_text_encoder", "trimmed_text"]
 
 # The fixed cost of one pass through the tower, in tokens: texts of unequal length share a pass as
 # long as they add fewer tokens of padding than this. ViT-B-32 in one CPU thread takes 22 ms a pass
@@ -20,11 +20,15 @@ PASS_OVERHEAD_TOKENS = {"cpu": 32, "cuda": 4096}
 
 
 def build_text_encoder(model: Any) -> "Callable[[Tensor], Tensor]":
-    """An open_clip model's `encode_text`, (B, L) int64 -> (B, D), without padding where possible.
+    """An open_clip model's `encode_text`, (B, L) int64 -> (B, D), trimmed where possible."""
+    return trimmed_text(model) or cast("Callable[[Tensor], Tensor]", model.encode_text)
 
-    It is possible where attention is causal and the vector is read at the end of the text. Hugging
-    Face towers, bidirectional towers (SigLIP) and towers with a class token (CoCa) read all of the
-    padding and keep open_clip's own function.
+
+def trimmed_text(model: Any) -> "TrimmedText | None":
+    """The trimmed text tower of an open_clip model, None where the padding affects the vectors.
+
+    It does not where attention is causal and the vector is read at the end of the text. Hugging
+    Face towers, bidirectional towers (SigLIP) and towers with a class token (CoCa) read all of it.
     """
     tower = getattr(model, "text", model)
     pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
@@ -33,7 +37,7 @@ def build_text_encoder(model: Any) -> "Callable[[Tensor], Tensor]":
         or getattr(tower, "cls_emb", None) is not None
         or not _is_causal(getattr(tower, "attn_mask", None))
     ):
-        return cast("Callable[[Tensor], Tensor]", model.encode_text)
+        return None
     return TrimmedText(tower, pool, getattr(tower, "text_eos_id", getattr(tower, "eos_id", None)))
 
 

@@ -45,7 +45,8 @@ def finetuned(encoder: Encoder, samples: Sequence[Sample], tuning: Tuning) -> En
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.eval()
-    encode_text, rng = build_text_encoder(model), np.random.default_rng(tuning.seed)
+    encode_text = build_text_encoder(model) if encoder.trims_texts else model.encode_text
+    rng = np.random.default_rng(tuning.seed)
     tokens = torch.from_numpy(encoder.tokenize([sample.caption for sample in samples])).to(encoder.device)  # (P, L)
     optimiser = torch.optim.AdamW(model.parameters(), lr=tuning.learning_rate, weight_decay=0.1)
     for _ in track(tuning.steps, "full fine-tuning", "step"):

@@ -84,12 +84,13 @@ def test_packed_half_precision_gives_vectors_similar_to_float32(precision: str, 
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("masked", [True, False])
-def test_packed_attention_equals_torchs(batch_first: bool, masked: bool) -> None:
+@pytest.mark.parametrize("masks", ["none", "one", "per text and head"])
+def test_packed_attention_equals_torchs(batch_first: bool, masks: str) -> None:
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(24, 3, batch_first=batch_first).eval().requires_grad_(False)
     x = torch.randn(2, 5, 24) if batch_first else torch.randn(5, 2, 24)
-    mask = torch.full((5, 5), float("-inf")).triu(1) if masked else None
+    causal = torch.full((5, 5), float("-inf")).triu(1)
+    mask = {"none": None, "one": causal, "per text and head": causal + torch.randn(2 * 3, 5, 5)}[masks]
     own = attention(x, x, x, need_weights=False, attn_mask=mask)[0]
     assert torch.allclose(PackedAttention(attention)(x, x, x, need_weights=False, attn_mask=mask)[0], own, atol=1e-5)
 
