@@ -1,4 +1,4 @@
-"""What the benchmarks stand on: their data, and the verdicts they print."""
+"""Benchmarks: their synthetic data, and the verdicts they print."""
 
 from pathlib import Path
 
@@ -13,17 +13,17 @@ from index_store.store import Store
 from index_store.tests.support.small import ENCODER
 
 
-def test_the_collection_is_the_same_each_time_and_its_queries_are_not_in_it() -> None:
+def test_the_collection_is_reproducible_and_contains_no_query() -> None:
     one, two = Collection(700, 48), Collection(700, 48)
     np.testing.assert_array_equal(one.rows["text"], two.rows["text"])
-    (block,) = one.blocks()  # Pairs checks that the rows are unit
+    (block,) = one.blocks()  # Pairs checks that the rows have unit length
     assert (len(block), block.ids[-1]) == (700, "item-000000699")
     near = one.queries("image", 50) @ block.image.astype(np.float32).T
     assert 0.5 < near.max(axis=1).mean() < 0.99
     assert near.max() < 0.9999
 
 
-def test_a_missed_target_is_called_so() -> None:
+def test_missed_targets_are_reported() -> None:
     rates = {"retrieve_vs_flat": 11.0, "retrieve_vs_bare": 0.89}
     report = {
         "search": {"recall_at_10": 0.99, "batch_1": rates, "batch_32": rates},
@@ -41,7 +41,7 @@ def test_a_missed_target_is_called_so() -> None:
     ]
 
 
-def test_what_edits_cost_is_measured_and_leaves_no_edit(tmp_path: Path) -> None:
+def test_measuring_edits_leaves_no_edit(tmp_path: Path) -> None:
     collection, store = Collection(3000, 32), Store(tmp_path)
     manifest = build_version(
         store, "b", "v", collection.blocks(), encoder=ENCODER, kinds={"image": "vector", "text": "vector"}, index="Flat"

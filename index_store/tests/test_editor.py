@@ -1,4 +1,4 @@
-"""Editing while serving: any sequence of edits against a dict, races, and what other processes and failures may do."""
+"""Online edits: random sequences against an oracle, concurrency, other processes, failures."""
 
 import logging
 import shutil
@@ -33,15 +33,15 @@ KINDS: dict[str, dict[str, Any]] = {"words": {}, "numbers": {"ints": True}, "tru
 POOL = 40  # ids that the random edits draw from
 
 
-def editor(root: Path, pairs: Pairs | None = None, **options: Any) -> Editor:
-    """The editor of a fresh version that is current."""
+def open_editor(root: Path, pairs: Pairs | None = None, **options: Any) -> Editor:
+    """An editor of a new version, which is current."""
     build_memory(root, some_pairs() if pairs is None else pairs, **options)
     Store(root).activate("things", "v1")
     return Editor.open(Store(root), "things", encoder=ENCODER)
 
 
-def drawn(data: st.DataObject, options: dict[str, Any]) -> Pairs:
-    """A batch with ids from the pool; many of its images lie close together."""
+def draw_pairs(data: st.DataObject, options: dict[str, Any]) -> Pairs:
+    """Random pairs with ids from the pool, half of the time with images close together."""
     numbers = data.draw(st.lists(st.integers(0, POOL - 1), max_size=12, unique=True))
     pairs = some_pairs(len(numbers), 8, seed=data.draw(st.integers(0, 99)), **options)
     if not numbers:
@@ -55,7 +55,7 @@ def drawn(data: st.DataObject, options: dict[str, Any]) -> Pairs:
 def fresh(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], Pairs, Path]:
-    """A store with one current version, to be copied: how its pairs were made, the pairs, its folder."""
+    """A store to copy with one current version: the options of its pairs, the pairs, its folder."""
     kind, _, recipe = request.param.partition(" ")
     root, base = tmp_path_factory.mktemp("fresh"), some_pairs(25, 8, **KINDS[kind])
     build_memory(root, base, **RECIPES[recipe])
@@ -65,38 +65,38 @@ def fresh(
 
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
-def test_any_edits_agree_with_brute_force(
+def test_random_edits_agree_with_brute_force(
     fresh: tuple[dict[str, Any], Pairs, Path], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     options, base, store = fresh
     root = tmp_path_factory.mktemp("store")
     shutil.copytree(store, root, dirs_exist_ok=True)
-    made, oracle = Editor.open(Store(root), "things", encoder=ENCODER), Oracle(base)
+    editor, oracle = Editor.open(Store(root), "things", encoder=ENCODER), Oracle(base)
     for number in range(data.draw(st.integers(1, 7))):
         step = data.draw(st.sampled_from(["put", "put", "delete", "delete", "compact", "reopen"]))
         if step == "put":
-            pairs = drawn(data, options)
+            pairs = draw_pairs(data, options)
             oracle.put(pairs)
-            made.put(pairs)
+            editor.put(pairs)
         elif step == "delete":
             numbers = data.draw(st.lists(st.integers(0, POOL - 1), max_size=20))
             ids: list[Id] = [number if options.get("ints") else f"pair-{number}" for number in numbers]
-            assert made.delete(ids)[1] == oracle.delete(ids)
-        elif step == "compact" and len(oracle.there) > 10:
-            before = made.snapshot.ref
-            assert made.compact(f"v2-{number}").manifest.parent == before
+            assert editor.delete(ids)[1] == oracle.delete(ids)
+        elif step == "compact" and len(oracle.pairs_by_id) > 10:
+            before = editor.snapshot.ref
+            assert editor.compact(f"v2-{number}").manifest.parent == before
         elif step == "reopen":
-            ref = made.snapshot.ref
-            made.close()
-            made = Editor.open(Store(root), "things", encoder=ENCODER)
-            assert made.snapshot.ref == ref
-        check(data, made.snapshot, oracle, options)
-    made.close()
-    check(data, Store(root).open("things", encoder=ENCODER), oracle, options)
+            ref = editor.snapshot.ref
+            editor.close()
+            editor = Editor.open(Store(root), "things", encoder=ENCODER)
+            assert editor.snapshot.ref == ref
+        check_search(data, editor.snapshot, oracle, options)
+    editor.close()
+    check_search(data, Store(root).open("things", encoder=ENCODER), oracle, options)
 
 
-def check(data: st.DataObject, snapshot: Snapshot, oracle: Oracle, options: dict[str, Any]) -> None:
-    """One search under limits of every kind."""
+def check_search(data: st.DataObject, snapshot: Snapshot, oracle: Oracle, options: dict[str, Any]) -> None:
+    """Compare one search with random parameters."""
     side: Side = data.draw(st.sampled_from(["image", "text"]))
     batch = data.draw(st.sampled_from([1, 2, 6]))
     some = st.lists(st.integers(0, POOL - 1), max_size=30).map(
@@ -111,19 +111,19 @@ def check(data: st.DataObject, snapshot: Snapshot, oracle: Oracle, options: dict
     width = options.get("key_width", 8) if side == "image" else 8
     queries = unit_rows(batch, width, 1 if data.draw(st.booleans()) else data.draw(st.integers(0, 9)))
     k = data.draw(st.sampled_from([1, 5, 20, 2 * POOL]))
-    oracle.agrees(snapshot, queries, side, k, params)
+    oracle.assert_agrees(snapshot, queries, side, k, params)
 
 
-def test_what_an_edit_says(tmp_path: Path) -> None:
-    made = editor(tmp_path)
-    assert (made.snapshot.ref, made.snapshot.edits, len(made.snapshot)) == ("things@v1", 0, 60)
-    assert made.put(some_pairs(0)) is made.snapshot
-    assert made.put(some_pairs(5, first=58, seed=3)) is made.snapshot
-    assert (made.snapshot.ref, made.snapshot.edits, len(made.snapshot)) == ("things@v1+1", 1, 63)
-    after, missing = made.delete(["nobody", "pair-0", "pair-0", "pair-62"])
-    assert (after, missing) == (made.snapshot, ["nobody"])
+def test_names_and_counts_after_edits(tmp_path: Path) -> None:
+    editor = open_editor(tmp_path)
+    assert (editor.snapshot.ref, editor.snapshot.edits, len(editor.snapshot)) == ("things@v1", 0, 60)
+    assert editor.put(some_pairs(0)) is editor.snapshot
+    assert editor.put(some_pairs(5, first=58, seed=3)) is editor.snapshot
+    assert (editor.snapshot.ref, editor.snapshot.edits, len(editor.snapshot)) == ("things@v1+1", 1, 63)
+    after, missing = editor.delete(["nobody", "pair-0", "pair-0", "pair-62"])
+    assert (after, missing) == (editor.snapshot, ["nobody"])
     assert (after.ref, len(after)) == ("things@v1+2", 61)
-    same, missing = made.delete(["pair-0", "nobody"])
+    same, missing = editor.delete(["pair-0", "nobody"])
     assert (same, missing) == (after, ["pair-0", "nobody"])
     store = Store(tmp_path)
     assert store.count_edits("things", "v1") == 2
@@ -132,7 +132,7 @@ def test_what_an_edit_says(tmp_path: Path) -> None:
 
 
 def test_ids_of_the_other_kind_are_refused(tmp_path: Path) -> None:
-    words, numbers = editor(tmp_path / "words"), editor(tmp_path / "numbers", some_pairs(ints=True))
+    words, numbers = open_editor(tmp_path / "words"), open_editor(tmp_path / "numbers", some_pairs(ints=True))
     for refused in (
         lambda: words.put(some_pairs(2, ints=True)),
         lambda: words.delete([3]),
@@ -146,9 +146,9 @@ def test_ids_of_the_other_kind_are_refused(tmp_path: Path) -> None:
 
 
 def test_edits_stay_with_their_version(tmp_path: Path) -> None:
-    made, store = editor(tmp_path), Store(tmp_path)
-    made.put(some_pairs(5, first=100))
-    made.close()
+    editor, store = open_editor(tmp_path), Store(tmp_path)
+    editor.put(some_pairs(5, first=100))
+    editor.close()
     build_memory(tmp_path, some_pairs(30), "v2")
     store.activate("things", "v2")
     assert store.open("things", encoder=ENCODER).ref == "things@v2"
@@ -159,19 +159,19 @@ def test_edits_stay_with_their_version(tmp_path: Path) -> None:
         build_memory(tmp_path, some_pairs(5), "v1.journal")
 
 
-def test_a_version_of_the_same_name_does_not_inherit(tmp_path: Path) -> None:
-    made = editor(tmp_path)
-    made.put(some_pairs(5, first=100))
-    made.close()
+def test_a_rebuilt_version_refuses_the_old_journal(tmp_path: Path) -> None:
+    editor = open_editor(tmp_path)
+    editor.put(some_pairs(5, first=100))
+    editor.close()
     shutil.rmtree(tmp_path / "things" / "v1")
     build_memory(tmp_path, some_pairs(30))
     with pytest.raises(DamagedVersion, match=r"things/v1\.journal holds edits of another build"):
         Store(tmp_path).open("things", encoder=ENCODER)
 
 
-def test_a_second_editor_waits_its_turn(tmp_path: Path) -> None:
-    """Opening takes no lock; the first edit does, and what was edited until then is read first."""
-    one = editor(tmp_path)
+def test_a_second_editor_is_refused_until_the_first_closes(tmp_path: Path) -> None:
+    """Opening takes no lock; the first edit locks the journal and reads edits editor until then."""
+    one = open_editor(tmp_path)
     two = Editor.open(Store(tmp_path), "things", encoder=ENCODER)
     one.put(some_pairs(5, first=100))
     with pytest.raises(
@@ -190,16 +190,16 @@ def test_a_second_editor_waits_its_turn(tmp_path: Path) -> None:
     assert one.snapshot.ref == "things@v1+3"
 
 
-def test_a_journal_that_went_away_is_missed(tmp_path: Path) -> None:
-    made = editor(tmp_path)
-    made.put(some_pairs(5, first=100))
-    made.close()
+def test_a_deleted_journal_is_noticed(tmp_path: Path) -> None:
+    editor = open_editor(tmp_path)
+    editor.put(some_pairs(5, first=100))
+    editor.close()
     (tmp_path / "things" / "v1.journal").unlink()
     with pytest.raises(DamagedVersion, match=r"v1\.journal held 1 edits and now holds 0"):
-        made.put(some_pairs(5))
+        editor.put(some_pairs(5))
 
 
-def test_an_edit_that_does_not_fit_its_base(tmp_path: Path) -> None:
+def test_an_edit_that_does_not_fit_its_base_is_refused(tmp_path: Path) -> None:
     manifest = build_memory(tmp_path, some_pairs())
     journal = Journal.open(tmp_path / "things" / "v1.journal", manifest.sha256)
     journal.append(Delete(np.array([b"pair-1"])).encode())
@@ -208,12 +208,12 @@ def test_an_edit_that_does_not_fit_its_base(tmp_path: Path) -> None:
         Store(tmp_path).open("things", "v1", encoder=ENCODER)
 
 
-def test_a_torn_record_is_ignored_by_readers_and_cut_off_by_the_next_edit(
+def test_a_torn_record_is_ignored_by_readers_and_truncated_by_the_next_edit(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = editor(tmp_path)
-    made.put(some_pairs(5, first=100))
-    made.close()
+    editor = open_editor(tmp_path)
+    editor.put(some_pairs(5, first=100))
+    editor.close()
     with (tmp_path / "things" / "v1.journal").open("ab") as file:
         file.write(b"half a record")
     with caplog.at_level(logging.WARNING, "reco"):
@@ -229,115 +229,117 @@ def test_a_torn_record_is_ignored_by_readers_and_cut_off_by_the_next_edit(
 
 def test_compaction_keeps_the_settings(tmp_path: Path) -> None:
     base = some_pairs(200, key_width=24)
-    made, oracle = (
-        editor(tmp_path, base, index="IVF4,Flat", shard_pairs=80, recall_floor=0.9, source={"from": "x"}),
+    editor, oracle = (
+        open_editor(tmp_path, base, index="IVF4,Flat", shard_pairs=80, recall_floor=0.9, source={"from": "x"}),
         Oracle(base),
     )
     more = some_pairs(60, key_width=24, seed=5, first=180)
     oracle.put(more)
-    made.put(more)
+    editor.put(more)
     oracle.delete(["pair-0", "pair-200"])
-    made.delete(["pair-0", "pair-200"])
-    told: list[tuple[int, int]] = []
-    new = made.compact(on_progress=lambda done, total: told.append((done, total)))
+    editor.delete(["pair-0", "pair-200"])
+    reported: list[tuple[int, int]] = []
+    new = editor.compact(on_progress=lambda done, total: reported.append((done, total)))
     manifest = new.manifest
-    assert told[-1] == (238, 238)
+    assert reported[-1] == (238, 238)
     assert (new.edits, len(new), manifest.pairs, manifest.parent) == (0, 238, 238, "things@v1+2")
     assert (manifest.index["recipe"], manifest.recall["floor"], manifest.keys) == (
         "IVF4,Flat",
         0.9,
-        made.snapshot.manifest.keys,
+        editor.snapshot.manifest.keys,
     )
     assert [shard["pairs"] for shard in manifest.shards] == [80, 80, 78]
     assert manifest.source == {"from": "x", "compacted": {"edits": 2, "from": "things@v1"}}
     store = Store(tmp_path)
     assert (store.current("things"), store.previous("things")) == (manifest.version, "v1")
-    oracle.agrees(new, unit_rows(4, 24, 3), "image", 12, SearchParams(probes=4))
-    oracle.agrees(store.open("things", "v1", encoder=ENCODER), unit_rows(4, 24, 3), "image", 12, SearchParams(probes=4))
+    oracle.assert_agrees(new, unit_rows(4, 24, 3), "image", 12, SearchParams(probes=4))
+    oracle.assert_agrees(
+        store.open("things", "v1", encoder=ENCODER), unit_rows(4, 24, 3), "image", 12, SearchParams(probes=4)
+    )
 
 
-def test_edits_during_a_compaction_are_carried_over(tmp_path: Path) -> None:
+def test_edits_during_a_compaction_are_copied(tmp_path: Path) -> None:
     base, store = some_pairs(), Store(tmp_path)
-    made, oracle = editor(tmp_path, base), Oracle(base)
+    editor, oracle = open_editor(tmp_path, base), Oracle(base)
     for pairs in (some_pairs(20, seed=1, first=50), some_pairs(20, seed=2, first=60)):
         oracle.put(pairs)
-        made.put(pairs)
-    prepared = made.compact_build("v2")
-    assert (store.current("things"), made.snapshot.ref) == ("v1", "things@v1+2")
+        editor.put(pairs)
+    compacted = editor.compact_build("v2")
+    assert (store.current("things"), editor.snapshot.ref) == ("v1", "things@v1+2")
     late = some_pairs(9, seed=7, first=55)
     oracle.put(late)
-    made.put(late)
+    editor.put(late)
     oracle.delete(["pair-1", "pair-57"])
-    assert made.delete(["pair-1", "pair-57", "pair-999"])[1] == ["pair-999"]
-    pinned = made.snapshot
-    new = made.switch(prepared)
-    assert (new.ref, new, store.current("things")) == ("things@v2+2", made.snapshot, "v2")
+    assert editor.delete(["pair-1", "pair-57", "pair-999"])[1] == ["pair-999"]
+    pinned = editor.snapshot
+    new = editor.switch(compacted)
+    assert (new.ref, new, store.current("things")) == ("things@v2+2", editor.snapshot, "v2")
     for snapshot in (new, pinned, store.open("things", encoder=ENCODER), store.open("things", "v1", encoder=ENCODER)):
-        oracle.agrees(snapshot, unit_rows(3, 16, 1), "image", 11)
+        oracle.assert_agrees(snapshot, unit_rows(3, 16, 1), "image", 11)
     oracle.delete(["pair-2"])
-    made.delete(["pair-2"])
+    editor.delete(["pair-2"])
     assert store.open("things", encoder=ENCODER).ref == "things@v2+3"
     assert store.count_edits("things", "v1") == 4
     with pytest.raises(StoreBusy, match=r"things@v2 was compacted from things@v1, by now things@v2\+3 is being edited"):
-        made.switch(prepared)
+        editor.switch(compacted)
 
 
-def test_a_pointer_that_moved_is_left_alone(tmp_path: Path) -> None:
-    made, store = editor(tmp_path), Store(tmp_path)
-    made.delete(["pair-1"])
-    prepared = made.compact_build("v2")
+def test_a_compaction_leaves_a_moved_pointer_alone(tmp_path: Path) -> None:
+    editor, store = open_editor(tmp_path), Store(tmp_path)
+    editor.delete(["pair-1"])
+    compacted = editor.compact_build("v2")
     build_memory(tmp_path, some_pairs(30), "other")
     store.activate("things", "other")
-    assert made.switch(prepared).ref == "things@v2"
+    assert editor.switch(compacted).ref == "things@v2"
     assert store.current("things") == "other"
 
 
-def test_nothing_left_is_no_version(tmp_path: Path) -> None:
-    made = editor(tmp_path, some_pairs(4))
-    made.delete([f"pair-{n}" for n in range(4)])
+def test_a_memory_without_pairs_is_not_compacted(tmp_path: Path) -> None:
+    editor = open_editor(tmp_path, some_pairs(4))
+    editor.delete([f"pair-{n}" for n in range(4)])
     with pytest.raises(PairsRefused, match=r"things@v1\+1 holds no pair any more"):
-        made.compact()
+        editor.compact()
     assert Store(tmp_path).versions("things") == ["v1"]
 
 
 def test_a_compaction_that_is_stopped_changes_nothing(tmp_path: Path) -> None:
-    made = editor(tmp_path)
-    made.put(some_pairs(5, first=100))
+    editor = open_editor(tmp_path)
+    editor.put(some_pairs(5, first=100))
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        made.compact("v2", stop)
+        editor.compact("v2", stop)
     assert sorted(path.name for path in (tmp_path / "things").iterdir()) == ["CURRENT", "v1", "v1.journal"]
-    assert made.put(some_pairs(5, first=200)).ref == "things@v1+2"
-    assert made.compact("v2").ref == "things@v2"
+    assert editor.put(some_pairs(5, first=200)).ref == "things@v1+2"
+    assert editor.compact("v2").ref == "things@v2"
 
 
 def test_a_pointer_that_cannot_be_written_leaves_the_old_version_serving(tmp_path: Path) -> None:
-    made, store = editor(tmp_path), Store(tmp_path)
-    made.put(some_pairs(5, first=100))
-    prepared = made.compact_build("v2")
+    editor, store = open_editor(tmp_path), Store(tmp_path)
+    editor.put(some_pairs(5, first=100))
+    compacted = editor.compact_build("v2")
     (tmp_path / "things" / ".CURRENT.fresh").mkdir()  # where the new pointer would be written
     with pytest.raises(StoreUnwritable, match="CURRENT"):
-        made.switch(prepared)
-    assert (store.current("things"), made.snapshot.ref) == ("v1", "things@v1+1")
+        editor.switch(compacted)
+    assert (store.current("things"), editor.snapshot.ref) == ("v1", "things@v1+1")
     assert not (tmp_path / "things" / "v2.journal").exists()
     (tmp_path / "things" / ".CURRENT.fresh").rmdir()
-    assert made.put(some_pairs(5, first=200)).ref == "things@v1+2"
-    assert made.switch(prepared).ref == "things@v2+1"
+    assert editor.put(some_pairs(5, first=200)).ref == "things@v1+2"
+    assert editor.switch(compacted).ref == "things@v2+1"
 
 
 @pytest.mark.parametrize("step", ["before the journal", "before the pointer", "after the pointer"])
-def test_dying_between_the_steps_of_a_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_a_crash_between_the_steps_of_a_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     base, store = some_pairs(), Store(tmp_path)
-    made, oracle = editor(tmp_path, base), Oracle(base)
+    editor, oracle = open_editor(tmp_path, base), Oracle(base)
     more = some_pairs(20, seed=1, first=50)
     oracle.put(more)
-    made.put(more)
-    prepared = made.compact_build("v2")
+    editor.put(more)
+    compacted = editor.compact_build("v2")
     oracle.delete(["pair-3", "pair-55"])
-    made.delete(["pair-3", "pair-55"])
+    editor.delete(["pair-3", "pair-55"])
     activate = Store.activate
 
     def dying(*args: Any, **options: Any) -> None:
@@ -348,31 +350,31 @@ def test_dying_between_the_steps_of_a_switch(tmp_path: Path, monkeypatch: pytest
     owner, name = (Journal, "create") if step == "before the journal" else (Store, "activate")
     monkeypatch.setattr(owner, name, dying)
     with pytest.raises(SystemExit):
-        made.switch(prepared)
+        editor.switch(compacted)
     monkeypatch.undo()
-    made.close()
+    editor.close()
     again = Editor.open(store, "things", encoder=ENCODER)
     assert again.snapshot.ref == ("things@v2+1" if step == "after the pointer" else "things@v1+2")
-    oracle.agrees(again.snapshot, unit_rows(3, 16, 1), "image", 30)
+    oracle.assert_agrees(again.snapshot, unit_rows(3, 16, 1), "image", 30)
     oracle.put(more)
     again.put(more)
-    oracle.agrees(again.compact("v3"), unit_rows(3, 16, 1), "image", 30)
+    oracle.assert_agrees(again.compact("v3"), unit_rows(3, 16, 1), "image", 30)
     assert store.open("things", encoder=ENCODER).ref == "things@v3"
 
 
-def test_searches_race_edits_and_compactions(tmp_path: Path) -> None:
-    """Each answer is exactly one legal state: that of the snapshot which was pinned."""
+def test_searches_concurrent_with_edits_and_compactions(tmp_path: Path) -> None:
+    """Every result shows exactly the state of the snapshot that was searched."""
     base = some_pairs(30)
-    made, oracle = editor(tmp_path, base), Oracle(base)
-    memory, asked, stop = Memory(made.snapshot), unit_rows(2, 16, 5), threading.Event()
-    states = {"things@v1": {name: pair["record"]["caption"] for name, pair in oracle.there.items()}}
+    editor, oracle = open_editor(tmp_path, base), Oracle(base)
+    memory, queries, stop = Memory(editor.snapshot), unit_rows(2, 16, 5), threading.Event()
+    states = {"things@v1": {name: pair["record"]["caption"] for name, pair in oracle.pairs_by_id.items()}}
     trouble: list[object] = []
     answered = [0] * 3
 
     def ask(reader: int) -> None:
         while not stop.is_set():
             pinned = memory.current
-            found = pinned.retrieve(asked[: 1 + reader % 2], "image" if reader else "text", 500)
+            found = pinned.retrieve(queries[: 1 + reader % 2], "image" if reader else "text", 500)
             seen = {record["id"]: record["caption"] for record in found.records(0)}
             if (
                 seen != states[pinned.ref]
@@ -382,8 +384,8 @@ def test_searches_race_edits_and_compactions(tmp_path: Path) -> None:
                 trouble.append((pinned.ref, len(seen), len(states[pinned.ref])))
             answered[reader] += 1
 
-    def told(snapshot: Snapshot) -> None:
-        states[snapshot.ref] = {name: pair["record"]["caption"] for name, pair in oracle.there.items()}
+    def publish(snapshot: Snapshot) -> None:
+        states[snapshot.ref] = {name: pair["record"]["caption"] for name, pair in oracle.pairs_by_id.items()}
         memory.swap(snapshot)
 
     with ThreadPoolExecutor(4) as pool:
@@ -391,37 +393,37 @@ def test_searches_race_edits_and_compactions(tmp_path: Path) -> None:
         building = None
         for step in range(120):
             if building is not None and building.done():
-                told(made.switch(building.result()))
+                publish(editor.switch(building.result()))
                 building = None
             elif building is None and step % 30 == 5:
-                building = pool.submit(made.compact_build, f"v2-{step}")
+                building = pool.submit(editor.compact_build, f"v2-{step}")
             batch = some_pairs(17, seed=step, first=(7 * step) % 300)
             batch = Pairs(batch.ids, batch.image, batch.text, [{"caption": f"{step}"} for _ in range(17)])
             oracle.put(batch)
-            told(made.put(batch))
+            publish(editor.put(batch))
             gone: list[Id] = [f"pair-{(11 * step + n) % 300}" for n in range(5)]
             oracle.delete(gone)
-            told(made.delete(gone)[0])
+            publish(editor.delete(gone)[0])
         while min(answered) < 20 and not trouble:
             stop.wait(0.01)
         stop.set()
         for reader in readers:
             reader.result()
     assert trouble == []
-    oracle.agrees(Store(tmp_path).open("things", encoder=ENCODER), asked, "image", 20)
+    oracle.assert_agrees(Store(tmp_path).open("things", encoder=ENCODER), queries, "image", 20)
     assert len(Store(tmp_path).versions("things")) > 1
 
 
-def test_many_writers_lose_nothing(tmp_path: Path) -> None:
-    made = editor(tmp_path)
+def test_concurrent_edits_are_all_kept(tmp_path: Path) -> None:
+    editor = open_editor(tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: made.put(some_pairs(3, seed=n, first=100 + 3 * n)), range(40)))
-    assert (made.snapshot.ref, len(made.snapshot)) == ("things@v1+40", 180)
+        list(pool.map(lambda n: editor.put(some_pairs(3, seed=n, first=100 + 3 * n)), range(40)))
+    assert (editor.snapshot.ref, len(editor.snapshot)) == ("things@v1+40", 180)
     assert len(Store(tmp_path).open("things", encoder=ENCODER)) == 180
 
 
-def test_a_version_opened_by_hand_shows_its_edits(tmp_path: Path) -> None:
+def test_a_version_opened_by_name_shows_its_edits(tmp_path: Path) -> None:
     open_memory(tmp_path, some_pairs())
-    made = Editor.open(Store(tmp_path), "things", "v1", encoder=ENCODER)
-    made.put(some_pairs(2, first=100))
+    editor = Editor.open(Store(tmp_path), "things", "v1", encoder=ENCODER)
+    editor.put(some_pairs(2, first=100))
     assert len(Store(tmp_path).open("things", "v1", encoder=ENCODER)) == 62

@@ -4,7 +4,7 @@ import pytest
 from index_store.float16 import CHUNK_SIZE, MAX_ASTYPE_SIZE, to_float32
 
 
-def test_every_half_keeps_its_value() -> None:
+def test_every_float16_keeps_its_value() -> None:
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)]
     assert len(halves) > MAX_ASTYPE_SIZE
@@ -19,7 +19,7 @@ def test_every_shape(shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(to_float32(rows), rows.astype(np.float32))
 
 
-def test_views_other_orders_and_singles() -> None:
+def test_views_byte_orders_and_float32() -> None:
     rows = np.random.default_rng(0).standard_normal((200, 120)).astype(np.float16)
     for same in (rows[::2], rows[:, ::3], rows.T, rows.astype(">f2")):
         np.testing.assert_array_equal(to_float32(same), same.astype(np.float32))

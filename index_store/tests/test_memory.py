@@ -11,7 +11,10 @@ from index_store.types import Pairs
 
 
 def marked(root: Path, version: str, sign: int) -> Snapshot:
-    """The same ids and images, texts of opposite sign, captions that name the version: any mixture shows."""
+    """A version with the same ids and images, texts times `sign`, and its name as captions.
+
+    A result that mixes two versions shows in the texts and captions.
+    """
     pairs = some_pairs(200)
     records = [{"caption": version} for _ in range(200)]
     return open_memory(
@@ -19,7 +22,7 @@ def marked(root: Path, version: str, sign: int) -> Snapshot:
     )
 
 
-def test_swap_returns_the_retired_one(tmp_path: Path) -> None:
+def test_swap_returns_the_retired_snapshot(tmp_path: Path) -> None:
     one, two = marked(tmp_path, "v1", 1), marked(tmp_path, "v2", -1)
     memory = Memory(one)
     assert memory.current is one
@@ -27,7 +30,7 @@ def test_swap_returns_the_retired_one(tmp_path: Path) -> None:
     assert memory.current is two
 
 
-def test_the_retired_one_dies_with_its_last_holder(tmp_path: Path) -> None:
+def test_the_retired_snapshot_is_freed_with_its_last_reference(tmp_path: Path) -> None:
     memory = Memory(marked(tmp_path, "v1", 1))
     batch, watch = memory.current, weakref.ref(memory.current)
     retired = memory.swap(marked(tmp_path, "v2", -1))
@@ -39,11 +42,11 @@ def test_the_retired_one_dies_with_its_last_holder(tmp_path: Path) -> None:
     assert Snapshot.count_open()["things"] == 1
 
 
-def test_searches_during_swaps_never_mix(tmp_path: Path) -> None:
+def test_searches_during_swaps_never_mix_versions(tmp_path: Path) -> None:
     versions = {"v1": marked(tmp_path, "v1", 1), "v2": marked(tmp_path, "v2", -1)}
     sign = {"v1": 1, "v2": -1}
-    memory, asked, stop = Memory(versions["v1"]), unit_rows(3, 16, 5), threading.Event()
-    truth = versions["v1"].retrieve(asked, "image", 4)
+    memory, queries, stop = Memory(versions["v1"]), unit_rows(3, 16, 5), threading.Event()
+    truth = versions["v1"].retrieve(queries, "image", 4)
     answered = {"v1": 0, "v2": 0}
     trouble: list[object] = []
 
@@ -51,7 +54,7 @@ def test_searches_during_swaps_never_mix(tmp_path: Path) -> None:
         while not stop.is_set():
             pinned = memory.current
             version = pinned.manifest.version
-            found = pinned.retrieve(asked, "image", 4)
+            found = pinned.retrieve(queries, "image", 4)
             if not (
                 np.array_equal(found.ids, truth.ids) and np.array_equal(found.values, sign[version] * truth.values)
             ):
@@ -74,18 +77,18 @@ def test_searches_during_swaps_never_mix(tmp_path: Path) -> None:
     assert trouble == []
 
 
-def test_many_swaps_leave_one_snapshot_and_no_maps(tmp_path: Path) -> None:
+def test_many_swaps_leave_one_snapshot_and_no_mapped_files(tmp_path: Path) -> None:
     from index_store.store import Store
     from index_store.tests.support.small import ENCODER
 
     marked(tmp_path, "v1", 1)
     marked(tmp_path, "v2", -1)
-    store, asked = Store(tmp_path), unit_rows(2, 16, 1)
+    store, queries = Store(tmp_path), unit_rows(2, 16, 1)
     memory = Memory(store.open("things", "v1", encoder=ENCODER))
     mapped = Path("/proc/self/maps")
     before = mapped.read_text().count(str(tmp_path)) if mapped.exists() else 0
     for turn in range(40):
         memory.swap(store.open("things", f"v{turn % 2 + 1}", encoder=ENCODER))
-        memory.current.retrieve(asked, "text", 3)
+        memory.current.retrieve(queries, "text", 3)
     assert Snapshot.count_open()["things"] == 1
     assert (mapped.read_text().count(str(tmp_path)) if mapped.exists() else 0) == before

@@ -41,8 +41,8 @@ def expected_pairs(name: str, version: str) -> Oracle:
 
 def assert_searches_agree(oracle: Oracle, snapshot: Snapshot, pairs: Pairs) -> None:
     for k in (1, 7, 60):
-        oracle.agrees(snapshot, unit_rows(5, pairs.keys("image").shape[1], seed=3), "image", k)
-        oracle.agrees(snapshot, unit_rows(5, 16, seed=4), "text", k)
+        oracle.assert_agrees(snapshot, unit_rows(5, pairs.keys("image").shape[1], seed=3), "image", k)
+        oracle.assert_agrees(snapshot, unit_rows(5, 16, seed=4), "text", k)
 
 
 def file_digests(root: Path) -> dict[str, str]:

@@ -27,7 +27,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path)
 
 
-def test_lists_what_is_finished(store: Store) -> None:
+def test_only_finished_versions_are_listed(store: Store) -> None:
     build_memory(store.root, some_pairs(5), "v1", name="animals")
     (store.root / "things" / "v4").mkdir()
     (store.root / "things" / ".v5.partial").mkdir()
@@ -39,7 +39,7 @@ def test_lists_what_is_finished(store: Store) -> None:
         store.path("things", "v4")
 
 
-def test_an_empty_place_is_an_empty_store(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_empty_store(tmp_path: Path) -> None:
     store = Store(tmp_path / "nowhere")
     assert store.names() == []
     with pytest.raises(UnknownMemory, match="no memory 'things' here, there is none at all"):
@@ -60,7 +60,7 @@ def test_current_and_previous(store: Store) -> None:
     assert store.manifest("things").version == "v3"
 
 
-def test_activating_the_unknown_changes_nothing(store: Store) -> None:
+def test_activating_an_unknown_version_changes_nothing(store: Store) -> None:
     store.activate("things", "v1")
     with pytest.raises(UnknownVersion):
         store.activate("things", "v9")
@@ -78,7 +78,7 @@ def test_a_damaged_pointer_is_refused_and_repaired_by_activating(store: Store, t
     assert (store.current("things"), store.previous("things")) == ("v2", None)
 
 
-def test_a_pointer_to_nothing(store: Store) -> None:
+def test_a_pointer_to_a_missing_version(store: Store) -> None:
     (store.root / "things" / "CURRENT").write_text("v9\n")
     with pytest.raises(UnknownVersion, match="v9"):
         store.open("things", encoder=ENCODER)
@@ -102,7 +102,7 @@ def test_a_path_is_not_a_name(store: Store, name: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["CURRENT", "current"])
-def test_no_version_is_called_like_the_pointer(store: Store, version: str) -> None:
+def test_no_version_has_the_name_of_the_pointer_file(store: Store, version: str) -> None:
     with pytest.raises(NameRefused, match="pointer"):
         build_memory(store.root, some_pairs(3), version)
 
@@ -114,7 +114,7 @@ def test_another_encoder_is_refused(store: Store) -> None:
         store.open("things", "v1", encoder="tiny/test@ffff")
 
 
-def test_version_names_count_on(tmp_path: Path) -> None:
+def test_next_version_names_sort_by_time(tmp_path: Path) -> None:
     store, day = Store(tmp_path), datetime(2026, 11, 22, tzinfo=UTC)
     folder = tmp_path / "things"
     labels = []
@@ -129,7 +129,7 @@ def test_version_names_count_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("then", ["delete another", "build it again"])
-def test_a_deletion_that_was_killed_is_finished_by_what_comes_next(
+def test_a_killed_deletion_is_finished_by_the_next_delete_or_build(
     store: Store, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
     store.activate("things", "v3")
@@ -162,7 +162,7 @@ def test_the_name_of_a_deleted_version_is_not_used_again(tmp_path: Path) -> None
     assert store.next_version("things", day) == "2026-11-22d"
 
 
-def test_pruning_goes_by_when_a_version_was_built_whatever_it_is_called(tmp_path: Path) -> None:
+def test_pruning_goes_by_build_time_not_by_name(tmp_path: Path) -> None:
     store, built_at = Store(tmp_path), ["2026-11-23", "2026-11-26", "2026-11-24", "2026-11-25"]
     for version, day in zip(("monday", "friday", "wednesday", "tuesday"), built_at, strict=True):
         manifest = build_memory(tmp_path, some_pairs(5), version)
@@ -182,13 +182,13 @@ def test_pruning_keeps_the_later_of_two_versions_of_one_second(tmp_path: Path) -
     assert store.prune("things", 1) == ["z"]
 
 
-def test_pruning_leaves_alone_what_it_cannot_read(store: Store) -> None:
+def test_pruning_keeps_unreadable_versions(store: Store) -> None:
     (store.root / "things" / "v1" / "manifest.json").write_text("{}")
     assert store.prune("things", 1) == ["v2"]
     assert store.versions("things") == ["v1", "v3"]
 
 
-def test_readers_never_see_half_a_pointer(store: Store) -> None:
+def test_readers_never_see_a_half_written_pointer(store: Store) -> None:
     store.activate("things", "v1")
     stop, trouble = threading.Event(), []
 
@@ -214,7 +214,7 @@ def test_readers_never_see_half_a_pointer(store: Store) -> None:
     assert not list((store.root / "things").glob("*fresh*"))
 
 
-def test_writers_of_one_pointer_take_turns(store: Store) -> None:
+def test_concurrent_activations_keep_a_valid_pointer(store: Store) -> None:
     def write(version: str) -> None:
         for _ in range(20):
             Store(store.root).activate("things", version)

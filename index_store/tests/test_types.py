@@ -59,7 +59,7 @@ REFUSALS: dict[str, tuple[Callable[[Pairs], dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize(("value", "length"), [(np.nan, "nan"), (np.inf, "inf")])
-def test_what_is_not_finite_is_called_so_in_float16_too(value: float, length: str) -> None:
+def test_rows_that_are_not_finite_are_named_in_float16_too(value: float, length: str) -> None:
     rows = unit_rows(60, 512, 0).astype(np.float16)
     rows[7, 100] = value
     with pytest.raises(PairsRefused, match=f"image vectors: row 7 has length {length}, not 1"):
@@ -67,7 +67,7 @@ def test_what_is_not_finite_is_called_so_in_float16_too(value: float, length: st
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_bad_rows_are_refused_where_pairs_are_born(case: str) -> None:
+def test_bad_rows_are_refused_at_construction(case: str) -> None:
     change, message = REFUSALS[case]
     pairs = some_pairs()
     with pytest.raises(PairsRefused, match=message) as refused:

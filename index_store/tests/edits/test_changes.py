@@ -14,7 +14,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory, **options: object) -> obj
 
 
 @pytest.mark.parametrize("options", [{}, {"ints": True}, {"key_width": 24}])
-def test_a_put_comes_back_as_it_went(tmp_path_factory: pytest.TempPathFactory, options: dict[str, object]) -> None:
+def test_a_put_survives_encoding(tmp_path_factory: pytest.TempPathFactory, options: dict[str, object]) -> None:
     pairs, found = some_pairs(7, **options), manifest(tmp_path_factory, **options)  # type: ignore[arg-type]
     put = make_put(pairs, found, pairs.ids.dtype.kind.replace("U", "S"))  # type: ignore[arg-type]
     again = decode_change(put.encode())
@@ -30,14 +30,14 @@ def test_a_put_comes_back_as_it_went(tmp_path_factory: pytest.TempPathFactory, o
 
 
 @pytest.mark.parametrize("ids", [["a", "ä" * 80, "日本"], [-(2**63), 0, 2**63 - 1]])
-def test_a_delete_comes_back_as_it_went(ids: list[Id]) -> None:
+def test_a_delete_survives_encoding(ids: list[Id]) -> None:
     stored = encode_ids(ids, "i" if isinstance(ids[0], int) else "S", "things@v1")
     again = decode_change(Delete(stored).encode())
     assert isinstance(again, Delete)
     np.testing.assert_array_equal(again.ids, stored)
 
 
-def test_bytes_that_are_no_change(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_other_bytes_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
     change: Change = make_put(some_pairs(3), manifest(tmp_path_factory), "S")  # type: ignore[arg-type]
     whole = change.encode()
     for wrong in (b"", whole[:3], whole[:30], whole[:-1], whole + b"x", b"\2\0\0\0{}", b"\2\0\0\0[]"):
@@ -64,12 +64,14 @@ def test_bytes_that_are_no_change(tmp_path_factory: pytest.TempPathFactory) -> N
         ),
     ],
 )
-def test_pairs_of_another_kind(tmp_path_factory: pytest.TempPathFactory, pairs: Pairs, message: str) -> None:
+def test_pairs_of_another_kind_are_refused(
+    tmp_path_factory: pytest.TempPathFactory, pairs: Pairs, message: str
+) -> None:
     with pytest.raises(PairsRefused, match=re.escape(message)):
         make_put(pairs, manifest(tmp_path_factory), "S")  # type: ignore[arg-type]
 
 
-def test_numbers_may_come_as_text() -> None:
+def test_integer_ids_may_be_given_as_text() -> None:
     assert encode_ids(["12", -3, "0"], "i", "things@v1").tolist() == [12, -3, 0]
     for wrong in ("x", "1.0", "", str(2**63), True, 2**64, " 1"):
         with pytest.raises(PairsRefused, match="whole numbers of 64 bits"):

@@ -1,4 +1,4 @@
-"""The write-ahead log cut, flipped and starved at every byte."""
+"""The journal truncated, corrupted and refused disk space at every byte."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ from index_store.edits.journal import HEADER, RECORD_HEADER, Journal, read_recor
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, StoreBusy, StoreUnwritable
 from index_store.tests.support.child_process import tiny_disk
 
-SEAL, OTHER = "5e" * 32, "0d" * 32
+MANIFEST, OTHER_MANIFEST = "5e" * 32, "0d" * 32
 PAYLOADS = [b"first" * 7, b"", b"third, a longer one" * 5, b"last" * 4]
 
 
@@ -29,8 +29,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "v1.journal"
 
 
-def written(path: Path, payloads: list[bytes] = PAYLOADS) -> bytes:
-    journal = Journal.open(path, SEAL)
+def write_journal(path: Path, payloads: list[bytes] = PAYLOADS) -> bytes:
+    journal = Journal.open(path, MANIFEST)
     for payload in payloads:
         journal.append(payload)
     journal.close()
@@ -38,36 +38,36 @@ def written(path: Path, payloads: list[bytes] = PAYLOADS) -> bytes:
 
 
 def read(path: Path, start: int = HEADER.size) -> list[bytes]:
-    return [payload for _, payload in read_records(path, SEAL, start)]
+    return [payload for _, payload in read_records(path, MANIFEST, start)]
 
 
-def test_what_was_appended_is_read_in_order(path: Path) -> None:
+def test_records_are_read_in_order(path: Path) -> None:
     assert read(path) == []
-    written(path)
+    write_journal(path)
     assert read(path) == PAYLOADS
-    again = Journal.open(path, SEAL)
+    again = Journal.open(path, MANIFEST)
     assert (again.edits, again.size) == (4, path.stat().st_size)
     again.append(b"more")
     assert read(path) == [*PAYLOADS, b"more"]
-    ends = [end for end, _ in read_records(path, SEAL)]
+    ends = [end for end, _ in read_records(path, MANIFEST)]
     assert ends[-1] == again.size == path.stat().st_size
     assert read(path, ends[2]) == [PAYLOADS[3], b"more"]
     assert [entry.name for entry in path.parent.iterdir()] == ["v1.journal"]
 
 
-def test_created_with_what_is_carried_over(path: Path) -> None:
-    journal = Journal.create(path, SEAL, PAYLOADS)
+def test_a_journal_created_with_records(path: Path) -> None:
+    journal = Journal.create(path, MANIFEST, PAYLOADS)
     journal.append(b"more")
     assert (journal.edits, journal.size) == (5, path.stat().st_size)
     assert read(path) == [*PAYLOADS, b"more"]
     with pytest.raises(StoreBusy, match=r"v1.journal exists already"):
-        Journal.create(path, SEAL, [])
+        Journal.create(path, MANIFEST, [])
     journal.remove()
     assert not path.exists()
 
 
-def test_cut_at_every_byte_of_the_last_record(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    whole = written(path)
+def test_truncation_at_every_byte_of_the_last_record(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = write_journal(path)
     start = len(whole) - RECORD_HEADER.size - len(PAYLOADS[-1])
     for size in range(start, len(whole)):
         path.write_bytes(whole[:size])
@@ -75,7 +75,7 @@ def test_cut_at_every_byte_of_the_last_record(path: Path, caplog: pytest.LogCapt
         assert path.stat().st_size == size, "readers repair nothing"
         caplog.clear()
         with caplog.at_level(logging.WARNING, "reco"):
-            journal = Journal.open(path, SEAL)
+            journal = Journal.open(path, MANIFEST)
         torn = size - start
         assert [record.getMessage() for record in caplog.records] == (
             [f"{path.parent.name}/v1.journal: the last {torn} bytes were no whole record, dropped: 3 edits stand"]
@@ -87,15 +87,15 @@ def test_cut_at_every_byte_of_the_last_record(path: Path, caplog: pytest.LogCapt
         assert read(path) == [*PAYLOADS[:-1], b"after"]
 
 
-def test_a_flipped_byte_is_refused_or_was_the_last_record(path: Path) -> None:
-    whole = written(path)
+def test_a_flipped_byte_is_refused_unless_in_the_last_record(path: Path) -> None:
+    whole = write_journal(path)
     last = len(whole) - RECORD_HEADER.size - len(PAYLOADS[-1])
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
         if place >= last:
             assert read(path) == PAYLOADS[:-1]
             continue
-        for look in (read, lambda path: Journal.open(path, SEAL)):
+        for look in (read, lambda path: Journal.open(path, MANIFEST)):
             with pytest.raises(DamagedVersion, match=r"v1\.journal") as refused:
                 look(path)
             assert "\n" not in str(refused.value)
@@ -105,27 +105,27 @@ def test_a_flipped_byte_is_refused_or_was_the_last_record(path: Path) -> None:
         assert found is None or int(found[1]) <= place < int(found[2])
 
 
-def test_zeros_that_a_power_cut_left(path: Path) -> None:
-    whole = written(path)
+def test_zeros_left_by_a_power_cut_are_truncated(path: Path) -> None:
+    whole = write_journal(path)
     path.write_bytes(whole + bytes(4096))
     assert read(path) == PAYLOADS
-    Journal.open(path, SEAL).close()
+    Journal.open(path, MANIFEST).close()
     assert path.read_bytes() == whole
 
 
-def test_a_payload_that_looks_like_a_record_is_none(path: Path, tmp_path: Path) -> None:
+def test_a_journal_inside_a_payload_is_no_record(path: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    strange = written(tmp_path / "other" / "v1.journal")
-    whole = written(path, [b"one", strange])
+    strange = write_journal(tmp_path / "other" / "v1.journal")
+    whole = write_journal(path, [b"one", strange])
     path.write_bytes(whole[:-1])
     assert read(path) == [b"one"]
 
 
-def test_a_head_that_is_not_ours(path: Path) -> None:
-    written(path)
+def test_other_headers_are_refused(path: Path) -> None:
+    write_journal(path)
     for look in (Journal.open, lambda path, seal: list(read_records(path, seal))):
         with pytest.raises(DamagedVersion, match="another build of this version"):
-            look(path, OTHER)
+            look(path, OTHER_MANIFEST)
     whole = path.read_bytes()
     for size in (0, 7, HEADER.size - 1):
         path.write_bytes(whole[:size])
@@ -142,19 +142,19 @@ def test_a_head_that_is_not_ours(path: Path) -> None:
 
 
 def test_one_writer_at_a_time(path: Path) -> None:
-    journal = Journal.open(path, SEAL)
+    journal = Journal.open(path, MANIFEST)
     with pytest.raises(StoreBusy, match=r"v1\.journal is being written by another process"):
-        Journal.open(path, SEAL)
+        Journal.open(path, MANIFEST)
     journal.append(b"one")
     journal.close()
-    Journal.open(path, SEAL).close()
+    Journal.open(path, MANIFEST).close()
 
 
 @pytest.mark.parametrize("trouble", ["a hole", "no room"])
-def test_a_writer_that_was_refused_keeps_no_lock(path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
+def test_a_failed_open_keeps_no_lock(path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
     refused = []
     if trouble == "a hole":
-        whole = written(path)
+        whole = write_journal(path)
         flipped = bytes([whole[HEADER.size] ^ 0x10])
         path.write_bytes(whole[: HEADER.size] + flipped + whole[HEADER.size + 1 :])
     else:
@@ -163,12 +163,12 @@ def test_a_writer_that_was_refused_keeps_no_lock(path: Path, monkeypatch: pytest
         )
     for _ in range(2):
         with pytest.raises((DamagedVersion, StoreUnwritable)) as found:
-            Journal.open(path, SEAL)
-        refused.append(found.value)  # as a service keeps the reason why a memory is not served
+            Journal.open(path, MANIFEST)
+        refused.append(found.value)  # a service keeps this exception, and its traceback, too
     assert len({type(error) for error in refused}) == 1
 
 
-def test_on_the_disk_before_it_is_acknowledged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_are_synced_before_append_returns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int | str] = []
     real = os.fsync
 
@@ -178,14 +178,14 @@ def test_on_the_disk_before_it_is_acknowledged(path: Path, monkeypatch: pytest.M
         synced.append("folder" if stat.S_ISDIR(found.st_mode) else found.st_size)
 
     monkeypatch.setattr(os, "fsync", watched)
-    journal = Journal.open(path, SEAL)
+    journal = Journal.open(path, MANIFEST)
     assert synced == [HEADER.size, "folder"]
     journal.append(b"four")
     assert synced[2:] == [path.stat().st_size]
 
 
-def test_a_disk_that_loses_writes_is_not_trusted_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = Journal.open(path, SEAL)
+def test_after_a_failed_truncation_appends_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal.open(path, MANIFEST)
     journal.append(b"one")
 
     def failing(descriptor: int) -> None:
@@ -220,7 +220,7 @@ journal.append(b"z" * 100)
 """
 
 
-def test_a_file_that_may_not_grow(path: Path) -> None:
+def test_an_append_beyond_the_file_size_limit(path: Path) -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, cwd=root, check=True)
@@ -236,9 +236,9 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
         yield root
 
 
-def test_a_full_disk(full_disk: Path) -> None:
+def test_an_append_on_a_full_disk(full_disk: Path) -> None:
     path = full_disk / "v1.journal"
-    journal = Journal.open(path, SEAL)
+    journal = Journal.open(path, MANIFEST)
     journal.append(b"x" * 20_000)
     (full_disk / "ballast").write_bytes(bytes(20_000))
     with pytest.raises(StoreUnwritable, match="No space left on device; free some room"):
@@ -249,15 +249,15 @@ def test_a_full_disk(full_disk: Path) -> None:
     assert read(path) == [b"x" * 20_000, b"z" * 20_000]
 
 
-def test_records_that_arrive_while_the_end_is_looked_at(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two more records behind what looked like the end are no hole in the journal."""
+def test_records_appended_while_a_reader_checks_the_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records appended behind what looked like the end are not mistaken for a hole."""
     from index_store.edits import journal as module
 
-    writer, real, late = Journal.open(path, SEAL), module._read_payload, [b"two", b"three"]
+    writer, real, late = Journal.open(path, MANIFEST), module._read_payload, [b"two", b"three"]
     writer.append(b"one")
 
-    def slow(file: Any, mark: bytes) -> bytes | None:
-        found = real(file, mark)
+    def slow(file: Any, marker: bytes) -> bytes | None:
+        found = real(file, marker)
         while found is None and late:
             writer.append(late.pop(0))
         return found
@@ -266,9 +266,9 @@ def test_records_that_arrive_while_the_end_is_looked_at(path: Path, monkeypatch:
     assert read(path) == [b"one", b"two", b"three"]
 
 
-def test_reading_while_it_is_written(path: Path) -> None:
-    """No lock, no false alarm: a reader sees whole records only, and never fewer than before."""
-    journal, done, seen = Journal.open(path, SEAL), threading.Event(), [0]
+def test_a_reader_beside_a_writer(path: Path) -> None:
+    """Without a lock, a reader sees complete records only, and never fewer than before."""
+    journal, done, seen = Journal.open(path, MANIFEST), threading.Event(), [0]
     trouble: list[object] = []
 
     def watch() -> None:

@@ -26,7 +26,7 @@ def test_a_bound_is_never_below_the_score(kind: str) -> None:
         assert (bounds >= queries @ rows.T).all()
 
 
-def test_it_is_tight_where_rows_differ_in_few_directions() -> None:
+def test_bounds_are_tight_where_rows_differ_in_few_directions() -> None:
     rows = rows_of("few directions")
     sketch = BoundProjection(rows)
     assert sketch.width == 64 // WIDTH_REDUCTION + 1
@@ -34,17 +34,17 @@ def test_it_is_tight_where_rows_differ_in_few_directions() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 7, 8])
-def test_narrow_rows(width: int) -> None:
+def test_bounds_of_narrow_rows(width: int) -> None:
     rows = unit_rows(50, width, 0)
     sketch = BoundProjection(rows)
     assert (sketch.project(rows) @ sketch.project(rows).T >= rows @ rows.T - 1e-6).all()
 
 
 @pytest.mark.parametrize(
-    ("n", "width", "queries"), [(0, 8, 2), (5, 8, 0), (1000, 65, 1), (1023, 512, 33), (40, 9000, 70)]
+    ("n", "width", "count"), [(0, 8, 2), (5, 8, 0), (1000, 65, 1), (1023, 512, 33), (40, 9000, 70)]
 )
-def test_products_in_blocks(n: int, width: int, queries: int) -> None:
-    rows, asked = unit_rows(n, width, 0), unit_rows(queries, width, 1)
-    found = inner_products(rows, asked)
+def test_inner_products_in_blocks(n: int, width: int, count: int) -> None:
+    rows, queries = unit_rows(n, width, 0), unit_rows(count, width, 1)
+    found = inner_products(rows, queries)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, rows @ asked.T, atol=1e-6)
+    np.testing.assert_allclose(found, rows @ queries.T, atol=1e-6)

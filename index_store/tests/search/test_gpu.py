@@ -1,4 +1,4 @@
-"""The path of GPU clones, run with clones in host memory; brute force over the originals is the oracle."""
+"""GPU clones, run with clones in host memory and compared with the original indexes."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -21,14 +21,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "flat shards": {"index": "Flat", "shard_pairs": 70},
     "lists": {"index": "IVF4,SQfp16", "shard_pairs": 90},
     "lists and a short flat shard": {"index": "IVF4,SQfp16", "shard_pairs": 199},
-    "codes compared once more": {"index": "PQ4x4,RFlat", "shard_pairs": 100, "recall_floor": 0.5},
-    "lists of codes compared once more": {"index": "IVF4,PQ4x4,RFlat", "shard_pairs": 100, "recall_floor": 0.5},
+    "codes compared again": {"index": "PQ4x4,RFlat", "shard_pairs": 100, "recall_floor": 0.5},
+    "lists of codes compared again": {"index": "IVF4,PQ4x4,RFlat", "shard_pairs": 100, "recall_floor": 0.5},
     "lists behind a transform": {"index": "PCAR16,IVF4,Flat", "shard_pairs": 100, "recall_floor": 0.5},
 }
 
 
-def pair_of(root: Path, **options: Any) -> tuple[Snapshot, Snapshot]:
-    """The same version, mapped and cloned."""
+def open_mapped_and_cloned(root: Path, **options: Any) -> tuple[Snapshot, Snapshot]:
+    """One version opened twice, with mapped and with cloned indexes."""
     build_memory(root, some_pairs(200), **options)
     return Store(root).open("things", "v1", encoder=ENCODER), Store(root).open(
         "things", "v1", encoder=ENCODER, devices=[HOST_MEMORY, HOST_MEMORY]
@@ -36,9 +36,9 @@ def pair_of(root: Path, **options: Any) -> tuple[Snapshot, Snapshot]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_clones_answer_as_the_originals(tmp_path: Path, recipe: str) -> None:
-    plain, cloned = pair_of(tmp_path, **RECIPES[recipe])
-    asked = unit_rows(9, 16, 5)
+def test_clones_return_the_results_of_the_originals(tmp_path: Path, recipe: str) -> None:
+    plain, cloned = open_mapped_and_cloned(tmp_path, **RECIPES[recipe])
+    queries = unit_rows(9, 16, 5)
     for params in (
         SearchParams(),
         SearchParams(probes=1),
@@ -47,15 +47,15 @@ def test_clones_answer_as_the_originals(tmp_path: Path, recipe: str) -> None:
         SearchParams(exclude=[["pair-3"]] * 9),
     ):
         for k in (1, 10, 200, 205):
-            one, two = plain.retrieve(asked, "image", k, params), cloned.retrieve(asked, "image", k, params)
+            one, two = plain.retrieve(queries, "image", k, params), cloned.retrieve(queries, "image", k, params)
             np.testing.assert_array_equal(one.ids, two.ids)
             np.testing.assert_allclose(one.scores, two.scores, atol=1e-6)
     assert cloned.check_recall() == plain.check_recall()
     assert cloned.bytes["resident"] == 0
 
 
-class Watched:
-    """An index that remembers which threads touched it."""
+class ThreadRecorder:
+    """An index that records the threads which search and free it."""
 
     def __init__(self, index: faiss.Index, threads: list[str]) -> None:
         self._index, self._threads = index, threads
@@ -68,38 +68,38 @@ class Watched:
         self._threads.append(f"freed on {threading.current_thread().name}")
 
 
-def test_searches_and_frees_happen_on_the_owners_thread_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_searching_and_freeing_happen_on_the_device_thread_only(monkeypatch: pytest.MonkeyPatch) -> None:
     index, threads = faiss.IndexFlatIP(16), list[str]()
     index.add(unit_rows(50, 16, 0))
-    monkeypatch.setattr(DeviceThread, "clone", lambda _, original: Watched(original, threads))
+    monkeypatch.setattr(DeviceThread, "clone", lambda _, original: ThreadRecorder(original, threads))
     clone = ClonedIndex(index, DeviceThread.get(HOST_MEMORY))
     with ThreadPoolExecutor(8) as callers:
         begun = [callers.submit(clone.search, unit_rows(3, 16, seed), 5) for seed in range(40)]
         found = [search.result() for search in begun]
     np.testing.assert_array_equal(found[7][1], index.search(unit_rows(3, 16, 7), 5)[1])
     del clone, begun
-    DeviceThread.get(HOST_MEMORY).submit(lambda: None).result()  # behind the freeing
+    DeviceThread.get(HOST_MEMORY).submit(lambda: None).result()  # waits until the clone is freed
     assert threads == ["device--1_0"] * 40 + ["freed on device--1_0"]
 
 
-def test_more_rows_than_a_gpu_returns_are_scanned(tmp_path: Path) -> None:
+def test_a_search_for_more_rows_than_a_gpu_returns_is_a_scan(tmp_path: Path) -> None:
     pairs = some_pairs(2500)
     build_memory(tmp_path, pairs, index="IVF4,SQfp16", shard_pairs=1300)
     cloned = Store(tmp_path).open("things", "v1", encoder=ENCODER, devices=[HOST_MEMORY])
-    asked = unit_rows(2, 16, 5)
-    found = cloned.retrieve(asked, "image", 2100, SearchParams(probes=1))
+    queries = unit_rows(2, 16, 5)
+    found = cloned.retrieve(queries, "image", 2100, SearchParams(probes=1))
     np.testing.assert_array_equal(
-        found.ids, pairs.ids[np.argsort(-(asked @ pairs.image.T), axis=1, kind="stable")[:, :2100]]
+        found.ids, pairs.ids[np.argsort(-(queries @ pairs.image.T), axis=1, kind="stable")[:, :2100]]
     )
 
 
-def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+def test_an_unknown_gpu_is_refused(tmp_path: Path) -> None:
     build_memory(tmp_path, some_pairs(20))
     with pytest.raises(DeviceRefused, match=r"device 99 is not there, faiss sees \d+ GPUs"):
         Store(tmp_path).open("things", "v1", encoder=ENCODER, devices=[99])
 
 
-def test_an_index_that_cannot_be_cloned(tmp_path: Path) -> None:
+def test_an_index_that_cannot_be_cloned_is_refused(tmp_path: Path) -> None:
     build_memory(tmp_path, some_pairs(200), index="L2norm,Flat")
     with pytest.raises(
         DeviceRefused, match=r"an index of 200 rows cannot be put on device -1 \(clone not supported"

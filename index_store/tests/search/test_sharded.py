@@ -1,4 +1,4 @@
-"""Exclusion, thresholds and masks against brute force, on memories with crowds of near-duplicates."""
+"""Filtered searches against brute force, on memories with many near-duplicates."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -17,8 +17,8 @@ from index_store.types import Id, Pairs
 N, D = 400, 8
 
 
-def crowded(ints: bool) -> Pairs:
-    """Half of the images are near-copies of image 0, in one crowd: a threshold must reach far beyond k."""
+def near_duplicates(ints: bool) -> Pairs:
+    """Pairs half of whose images are near-copies of image 0, so that filters reject many rows."""
     plain = some_pairs(N, D, ints=ints)
     image = plain.image.copy()
     image[: N // 2] = normalize(image[0] + 0.02 * unit_rows(N // 2, D, 7)).astype(np.float16)
@@ -27,7 +27,7 @@ def crowded(ints: bool) -> Pairs:
 
 @pytest.fixture(scope="module", params=["flat", "flat shards", "lists", "ints"])
 def memory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pairs, Snapshot]:
-    pairs = crowded(request.param == "ints")
+    pairs = near_duplicates(request.param == "ints")
     index = "IVF4,Flat" if request.param == "lists" else "Flat"
     shard_pairs = 90 if request.param == "flat shards" else N
     return pairs, open_memory(tmp_path_factory.mktemp("store"), pairs, index=index, shard_pairs=shard_pairs)
@@ -36,7 +36,10 @@ def memory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def expected(
     pairs: Pairs, query: np.ndarray, k: int, ceiling: float, exclude: Collection[Id]
 ) -> tuple[list[Id], np.ndarray, bool]:
-    """Brute force for one query; the last says whether rounding could decide otherwise at a threshold."""
+    """Ids and scores by brute force for one query, and whether a score is at the threshold.
+
+    There, rounding may decide either way.
+    """
     scores = (pairs.image @ query).astype(np.float64)
     close = bool((np.abs(scores - ceiling) < 1e-5).any())
     allowed = (scores <= ceiling) & ~np.isin(pairs.ids, list(exclude))
@@ -47,7 +50,7 @@ def expected(
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_k_neighbours_come_back_where_k_remain(memory: tuple[Pairs, Snapshot], data: st.DataObject) -> None:
+def test_filtered_searches_agree_with_brute_force(memory: tuple[Pairs, Snapshot], data: st.DataObject) -> None:
     pairs, snapshot = memory
     batch, k = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 5, 20, N]))
     some = st.lists(st.integers(0, N - 1), max_size=30).map(lambda rows: pairs.ids[rows].tolist())
@@ -81,7 +84,7 @@ def test_k_neighbours_come_back_where_k_remain(memory: tuple[Pairs, Snapshot], d
         )
 
 
-def test_one_threshold_for_all_or_one_for_each(memory: tuple[Pairs, Snapshot]) -> None:
+def test_max_similarity_for_all_queries_or_per_query(memory: tuple[Pairs, Snapshot]) -> None:
     pairs, snapshot = memory
     queries = pairs.image[[0, 300]]
     one = snapshot.retrieve(queries, "image", 5, SearchParams(probes=4, max_similarity=0.5))
@@ -92,7 +95,7 @@ def test_one_threshold_for_all_or_one_for_each(memory: tuple[Pairs, Snapshot]) -
     assert each.ids[1, 0] == pairs.ids[300]
 
 
-def test_a_crowd_wider_than_any_index_search_is_scanned(tmp_path: Path) -> None:
+def test_more_filtered_rows_than_any_index_search_returns(tmp_path: Path) -> None:
     n = 6000
     pairs = some_pairs(n, D)
     image = pairs.image.copy()
@@ -103,7 +106,7 @@ def test_a_crowd_wider_than_any_index_search_is_scanned(tmp_path: Path) -> None:
     assert set(found.ids[0, :3].tolist()) == set(pairs.ids[-3:].tolist())
 
 
-def test_lists_of_any_length_exclude_what_they_name(tmp_path: Path) -> None:
+def test_exclusion_lists_below_and_above_the_broadcast_limit(tmp_path: Path) -> None:
     pairs = some_pairs(100, D)
     snapshot = open_memory(tmp_path, pairs)
     lists = [
@@ -119,7 +122,7 @@ def test_lists_of_any_length_exclude_what_they_name(tmp_path: Path) -> None:
         assert found.ids[row].tolist() == pairs.ids[np.argsort(-scores)[:20]].tolist()
 
 
-def test_everything_excluded_is_no_neighbour(tmp_path: Path) -> None:
+def test_all_ids_excluded(tmp_path: Path) -> None:
     pairs = some_pairs(12, D)
     snapshot = open_memory(tmp_path, pairs)
     params = SearchParams(exclude=[pairs.ids.tolist(), pairs.ids[:10].tolist()])
@@ -128,21 +131,21 @@ def test_everything_excluded_is_no_neighbour(tmp_path: Path) -> None:
     assert not found.values[0].any()
 
 
-def test_ids_that_are_not_here_exclude_nothing(tmp_path: Path) -> None:
+def test_unknown_ids_exclude_nothing(tmp_path: Path) -> None:
     words, numbers = (
         open_memory(tmp_path, some_pairs(9, D)),
         open_memory(tmp_path, some_pairs(9, D, ints=True), name="numbers"),
     )
-    asked = some_pairs(9, D).image[:1]
-    plain = words.retrieve(asked, "image", 3).ids[0].tolist()
+    queries = some_pairs(9, D).image[:1]
+    plain = words.retrieve(queries, "image", 3).ids[0].tolist()
     strange: list[Id] = ["pair-0" + "x" * 500, "pair-0\0", "\udc80", "", 7, 2**80, "pair"]
-    assert words.retrieve(asked, "image", 3, SearchParams(exclude=[strange])).ids[0].tolist() == plain
-    nearest = numbers.retrieve(asked, "image", 3).ids[0].tolist()
+    assert words.retrieve(queries, "image", 3, SearchParams(exclude=[strange])).ids[0].tolist() == plain
+    nearest = numbers.retrieve(queries, "image", 3).ids[0].tolist()
     assert nearest[0] == 0
     for none in ("00x", "0.0", "", "9" * 30, str(2**63), 2**80):
-        assert numbers.retrieve(asked, "image", 3, SearchParams(exclude=[[none]])).ids[0].tolist() == nearest
+        assert numbers.retrieve(queries, "image", 3, SearchParams(exclude=[[none]])).ids[0].tolist() == nearest
     for zero in (0, "0"):  # a form can only send text
-        assert numbers.retrieve(asked, "image", 2, SearchParams(exclude=[[zero]])).ids[0].tolist() == nearest[1:]
+        assert numbers.retrieve(queries, "image", 2, SearchParams(exclude=[[zero]])).ids[0].tolist() == nearest[1:]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from index_store.errors import StoreUnwritable
 from index_store.storage.atomic import BLOCK_BYTES, file_digest, first_difference, replace_text, translate_write_errors
 
 
-def test_digest_of_a_file(tmp_path: Path) -> None:
+def test_file_digest(tmp_path: Path) -> None:
     data = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(data)
     assert file_digest(tmp_path / "file") == {
@@ -21,7 +21,7 @@ def test_digest_of_a_file(tmp_path: Path) -> None:
     assert file_digest(tmp_path / "file") == {"sha256": hashlib.sha256(b"").hexdigest(), "bytes": 0, "crc32": ""}
 
 
-def test_a_large_file_has_a_sum_for_each_block(tmp_path: Path) -> None:
+def test_a_large_file_has_a_crc_per_block(tmp_path: Path) -> None:
     data = np.random.default_rng(0).bytes(2 * BLOCK_BYTES + 7)
     (tmp_path / "file").write_bytes(data)
     blocks = [data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES)]
@@ -42,13 +42,13 @@ def test_a_large_file_has_a_sum_for_each_block(tmp_path: Path) -> None:
         ),  # cut, or longer
     ],
 )
-def test_the_first_run_of_wrong_blocks(found: str, blocks: tuple[int, int] | None) -> None:
+def test_first_difference_is_the_first_run_of_wrong_blocks(found: str, blocks: tuple[int, int] | None) -> None:
     sums = ["".join(letter * 8 for letter in text) for text in (found, "abc")]
     where = None if blocks is None else (blocks[0] * BLOCK_BYTES, (blocks[1] + 1) * BLOCK_BYTES - 1)
     assert first_difference(*sums) == where
 
 
-def test_replace_text_leaves_no_trace(tmp_path: Path) -> None:
+def test_replace_text_leaves_no_temporary_file(tmp_path: Path) -> None:
     for text in ("one\n", "zwei ä\n"):
         replace_text(tmp_path / "file", text)
         assert (tmp_path / "file").read_text(encoding="utf-8") == text
@@ -70,13 +70,13 @@ def test_replace_text_leaves_no_trace(tmp_path: Path) -> None:
         (RuntimeError("plain"), "cannot write the rows: plain; free some room"),
     ],
 )
-def test_failures_to_write_become_one_line(error: Exception, message: str) -> None:
+def test_write_errors_become_one_line(error: Exception, message: str) -> None:
     with pytest.raises(StoreUnwritable) as refused, translate_write_errors("the rows"):
         raise error
     assert str(refused.value).startswith(message)
     assert "\n" not in str(refused.value)
 
 
-def test_other_errors_pass(tmp_path: Path) -> None:
+def test_other_errors_pass_through(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), translate_write_errors("the rows"):
         raise ZeroDivisionError

@@ -1,4 +1,4 @@
-"""Every file of a version missing, cut or altered by one bit; and versions whose sound files contradict each other."""
+"""Damaged versions: each file missing, truncated or altered, and intact files that disagree."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ FILES = [
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A version with every kind of file: two shards, keys of their own, indexes with lists."""
+    """A version with every kind of file: two shards, image keys, indexes with lists."""
     root = tmp_path_factory.mktemp("sound")
     build_memory(root, some_pairs(80, key_width=20), index="IVF2,Flat", shard_pairs=40)
     return root
@@ -46,7 +46,7 @@ def version(sound: Path, tmp_path: Path) -> Path:
 
 
 def reseal(version: Path, **changes: object) -> None:
-    """Make the manifest agree with the files as they are now, as a faulty builder would have."""
+    """Write a manifest with the checksums of the files as they are, as a faulty build would."""
     manifest = Manifest.from_json((version / MANIFEST_FILE).read_text())
     files = {name: file_digest(version / name) for name in manifest.files if (version / name).exists()}
     (version / MANIFEST_FILE).write_text(dataclasses.replace(manifest, files=files, **changes).to_json())  # type: ignore[arg-type]
@@ -58,7 +58,7 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(bytes(data))
 
 
-def folder_instead(path: Path) -> None:
+def replace_by_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
 
@@ -73,11 +73,11 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "bit at the header": lambda path: flip(path, 3),
     "bit in the middle": lambda path: flip(path, path.stat().st_size // 2),
     "bit at the end": lambda path: flip(path, -1),
-    "a folder instead": folder_instead,
+    "a folder instead": replace_by_folder,
 }
 
 
-def test_the_list_of_files_is_whole(sound: Path) -> None:
+def test_the_list_of_files_is_complete(sound: Path) -> None:
     version = sound / "things" / "v1"
     assert sorted(FILES) == sorted(str(path.relative_to(version)) for path in version.rglob("*") if path.is_file())
     assert Store(sound).open("things", "v1", encoder=ENCODER).check_recall()
@@ -96,27 +96,28 @@ def test_damage_is_refused_in_one_line_that_names_the_file(version: Path, file: 
     assert str(version.parent.parent) not in message
 
 
-def small_blocks(patch: pytest.MonkeyPatch) -> None:
-    """A checksum for every 64 bytes, as one of 16 MiB has for files a quarter of a million times as large."""
+def use_small_blocks(patch: pytest.MonkeyPatch) -> None:
+    """Use a CRC-32 per 64 bytes, not per 16 MiB, so that small files have many."""
     for owner in ("index_store.storage.atomic", "index_store.storage.manifest"):
         patch.setattr(f"{owner}.BLOCK_BYTES", 64)
     patch.setattr("index_store.storage.atomic.CHUNK_BYTES", 64)
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file != MANIFEST_FILE])
-def test_verifying_names_the_first_wrong_bytes_of_every_file(
+def test_verify_names_the_first_wrong_bytes_of_every_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    small_blocks(monkeypatch)
+    use_small_blocks(monkeypatch)
     build_memory(tmp_path, some_pairs(80, key_width=20), index="IVF2,Flat", shard_pairs=40)
     path = tmp_path / "things" / "v1" / file
     whole = path.read_bytes()
 
-    def named() -> tuple[int, int]:
+    def named_range() -> tuple[int, int]:
         with pytest.raises(DamagedVersion) as refused:
             Store(tmp_path).verify("things", "v1")
         found = re.search(
-            rf"^things@v1: {file} (?:has \d+ bytes, the manifest says {len(whole)}, and )?differs in bytes (\d+)-(\d+):",
+            rf"^things@v1: {file} (?:has \d+ bytes, the manifest says {len(whole)}, and )?"
+            r"differs in bytes (\d+)-(\d+):",
             str(refused.value),
         )
         assert found is not None, refused.value
@@ -124,11 +125,11 @@ def test_verifying_names_the_first_wrong_bytes_of_every_file(
 
     for place in (3, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
-        assert named() == (place // 64 * 64, min(place // 64 * 64 + 63, len(whole) - 1))
+        assert named_range() == (place // 64 * 64, min(place // 64 * 64 + 63, len(whole) - 1))
         path.write_bytes(whole[:place])
-        assert named() == (place // 64 * 64, len(whole) - 1)
+        assert named_range() == (place // 64 * 64, len(whole) - 1)
     path.write_bytes(whole + bytes(100))
-    assert named() == (len(whole) // 64 * 64, len(whole) + 99)
+    assert named_range() == (len(whole) // 64 * 64, len(whole) + 99)
     path.write_bytes(whole)
     Store(tmp_path).verify("things", "v1")
 
@@ -156,7 +157,7 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
 
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)
-def test_counts_that_disagree(version: Path, case: str) -> None:
+def test_contradicting_files_are_refused(version: Path, case: str) -> None:
     file, change = CONTRADICTIONS[case]
     forge(version, file, change)
     reseal(version)
@@ -166,7 +167,7 @@ def test_counts_that_disagree(version: Path, case: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_an_index_of_other_rows(version: Path, tmp_path: Path) -> None:
+def test_an_index_of_other_rows_is_refused(version: Path, tmp_path: Path) -> None:
     build_memory(tmp_path / "other", some_pairs(81, key_width=20), index="IVF2,Flat", shard_pairs=41)
     shutil.copy(
         tmp_path / "other" / "things" / "v1" / "shard-0000" / "image.faiss", version / "shard-0000" / "image.faiss"
@@ -178,7 +179,7 @@ def test_an_index_of_other_rows(version: Path, tmp_path: Path) -> None:
         Snapshot.open(version, encoder=ENCODER)
 
 
-def test_a_file_that_is_not_what_its_name_says(version: Path) -> None:
+def test_a_file_of_another_kind_is_refused(version: Path) -> None:
     for file in ("shard-0000/text.faiss", "shard-0000/ids.npy", "shard-0000/records.jsonl"):
         kept = (version / file).read_bytes()
         (version / file).write_bytes(b"" if file.endswith("jsonl") else b"not at all")
@@ -188,7 +189,7 @@ def test_a_file_that_is_not_what_its_name_says(version: Path) -> None:
         (version / file).write_bytes(kept)
 
 
-def test_shards_that_the_manifest_counts_otherwise(version: Path) -> None:
+def test_shards_with_other_counts_than_the_manifest_are_refused(version: Path) -> None:
     reseal(version, shards=[{"folder": "shard-0000", "pairs": 41}, {"folder": "shard-0001", "pairs": 39}])
     with pytest.raises(DamagedVersion, match="shard-0000/"):
         Snapshot.open(version, encoder=ENCODER)
@@ -197,7 +198,7 @@ def test_shards_that_the_manifest_counts_otherwise(version: Path) -> None:
         Snapshot.open(version, encoder=ENCODER)
 
 
-def test_a_newer_format_is_refused_before_anything_is_read(version: Path) -> None:
+def test_a_newer_format_is_refused_before_any_other_file_is_read(version: Path) -> None:
     shutil.rmtree(version / "shard-0000")
     fields = json.loads((version / MANIFEST_FILE).read_text())
     (version / MANIFEST_FILE).write_text(json.dumps({**fields, "format": 7, "more": True}))
@@ -207,7 +208,7 @@ def test_a_newer_format_is_refused_before_anything_is_read(version: Path) -> Non
         Snapshot.open(version, encoder=ENCODER)
 
 
-def test_what_served_keeps_serving_when_a_damaged_version_is_refused(sound: Path, tmp_path: Path) -> None:
+def test_a_refused_version_leaves_the_served_one_working(sound: Path, tmp_path: Path) -> None:
     serving = open_memory(tmp_path, some_pairs(30), "v1")
     build_memory(tmp_path, some_pairs(30), "v2")
     store = Store(tmp_path)

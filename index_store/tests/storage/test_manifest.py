@@ -26,8 +26,8 @@ PLAIN = Manifest(
 )
 
 
-def sealed(**changes: object) -> str:
-    """A manifest that claims something else, with a digest that agrees: what a faulty builder would write."""
+def altered_manifest(**changes: object) -> str:
+    """A manifest with changed fields and the right sha256, as a faulty build would write it."""
     fields = json.loads(PLAIN.to_json())
     fields.pop("sha256")
     fields |= changes
@@ -64,14 +64,14 @@ def test_no_flipped_bit_passes(position: int, bit: int) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "3", "null", '{"format": 2}', '{"format": "1"}', '{"format": NaN}', "[" * 100_000]
 )
-def test_what_is_no_manifest_is_damaged(text: str) -> None:
+def test_other_json_is_damaged(text: str) -> None:
     with pytest.raises(DamagedVersion) as refused:
         Manifest.from_json(text)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(("found", "remedy"), [(1, "build the version again"), (3, "upgrade it"), (7, "upgrade it")])
-def test_another_format_is_named_as_such(found: int, remedy: str) -> None:
+def test_another_format_is_refused_with_a_remedy(found: int, remedy: str) -> None:
     with pytest.raises(IncompatibleSnapshot, match=f"format {found}, this program reads format 2: {remedy}"):
         Manifest.from_json(json.dumps({"format": found, "anything": "else"}))
 
@@ -93,9 +93,9 @@ def test_another_format_is_named_as_such(found: int, remedy: str) -> None:
         {"shards": [{"folder": "..", "pairs": 3}]},
     ],
 )
-def test_fields_that_contradict_each_other(changes: dict[str, object]) -> None:
+def test_contradicting_fields_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(DamagedVersion):
-        Manifest.from_json(sealed(**changes))
+        Manifest.from_json(altered_manifest(**changes))
 
 
 def test_a_directory_without_a_manifest_does_not_exist(tmp_path: Path) -> None:
@@ -121,5 +121,5 @@ def test_a_version_keeps_its_folder_names(tmp_path: Path) -> None:
         ("plain", "other", False),
     ],
 )
-def test_the_digest_decides_about_encoders(one: str, another: str, same: bool) -> None:
+def test_encoders_are_compared_by_digest(one: str, another: str, same: bool) -> None:
     assert same_encoder(one, another) is same

@@ -1,4 +1,4 @@
-"""Real builder processes, started quickly so that many can be killed."""
+"""Child processes that tests can kill, forked from one that has imported everything."""
 
 import os
 import shutil
@@ -27,13 +27,13 @@ for line in sys.stdin:
 
 
 def kill_count() -> int:
-    """How often a test kills: `make chaos` asks for 200."""
+    """How often a test kills its child process: `make chaos` sets RECO_KILLS to 200."""
     return int(os.environ.get("RECO_KILLS", "5"))
 
 
 @contextmanager
 def tiny_disk(root: Path, size: str) -> Iterator[Path]:
-    """A real file system with little room, such as "300k"."""
+    """Mount a tmpfs of a given size, such as "300k", at `root`; skips the test where that fails."""
     root.mkdir()
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("a small file system can only be mounted by root")
@@ -48,13 +48,14 @@ def tiny_disk(root: Path, size: str) -> Iterator[Path]:
 
 
 class ForkServer:
-    """Starts real builder processes, one at a time, without importing everything for each.
+    """A process that forks one child at a time, so that no child has to import anything.
 
-    prepare: source text that defines build(root: Path).
+    prepare: source text that defines build(root: Path), which the child calls.
     """
 
     def __init__(self, prepare: str) -> None:
-        single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a fork must not inherit half a thread pool
+        # a fork must not inherit a pool of threads that do not exist in the child
+        single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", LOOP.format(prepare=prepare)],
             stdin=subprocess.PIPE,
@@ -65,24 +66,27 @@ class ForkServer:
         )
 
     def begin(self, root: Path) -> int:
-        """Start a builder in the store at `root`; its process id."""
+        """Start a child that builds in the store at `root`; returns its process id."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{root}\n")
         self._process.stdin.flush()
-        return self._number()
+        return self._read_number()
 
     def end(self) -> int:
-        """How that builder ended: 0, or minus the signal. Until asked, its process id stays its own."""
+        """Wait for the child; returns its exit code, or minus the signal that killed it.
+
+        Until then its process id is not used again.
+        """
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        return self._number()
+        return self._read_number()
 
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
 
-    def _number(self) -> int:
+    def _read_number(self) -> int:
         assert self._process.stdout is not None
         return int(self._process.stdout.readline())

@@ -1,4 +1,4 @@
-"""Small real memories for the tests: unit rows, pairs with records, versions on disk."""
+"""Small memories for tests: unit rows, pairs with records, versions on disk."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,20 +18,23 @@ TRUNKS: dict[Side, KeyKind] = {"image": "trunk", "text": "vector"}
 
 
 def normalize(rows: np.ndarray) -> np.ndarray:
-    """Rows made unit length, float32."""
+    """Rows scaled to unit length, float32."""
     unit: np.ndarray = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     return unit
 
 
 def unit_rows(n: int, width: int, seed: int) -> np.ndarray:
-    """(n, width) float32 unit rows that float16 holds exactly enough: rounded once, as a memory stores them."""
+    """(n, width) float32 unit rows, rounded to float16 once, as a memory stores them."""
     return normalize(np.random.default_rng(seed).standard_normal((n, width))).astype(np.float16).astype(np.float32)
 
 
 def some_pairs(
     n: int = 60, width: int = 16, *, seed: int = 0, first: int = 0, key_width: int = 0, ints: bool = False
 ) -> Pairs:
-    """n pairs with ids pair-0…, or first…first+n-1; key_width > 0 gives the images keys of their own."""
+    """n pairs with ids pair-FIRST…, or FIRST… with `ints`.
+
+    key_width > 0 gives the images keys of their own.
+    """
     numbers = np.arange(first, first + n, dtype=np.int64)
     return Pairs(
         ids=numbers if ints else np.array([f"pair-{i}" for i in numbers]) if n else np.array([], "U1"),
@@ -43,7 +46,7 @@ def some_pairs(
 
 
 def slice_pairs(pairs: Pairs, rows: slice) -> Pairs:
-    """Some rows of a block."""
+    """The pairs at some rows."""
     key = None if pairs.image_key is None else pairs.image_key[rows]
     return Pairs(pairs.ids[rows], pairs.image[rows], pairs.text[rows], pairs.records[rows], image_key=key)
 
@@ -51,7 +54,7 @@ def slice_pairs(pairs: Pairs, rows: slice) -> Pairs:
 def build_memory(
     root: Path, pairs: Pairs | Iterable[Pairs], version: str = "v1", name: str = "things", **options: Any
 ) -> Manifest:
-    """A finished version of these pairs in the store at `root`."""
+    """Build a version of these pairs in the store at `root`; returns its manifest."""
     blocks = [pairs] if isinstance(pairs, Pairs) else pairs
     own = isinstance(blocks, Sequence) and any(block.image_key is not None for block in blocks)
     options = {"encoder": ENCODER, "kinds": TRUNKS if own else VECTORS, **options}
@@ -61,11 +64,11 @@ def build_memory(
 def open_memory(
     root: Path, pairs: Pairs | Iterable[Pairs], version: str = "v1", name: str = "things", **options: Any
 ) -> Snapshot:
-    """The same, opened."""
+    """Build a version of these pairs in the store at `root` and open it."""
     build_memory(root, pairs, version, name, **options)
     return Store(root).open(name, version, encoder=ENCODER)
 
 
 def store_is_empty(root: Path, name: str = "things") -> bool:
-    """No memory listed, no file left."""
+    """True where no memory is listed and no file is left."""
     return Store(root).names() == [] and not list(root.glob(f"{name}/**/*"))

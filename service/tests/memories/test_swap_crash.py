@@ -22,7 +22,7 @@ import pytest
 
 from index_store import Pairs, Store
 from index_store.build.build import build_version
-from index_store.tests.edits.test_crash import contents
+from index_store.tests.edits.test_crash import captions_by_id
 from index_store.tests.support.child_process import ForkServer, kill_count
 from index_store.tests.support.small import some_pairs, unit_rows
 from models.starter import install_starter
@@ -80,7 +80,7 @@ class Edits:
 
     def agree(self, store: Store, encoder: str) -> None:
         """All that was acknowledged is there, and beside it at most the one edit whose reply the kill took away."""
-        found = contents(store.open("edited", encoder=encoder))
+        found = captions_by_id(store.open("edited", encoder=encoder))
         if found != self.there:
             self.apply()
         assert found == self.there

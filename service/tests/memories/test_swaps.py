@@ -14,7 +14,7 @@ import pytest
 
 from index_store import Snapshot, Store
 from index_store.errors import DamagedVersion
-from index_store.tests.storage.test_checksums import forget_nothing
+from index_store.tests.storage.test_checksums import record_current_stats
 from index_store.tests.storage.test_damage import flip
 from index_store.tests.support.small import ENCODER, build_memory, some_pairs
 from service.memories.jobs import Job, Jobs
@@ -256,7 +256,7 @@ def test_rot_that_no_stat_shows_is_told_while_what_serves_goes_on(
     monkeypatch.setattr("index_store.storage.checksums.SMALL_BYTES", 0)
     world, version = World(tmp_path), tmp_path / "things" / "v2"
     flip(version / "shard-0000" / "text.npy", 300)
-    forget_nothing(version, world.store.manifest("things", "v2"))
+    record_current_stats(version, world.store.manifest("things", "v2"))
 
     async def story() -> None:
         assert (await world.swapped("v2")).state == "done"  # opened on the word of the builder
