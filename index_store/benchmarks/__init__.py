@@ -1,1 +1,1 @@
-"""Programs that measure the memory beside bare faiss. Part of the repository, not of the package that is installed."""
+"""Benchmarks of the store against bare faiss. The installed package does not contain them."""

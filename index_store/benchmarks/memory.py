@@ -1,9 +1,10 @@
-"""The memory beside bare faiss, in one run on the same rows and the same indexes (`make bench-memory`).
+"""The store against bare faiss on the same rows and indexes, in one run (`make bench-memory`).
 
     python -m index_store.benchmarks.memory [--pairs 1000000] [--dim 512] [--repeats 5] [--builds 5]
 
-Figures are medians over the repeats. What is compared takes turns, and a ratio is taken inside a repeat, so that a machine whose speed
-drifts does not bend it. Writes JSON and a picture; exits with 1 where a target is missed.
+Figures are medians over the repeats. Searches that are compared alternate in short slices, and
+ratios are taken within a repeat, so that a drift of the machine's speed cancels out. Writes JSON
+and a picture; exits with 1 where a target is missed.
 """
 
 import argparse
@@ -20,9 +21,9 @@ from typing import Any
 import faiss
 import numpy as np
 
-from index_store.benchmarks.editing import ADDED, measure_edits
+from index_store.benchmarks.editing import ADDED_PAIRS, measure_edits
 from index_store.benchmarks.picture import draw
-from index_store.benchmarks.synthetic import Collection
+from index_store.benchmarks.synthetic import SyntheticPairs
 from index_store.benchmarks.turns import BATCHES, Search, compare_rates, measure_seconds, median, queries_per_second
 from index_store.build.build import build_version
 from index_store.build.index import FLAT, empty_index, training_rows
@@ -38,8 +39,11 @@ QUERIES = 1000
 K = 10
 
 
-def measure_build(store: Store, collection: Collection, repeats: int) -> tuple[dict[str, Any], Manifest]:
-    """Seconds from ready embeddings to a version that can be opened, and of faiss alone: train, add and write the same indexes."""
+def measure_build(store: Store, collection: SyntheticPairs, repeats: int) -> tuple[dict[str, Any], Manifest]:
+    """Seconds from embeddings to a finished version, and of faiss alone with the same indexes.
+
+    Faiss alone trains, adds and writes them.
+    """
     ours, bare = [], []
     for repeat in range(repeats):
         begun = time.perf_counter()
@@ -47,17 +51,20 @@ def measure_build(store: Store, collection: Collection, repeats: int) -> tuple[d
             store, NAME, f"v{repeat}", collection.blocks(), encoder=ENCODER, kinds={"image": "vector", "text": "vector"}
         )
         ours.append(time.perf_counter() - begun)
-        bare.append(_bare_build(collection, manifest.index["recipe"], store.root))
+        bare.append(_measure_bare_build(collection, manifest.index["recipe"], store.root))
         print(f"build {repeat + 1} of {repeats}: {ours[-1]:.0f} s, faiss alone {bare[-1]:.0f} s", flush=True)
         if repeat < repeats - 1:
             shutil.rmtree(store.path(NAME, manifest.version))
     ratios = [alone / whole for alone, whole in zip(bare, ours, strict=True)]
     medians = {"seconds": median(ours), "bare_seconds": median(bare), "speed_vs_bare": median(ratios)}
-    return {**medians, "all_seconds": _rounded(ours), "all_bare_seconds": _rounded(bare)}, manifest
+    return {**medians, "all_seconds": _round_all(ours), "all_bare_seconds": _round_all(bare)}, manifest
 
 
-def measure_search(store: Store, manifest: Manifest, collection: Collection, repeats: int) -> dict[str, Any]:
-    """Queries per second of an exact flat search, of the version's own index alone, and of retrieve, which also gathers; and recall."""
+def measure_search(store: Store, manifest: Manifest, collection: SyntheticPairs, repeats: int) -> dict[str, Any]:
+    """Queries per second of a flat search, the version's bare index, and `retrieve`; and recall.
+
+    Only `retrieve` also gathers ids and vectors.
+    """
     snapshot = store.open(NAME, manifest.version, encoder=ENCODER)
     queries, flat = collection.queries("image", QUERIES), build_flat_index(collection.rows["image"])
     index, lists = _bare_index(store, manifest, flat)
@@ -78,7 +85,7 @@ def measure_search(store: Store, manifest: Manifest, collection: Collection, rep
 
 
 def measure_open(store: Store, manifest: Manifest, repeats: int) -> dict[str, Any]:
-    """Seconds to open a version that was just built, and to read every byte of it, as happens behind its back."""
+    """Seconds to open a version that was just built, and to verify every byte of it."""
     opened = [measure_seconds(lambda: store.open(NAME, manifest.version, encoder=ENCODER)) for _ in range(repeats)]
     return {
         "seconds": median(opened),
@@ -86,8 +93,8 @@ def measure_open(store: Store, manifest: Manifest, repeats: int) -> dict[str, An
     }
 
 
-def measure_resident(store: Store, manifest: Manifest, collection: Collection) -> dict[str, Any]:
-    """Megabytes that opening the version and answering queries on both sides adds to those of Python and faiss, in a process of its own."""
+def measure_resident(store: Store, manifest: Manifest, collection: SyntheticPairs) -> dict[str, Any]:
+    """Megabytes that opening the version and searching both sides adds to a new process."""
     for side in SIDES:
         np.save(store.root / f"queries-{side}.npy", collection.queries(side, QUERIES // 2))
     command = [
@@ -99,7 +106,7 @@ def measure_resident(store: Store, manifest: Manifest, collection: Collection) -
         manifest.version,
         ENCODER,
     ]
-    warm, cold = [_child(command, store.path(NAME, manifest.version), forget=forget) for forget in (False, True)]
+    warm, cold = [_run_child(command, store.path(NAME, manifest.version), forget=forget) for forget in (False, True)]
     files = [f"{shard['folder']}/{index_file(side)}" for shard in manifest.shards for side in SIDES]
     index_mb = (
         sum(manifest.files[file]["bytes"] for file in files if file in manifest.files) / 1e6
@@ -115,14 +122,14 @@ def measure_resident(store: Store, manifest: Manifest, collection: Collection) -
 
 
 def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Everything that has a target: figure, value, target, and whether it was reached."""
+    """The figures with a target: figure, value, target, and whether it was reached."""
     search, edits = report["search"], report["edits"]
     goals = [("recall@10 of retrieve", search["recall_at_10"], ">=", 0.99)]
     for batch in (f"batch_{size}" for size in BATCHES):
         goals += [
             (f"retrieve / flat, {batch}", search[batch]["retrieve_vs_flat"], ">=", 10),
             (f"retrieve / bare, {batch}", search[batch]["retrieve_vs_bare"], ">=", 0.9),
-            (f"slowed by a tail, {batch}", edits[batch]["slowed"], "<=", 1.15),
+            (f"slowed by a delta, {batch}", edits[batch]["slowed"], "<=", 1.15),
         ]
     goals += [
         ("durable adds per s", edits["durable_adds_per_s"], ">=", 500),
@@ -134,14 +141,14 @@ def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Build, measure, tell."""
+    """Build a memory, measure, and print and write the results."""
     args = _arguments()
     report = {
         **environment("index_store.benchmarks"),
         "settings": {name: str(value) for name, value in vars(args).items()},
     }
     shutil.rmtree(args.store, ignore_errors=True)
-    store, collection = Store(args.store), Collection(args.pairs, args.dim)
+    store, collection = Store(args.store), SyntheticPairs(args.pairs, args.dim)
     args.store.mkdir(parents=True)
     report["build"], manifest = measure_build(store, collection, args.builds)
     report["index"] = manifest.index
@@ -149,7 +156,7 @@ def main() -> int:
     report["open"] = measure_open(store, manifest, args.repeats)
     report["resident"] = measure_resident(store, manifest, collection)
     report["edits"] = measure_edits(
-        store, manifest, collection.fresh(ADDED), collection.queries("image", QUERIES), K, args.repeats
+        store, manifest, collection.fresh(ADDED_PAIRS), collection.queries("image", QUERIES), K, args.repeats
     )
     report["targets"] = verdicts(report)
     print(told(report["targets"]))
@@ -170,10 +177,11 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _child(command: list[str], version: Path, *, forget: bool) -> dict[str, Any]:
-    """What the child tells, where the system has forgotten the version's files or has just read them.
+def _run_child(command: list[str], version: Path, *, forget: bool) -> dict[str, Any]:
+    """The JSON that a child process prints; `forget` drops the version's files from the page cache.
 
-    Forgotten is the rule after a start, and what counts: of files in its cache the system maps far more than is touched, as that is free.
+    Cold files are the rule after a start. Of files in the cache the system maps far more pages than
+    are touched, so that warm figures are larger.
     """
     if forget:
         for path in filter(Path.is_file, version.rglob("*")):
@@ -183,8 +191,8 @@ def _child(command: list[str], version: Path, *, forget: bool) -> dict[str, Any]
     return told
 
 
-def _bare_build(collection: Collection, recipe: str, folder: Path) -> float:
-    """Seconds that faiss takes for both sides, from the same float16 rows in the same blocks."""
+def _measure_bare_build(collection: SyntheticPairs, recipe: str, folder: Path) -> float:
+    """Seconds that faiss takes to index both sides from the same float16 rows and blocks."""
     begun = time.perf_counter()
     for side in SIDES:
         rows, index = collection.rows[side], empty_index(recipe, collection.dim)
@@ -198,7 +206,7 @@ def _bare_build(collection: Collection, recipe: str, folder: Path) -> float:
 def _bare_index(
     store: Store, manifest: Manifest, flat: faiss.Index
 ) -> tuple[faiss.Index, faiss.SearchParameters | None]:
-    """The version's own index of the image side, as faiss opens it, and how it is to be searched."""
+    """The version's image index as faiss opens it, and its search parameters."""
     if manifest.index["recipe"] == FLAT:
         return flat, None
     (shard,) = manifest.shards
@@ -208,7 +216,7 @@ def _bare_index(
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC), lists
 
 
-def _rounded(values: list[float]) -> list[float]:
+def _round_all(values: list[float]) -> list[float]:
     return [round(value, 2) for value in values]
 
 

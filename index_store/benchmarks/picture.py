@@ -1,4 +1,4 @@
-"""The report of `memory` as one picture."""
+"""A picture of the results of the `memory` benchmark."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Left, recall against latency of each recipe tried; right, queries per second of flat, bare and retrieve."""
+    """Plot recall against latency per recipe, and queries per second of flat, bare and retrieve."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     curve, bars = figure.subplots(1, 2)
     for recipe in dict.fromkeys(point["recipe"] for point in report["index"]["curve"]):

@@ -1,4 +1,4 @@
-"""Open one version, answer queries on both sides, say what is resident: the child process of `memory`."""
+"""Resident memory after opening and searching a version: the child process of `memory`."""
 
 import json
 import sys
@@ -13,14 +13,14 @@ KINDS = ("VmRSS", "RssAnon", "RssFile")
 
 
 def resident_mb() -> dict[str, float]:
-    """Megabytes of this process that are in memory: all, its own, and pages of mapped files."""
+    """Resident megabytes of this process: all, anonymous, and pages of mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     found = {line.split(":")[0]: int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(KINDS)}
     return {kind: round(found[kind], 1) for kind in KINDS}
 
 
 def main(root: str, name: str, version: str, encoder: str) -> None:
-    """Print what is resident before the version is opened, after that, and after the queries, as JSON."""
+    """Print resident megabytes as JSON: before opening, after it, and after the queries."""
     before = resident_mb()
     snapshot = Store(Path(root)).open(name, version, encoder=encoder)
     opened = resident_mb()

@@ -1,8 +1,10 @@
-"""Pairs that cluster as embeddings of a catalogue do, of any number, the same each time.
+"""Synthetic pairs, clustered like the embeddings of a catalogue and reproducible.
 
-    python -m index_store.benchmarks.synthetic STORE NAME VERSIONS... --encoder FINGERPRINT [--pairs 1000000] [--dim 512] [--index RECIPE]
+    python -m index_store.benchmarks.synthetic STORE NAME VERSIONS... --encoder FINGERPRINT
+        [--pairs 1000000] [--dim 512] [--index RECIPE]
 
-writes versions of them, each of other pairs, for load tests of a service whose encoder has this fingerprint (`/info` tells it).
+writes versions of different pairs, for load tests of a service whose encoder has this fingerprint
+(see its `/info`).
 """
 
 import argparse
@@ -17,39 +19,42 @@ from index_store.store import Store
 from index_store.types import SIDES, Pairs, Side
 
 PAIRS_PER_CLUSTER = 100  # on average
-LATENT = 64  # embeddings of 512 numbers vary in far fewer directions; in all 512, clusters would never touch and any index would shine
-SPREAD = 0.7  # of a pair about its cluster, where clusters lie 1 apart in each latent direction: the edges overlap
+LATENT_DIM = 64  # directions of variation; in all 512, clusters would not touch and any index would do
+SPREAD = 0.7  # of a pair about its cluster's centre; centres lie 1 apart per direction, so clusters overlap
 NOISE = 0.3  # in every direction
 BLOCK = 50_000
 
 
-class Collection:
-    """N pairs of width D: `rows` are unit float16, image and text of a pair lie in the same cluster, drawn apart from each other."""
+class SyntheticPairs:
+    """N pairs of width D; image and text of a pair are drawn independently in the same cluster.
+
+    rows: per side (N, D) float16 unit rows.
+    """
 
     def __init__(self, pairs: int, dim: int, seed: int = 7) -> None:
         self.pairs, self.dim = pairs, dim
         rng = np.random.default_rng(seed)
         clusters = max(1, pairs // PAIRS_PER_CLUSTER)
-        share = rng.lognormal(sigma=1.0, size=clusters)  # some things are photographed often, most are not
+        share = rng.lognormal(sigma=1.0, size=clusters)  # few clusters are large, most are small
         self._share = share / share.sum()
         self._member = rng.choice(clusters, size=pairs, p=self._share)  # (N,)
-        self._centres = {side: rng.standard_normal((clusters, LATENT), np.float32) for side in SIDES}
+        self._centres = {side: rng.standard_normal((clusters, LATENT_DIM), np.float32) for side in SIDES}
         self._spread = {
-            side: rng.standard_normal((LATENT, dim), np.float32) / np.sqrt(np.float32(LATENT)) for side in SIDES
+            side: rng.standard_normal((LATENT_DIM, dim), np.float32) / np.sqrt(np.float32(LATENT_DIM)) for side in SIDES
         }
         self.rows: dict[Side, np.ndarray] = {
-            side: self._drawn(side, self._member, seed) for seed, side in enumerate(SIDES)
+            side: self._draw(side, self._member, seed) for seed, side in enumerate(SIDES)
         }
 
     def queries(self, side: Side, count: int) -> np.ndarray:
-        """(count, D) float32 unit rows from the same clusters; none of them is a row of the collection."""
+        """(count, D) float32 unit rows from the same clusters, none of them among the pairs."""
         members = np.random.default_rng(8).choice(len(self._share), size=count, p=self._share)
-        return self._drawn(side, members, 9).astype(np.float32)
+        return self._draw(side, members, 9).astype(np.float32)
 
     def fresh(self, count: int) -> Pairs:
-        """Further pairs from the same clusters, as edits add them."""
+        """More pairs from the same clusters, to be added by edits."""
         members = np.random.default_rng(10).choice(len(self._share), size=count, p=self._share)
-        image, text = (self._drawn(side, members, seed) for seed, side in enumerate(SIDES, 11))
+        image, text = (self._draw(side, members, seed) for seed, side in enumerate(SIDES, 11))
         return Pairs(
             np.array([f"added-{i:09d}" for i in range(count)]),
             image,
@@ -58,7 +63,7 @@ class Collection:
         )
 
     def blocks(self) -> Iterator[Pairs]:
-        """The pairs as a builder takes them."""
+        """The pairs in blocks, as a build takes them."""
         for start in range(0, self.pairs, BLOCK):
             rows = slice(start, min(start + BLOCK, self.pairs))
             numbers = range(rows.start, rows.stop)
@@ -66,19 +71,19 @@ class Collection:
             records = [{"caption": f"the caption of item {i}", "price": i % 997} for i in numbers]
             yield Pairs(ids, self.rows["image"][rows], self.rows["text"][rows], records)
 
-    def _drawn(self, side: Side, member: np.ndarray, seed: int) -> np.ndarray:
-        """(len(member), D) float16 unit rows about the centres of their clusters."""
+    def _draw(self, side: Side, member: np.ndarray, seed: int) -> np.ndarray:
+        """(len(member), D) float16 unit rows around the centres of their clusters."""
         rng, drawn = np.random.default_rng(seed), np.empty((len(member), self.dim), np.float16)
         for start in range(0, len(member), BLOCK):
             mine = member[start : start + BLOCK]
-            latent = self._centres[side][mine] + SPREAD * rng.standard_normal((len(mine), LATENT), np.float32)
+            latent = self._centres[side][mine] + SPREAD * rng.standard_normal((len(mine), LATENT_DIM), np.float32)
             rows = latent @ self._spread[side] + NOISE * rng.standard_normal((len(mine), self.dim), np.float32)
             drawn[start : start + BLOCK] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         return drawn
 
 
 def main() -> None:
-    """Write the versions; the first becomes the current one."""
+    """Write the versions and activate the first."""
     parser = argparse.ArgumentParser(description="Versions of synthetic pairs.")
     parser.add_argument("store", type=Path)
     parser.add_argument("name")
@@ -90,7 +95,7 @@ def main() -> None:
     args = parser.parse_args()
     store = Store(args.store)
     for seed, version in enumerate(args.versions, 7):
-        blocks = Collection(args.pairs, args.dim, seed).blocks()
+        blocks = SyntheticPairs(args.pairs, args.dim, seed).blocks()
         built = build_version(
             store,
             args.name,

@@ -1,4 +1,4 @@
-"""Searches measured beside each other, by turns."""
+"""Rates of several searches, measured in alternation."""
 
 import statistics
 import time
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 BATCHES = (1, 32)
-SECONDS = 1.0  # of each search in each repeat, in slices of
-SLICE_S = 0.05
+SECONDS_PER_REPEAT = 1.0  # per search and repeat
+SLICE_S = 0.05  # seconds of one search before the next has its turn
 
 Search = Callable[[np.ndarray], object]
 
@@ -17,13 +17,16 @@ Search = Callable[[np.ndarray], object]
 def queries_per_second(
     searches: Mapping[str, Search], queries: np.ndarray, batch: int, repeats: int
 ) -> dict[str, list[float]]:
-    """Queries per second of each search, repeat by repeat; the first, which finds everything cold, does not count."""
-    turns = [_turn(searches, queries, batch) for _ in range(repeats + 1)][1:]
+    """Queries per second of each search per repeat; a first, cold repeat is dropped."""
+    turns = [_measure_repeat(searches, queries, batch) for _ in range(repeats + 1)][1:]
     return {name: [turn[name] for turn in turns] for name in searches}
 
 
 def compare_rates(found: Mapping[str, Sequence[float]], ratios: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
-    """Medians of the rates, and of their ratios repeat by repeat.  ratios: name -> (above, below) the line."""
+    """Medians of the rates, and of their ratios within each repeat.
+
+    ratios: {name: (numerator, denominator)}.
+    """
     medians = {name: round(median(values), 1) for name, values in found.items()}
     quotients = {
         name: median([above / below for above, below in zip(found[up], found[down], strict=True)])
@@ -33,26 +36,26 @@ def compare_rates(found: Mapping[str, Sequence[float]], ratios: Mapping[str, tup
 
 
 def median(values: Sequence[float]) -> float:
-    """The median, four digits behind the point."""
+    """The median, rounded to four decimals."""
     return round(statistics.median(values), 4)
 
 
 def measure_seconds(work: Callable[[], object]) -> float:
-    """How long one piece of work takes."""
+    """Seconds that a call takes."""
     begun = time.perf_counter()
     work()
     return time.perf_counter() - begun
 
 
-def _turn(searches: Mapping[str, Search], queries: np.ndarray, batch: int) -> dict[str, float]:
-    """Queries per second of each search over SECONDS, in short slices by turns: a disturbance then falls on all of them."""
-    asked, spent = dict.fromkeys(searches, 0), dict.fromkeys(searches, 0.0)
-    while min(spent.values()) < SECONDS:
+def _measure_repeat(searches: Mapping[str, Search], queries: np.ndarray, batch: int) -> dict[str, float]:
+    """Queries per second of each search; short alternating slices spread disturbances over all."""
+    done, spent = dict.fromkeys(searches, 0), dict.fromkeys(searches, 0.0)
+    while min(spent.values()) < SECONDS_PER_REPEAT:
         for name, search in searches.items():
             begun = time.perf_counter()
             while (took := time.perf_counter() - begun) < SLICE_S:
-                start = asked[name] % (len(queries) - batch + 1)
+                start = done[name] % (len(queries) - batch + 1)
                 search(queries[start : start + batch])
-                asked[name] += batch
+                done[name] += batch
             spent[name] += took
-    return {name: asked[name] / spent[name] for name in searches}
+    return {name: done[name] / spent[name] for name in searches}

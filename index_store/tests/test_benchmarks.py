@@ -7,14 +7,14 @@ import numpy as np
 from index_store.benchmarks.constants import table
 from index_store.benchmarks.editing import measure_edits
 from index_store.benchmarks.memory import verdicts
-from index_store.benchmarks.synthetic import Collection
+from index_store.benchmarks.synthetic import SyntheticPairs
 from index_store.build.build import build_version
 from index_store.store import Store
 from index_store.tests.support.small import ENCODER
 
 
 def test_the_collection_is_reproducible_and_contains_no_query() -> None:
-    one, two = Collection(700, 48), Collection(700, 48)
+    one, two = SyntheticPairs(700, 48), SyntheticPairs(700, 48)
     np.testing.assert_array_equal(one.rows["text"], two.rows["text"])
     (block,) = one.blocks()  # Pairs checks that the rows have unit length
     assert (len(block), block.ids[-1]) == (700, "item-000000699")
@@ -36,13 +36,13 @@ def test_missed_targets_are_reported() -> None:
     assert missed == [
         "retrieve / bare, batch_1",
         "retrieve / bare, batch_32",
-        "slowed by a tail, batch_32",
+        "slowed by a delta, batch_32",
         "durable adds per s",
     ]
 
 
 def test_measuring_edits_leaves_no_edit(tmp_path: Path) -> None:
-    collection, store = Collection(3000, 32), Store(tmp_path)
+    collection, store = SyntheticPairs(3000, 32), Store(tmp_path)
     manifest = build_version(
         store, "b", "v", collection.blocks(), encoder=ENCODER, kinds={"image": "vector", "text": "vector"}, index="Flat"
     )

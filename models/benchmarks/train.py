@@ -20,7 +20,7 @@ import faiss
 import numpy as np
 import torch
 
-from index_store.benchmarks.synthetic import Collection
+from index_store.benchmarks.synthetic import SyntheticPairs
 from index_store.benchmarks.turns import measure_seconds, median
 from index_store.build.build import build_version
 from index_store.search.shard import build_flat_index
@@ -42,7 +42,7 @@ ENCODER = {  # nothing is encoded here: the smallest that has a fingerprint and 
 PEAK_MB = 2000
 
 
-def measure_prepare(folder: Path, manifest: Manifest, collection: Collection, repeats: int) -> dict[str, Any]:
+def measure_prepare(folder: Path, manifest: Manifest, collection: SyntheticPairs, repeats: int) -> dict[str, Any]:
     """Seconds to look up the neighbours of every pair on both sides, on disk at the end, and of faiss to search for them alone."""
     ours, bare, peaks = [], [_bare_search(folder / "store", manifest, collection)], []
     for repeat in range(repeats):
@@ -107,7 +107,7 @@ def main() -> int:
     report = {**environment("models.benchmarks"), "settings": {name: str(value) for name, value in vars(args).items()}}
     shutil.rmtree(args.folder, ignore_errors=True)
     args.folder.mkdir(parents=True)
-    model, collection = args.folder / "model.json", Collection(args.pairs, args.dim)
+    model, collection = args.folder / "model.json", SyntheticPairs(args.pairs, args.dim)
     model.write_text(json.dumps({"embed_dim": args.dim, **ENCODER}), "utf-8")
     fingerprint = Encoder.load(EncoderSpec(str(model), "random", device="cpu")).fingerprint
     manifest = build_version(
@@ -149,7 +149,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _bare_search(store: Path, manifest: Manifest, collection: Collection) -> float:
+def _bare_search(store: Path, manifest: Manifest, collection: SyntheticPairs) -> float:
     """Seconds that faiss takes for the same queries, in the same blocks, on the version's own indexes."""
     spent = 0.0
     for side in SIDES:

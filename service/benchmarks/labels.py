@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from index_store.benchmarks.synthetic import Collection
+from index_store.benchmarks.synthetic import SyntheticPairs
 from models.encoder.encoder import Encoder, EncoderSpec
 from service.labels.index import LIKENESS, LabelIndex
 from service.labels.scoring import Ranked, rank
@@ -98,7 +98,7 @@ def main() -> None:
     arguments = parser.parse_args()
     spec = EncoderSpec(arguments.model, "random", arguments.precision, arguments.device, "auto", max_batch=1)
     encoder = Encoder.load(spec)
-    rows = Collection(arguments.labels, encoder.dim).rows["text"].astype(np.float32)
+    rows = SyntheticPairs(arguments.labels, encoder.dim).rows["text"].astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     print(json.dumps({"labels": arguments.labels, **measured(encoder, rows, arguments.repeats)}))
 
