@@ -1,4 +1,16 @@
-"""RECO in one page: encode -> retrieve -> fuse. Training, evaluation and serving all come through here."""
+"""RECO: a CLIP embedding is refined by what it retrieves from a memory. Encode -> retrieve -> fuse.
+
+    images or texts ─ encode ─> v (B, D) ─┬─────────────────────────────────┬─ fuse ─> unit (B, D)
+                                          └─ retrieve ─> values (B, K, D) ──┘
+
+Search is uni-modal: v is compared with the memory's vectors of its own side, an image with images.
+Fusion is cross-modal: the values are the other side of the K nearest pairs, for an image their
+captions, because that side adds what v lacks. The encoder is frozen, the fusion is small and
+trained, and the memory may change at any time. Method: Iscen et al., ICLR 2024, arXiv 2306.07196.
+
+Training, evaluation and serving all call this module.
+Alphabet: B batch, K neighbours, D width, C labels, T templates.
+"""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -20,10 +32,12 @@ from models.encoder.encoder import Encoded, Encoder
 from models.errors import ConfigError
 from models.fusion.fusion import Fused, Fusion
 
+LABEL_BATCH = 256  # prompts per batch when labels are embedded
+
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds spent in each stage by the whole batch."""
+    """Seconds that each stage took for the whole batch."""
 
     encode: float = 0.0
     retrieve: float = 0.0
@@ -32,10 +46,12 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmbeddedBatch:
-    """What a batch became.
+    """The result of embedding a batch.
 
-    vectors, plain: (B, D) float32 unit, the refined and CLIP's own.  enhanced: (B,) bool, True where a neighbour was found.
-    neighbors, weights (B, K) and memory ("name@version"): what refined them; None where no memory was asked.
+    vectors, plain: (B, D) float32 unit, the refined vectors and CLIP's own.
+    enhanced: (B,) bool, True where at least one neighbour was found.
+    neighbors, weights, memory: the pairs used, the attention paid to them (B, K) float32, and the
+    memory's "name@version"; all None where no memory was searched.
     """
 
     vectors: np.ndarray
@@ -47,7 +63,7 @@ class EmbeddedBatch:
     timings: Timings
 
     def row(self, i: int) -> "EmbeddedBatch":
-        """The i-th item alone, as a batch of one; the timings stay those of the whole batch."""
+        """Item i as a batch of one; the timings stay those of the whole batch."""
         one = slice(i, i + 1)
         return replace(
             self,
@@ -61,22 +77,24 @@ class EmbeddedBatch:
 
 @dataclass(frozen=True, slots=True)
 class RetrievalMode:
-    """Where neighbours are looked for, and what they bring; as it stands here it is RECO's own.
+    """Which side of the memory is searched, and which side's vectors are fused.
 
-    search: "uni" an image among images, a text among texts; "cross" its vector among those of the other side.
-    fuse: "cross" the found pairs' vectors of the side that the query is not on; "uni" of its own side; "both" all of these.
+    The defaults are the paper's.
+    search: "uni" compares an image with images and a text with texts, "cross" with the other side.
+    fuse: "cross" fuses the vectors of the side that the query is not on, "uni" those of its own
+    side, "both" all of them.
     """
 
     search: Literal["uni", "cross"] = "uni"
     fuse: Literal["cross", "uni", "both"] = "cross"
 
-    def searched(self, side: Side) -> Side:
-        """The side of the memory that a query on `side` is compared with."""
-        return side if self.search == "uni" else other(side)
+    def searched_side(self, query: Side) -> Side:
+        """The side of the memory with which a query is compared."""
+        return query if self.search == "uni" else other(query)
 
-    def valued(self, side: Side) -> Sequence[Side]:
-        """The sides whose vectors a query on `side` gets."""
-        sides: dict[str, Sequence[Side]] = {"cross": (other(side),), "uni": (side,), "both": (other(side), side)}
+    def value_sides(self, query: Side) -> Sequence[Side]:
+        """The sides of the pairs found whose vectors are fused into a query."""
+        sides: dict[str, Sequence[Side]] = {"cross": (other(query),), "uni": (query,), "both": (other(query), query)}
         return sides[self.fuse]
 
 
@@ -84,7 +102,12 @@ PAPER_MODE = RetrievalMode()
 
 
 class Reco:
-    """A frozen encoder and its fusions. It holds no memory: the caller pins a snapshot and hands it over with each batch."""
+    """A frozen encoder and one fusion per side.
+
+    It holds no memory: the caller passes a snapshot with each batch.
+    fusion_id: 12 hex digits of the fusions' weights.  k: neighbours by default.  max_k: at most.
+    Raises ConfigError where k is out of range or a fusion has another width than the encoder.
+    """
 
     def __init__(self, encoder: Encoder, fusions: Mapping[Side, Fusion], fusion_id: str, k: int) -> None:
         self.encoder = encoder
@@ -92,11 +115,12 @@ class Reco:
         self.fusion_id = fusion_id
         self.k = k
         self.max_k = min(fusion.config.max_k for fusion in fusions.values())
-        self._refuse_k(k)
+        self._check_k(k)
         for fusion in fusions.values():
             if fusion.config.dim != encoder.dim:
                 raise ConfigError(
-                    f"a fusion of width {fusion.config.dim} cannot refine vectors of width {encoder.dim}: use its encoder"
+                    f"a fusion of width {fusion.config.dim} cannot refine vectors of width {encoder.dim}: "
+                    "use its encoder"
                 )
 
     def embed(
@@ -107,15 +131,18 @@ class Reco:
         k: int | np.ndarray | None = None,
         params: SearchParams = DEFAULT_PARAMS,
     ) -> EmbeddedBatch:
-        """Encode a batch and refine it: `enhance(encode(batch))`, timed. batch as in `Encoder.encode`."""
+        """Encode a batch and refine its vectors.
+
+        batch: as in `Encoder.encode`.  Other arguments and errors: as in `enhance`.
+        """
         start = time.perf_counter()
         encoded = self.encode(batch, side)
-        seconds = time.perf_counter() - start
-        found = self.enhance(encoded, side, snapshot, k, params)
-        return replace(found, timings=replace(found.timings, encode=seconds))
+        encode_s = time.perf_counter() - start
+        embedded = self.enhance(encoded, side, snapshot, k, params)
+        return replace(embedded, timings=replace(embedded.timings, encode=encode_s))
 
     def encode(self, batch: np.ndarray, side: Side) -> Encoded:
-        """The plain vectors of a batch. batch as in `Encoder.encode`."""
+        """Compute the plain CLIP vectors of a batch, as `Encoder.encode`."""
         return self.encoder.encode(batch, side)
 
     def enhance(
@@ -128,58 +155,25 @@ class Reco:
         *,
         mode: RetrievalMode = PAPER_MODE,
     ) -> EmbeddedBatch:
-        """Refine vectors with what one snapshot holds near them; without one, or with a fusion that refines nothing, they stay plain.
+        """Refine plain vectors with the pairs that a snapshot holds near them.
 
-        k: neighbours, one number or one per row (B,); None = the fusion's.
-        A snapshot made by another encoder raises IncompatibleSnapshot before anything is computed.
+        The vectors stay plain where the snapshot is None or the fusion ignores its neighbours.
+        k: neighbours, one number or one per row (B,); None = `self.k`.
+        Raises, before anything is computed, IncompatibleSnapshot for a snapshot built by another
+        encoder and ConfigError for k out of range.
         """
-        plain = encoded.vectors
+        plain = encoded.vectors  # (B, D)
         if snapshot is None or not self.fusions[side].refines:
             return EmbeddedBatch(plain, plain, np.zeros(len(plain), bool), None, None, None, Timings())
-        self._refuse_stranger(snapshot)
+        self._check_encoder_of(snapshot)
         start = time.perf_counter()
         neighbors = self._retrieve(encoded, side, snapshot, self.k if k is None else k, params, mode)
-        middle = time.perf_counter()
+        retrieved = time.perf_counter()
         fused = self._fuse(plain, neighbors, side)
-        timings = Timings(retrieve=middle - start, fuse=time.perf_counter() - middle)
-        weights = fused.weights.cpu().numpy()
+        timings = Timings(retrieve=retrieved - start, fuse=time.perf_counter() - retrieved)
+        vectors, weights = fused.vectors.cpu().numpy(), fused.weights.cpu().numpy()  # (B, D), (B, K)
         enhanced = np.asarray(neighbors.mask.any(axis=1))
-        return EmbeddedBatch(fused.vectors.cpu().numpy(), plain, enhanced, neighbors, weights, snapshot.ref, timings)
-
-    def search(
-        self,
-        encoded: Encoded,
-        side: Side,
-        snapshot: Snapshot,
-        k: int,
-        params: SearchParams = DEFAULT_PARAMS,
-    ) -> Hits:
-        """Which rows of the snapshot `enhance` would refine these vectors with; for training, which fuses them again and again."""
-        self._refuse_stranger(snapshot)
-        self._refuse_k(k)
-        return snapshot.search(encoded.key(snapshot.key_kind(side)), side, k, params)
-
-    def embed_labels(
-        self, labels: Sequence[str], templates: Sequence[str], snapshot: Snapshot | None, k: int | None = None
-    ) -> np.ndarray:
-        """(C, D) float32 unit: for each label the mean of its refined prompts, every "{}" of a template filled with the label."""
-        prompts = [template.replace("{}", label) for label in labels for template in templates]
-        blocks = [self.encoder.tokenize(prompts[at : at + 256]) for at in range(0, len(prompts), 256)]
-        vectors = np.concatenate([self.embed(block, "text", snapshot, k).vectors for block in blocks])  # (C*T, D)
-        means = vectors.reshape(len(labels), len(templates), -1).mean(1)  # (C, D)
-        unit: np.ndarray = F.normalize(torch.from_numpy(means), dim=-1).numpy()
-        return unit
-
-    def _refuse_k(self, k: int) -> None:
-        if not 1 <= k <= self.max_k:
-            raise ConfigError(f"k = {k} is outside 1 to {self.max_k}, what this fusion takes: choose a k within")
-
-    def _refuse_stranger(self, snapshot: Snapshot) -> None:
-        if not same_encoder(snapshot.manifest.encoder, self.encoder.fingerprint):
-            raise IncompatibleSnapshot(
-                f"{snapshot.ref} was built by {snapshot.manifest.encoder}, this service encodes with {self.encoder.fingerprint}: "
-                "rebuild it, or serve its encoder"
-            )
+        return EmbeddedBatch(vectors, plain, enhanced, neighbors, weights, snapshot.ref, timings)
 
     def _retrieve(
         self,
@@ -190,35 +184,76 @@ class Reco:
         params: SearchParams,
         mode: RetrievalMode,
     ) -> Neighbors:
-        """The neighbours of each row, those beyond its own k masked away."""
-        each = np.broadcast_to(np.asarray(k), (len(encoded.vectors),))  # (B,)
-        least, most = int(each.min(initial=1)), int(each.max(initial=1))
-        self._refuse_k(most if most > self.max_k else least)
-        searched = mode.searched(side)
+        """Find the k nearest pairs of each row; K is the largest k, the others are masked."""
+        row_k = np.broadcast_to(np.asarray(k), (len(encoded.vectors),))  # (B,)
+        smallest, largest = int(row_k.min(initial=1)), int(row_k.max(initial=1))
+        self._check_k(largest if largest > self.max_k else smallest)
+        searched = mode.searched_side(side)
         if searched != side and snapshot.key_kind(searched) != "vector":
             raise ConfigError(
-                f"{snapshot.ref} compares {searched} features before projection: a cross search needs a memory with vector keys"
+                f"{snapshot.ref} compares {searched} features before projection: "
+                "a cross search needs a memory with vector keys"
             )
-        key = encoded.key(snapshot.key_kind(searched))
+        keys = encoded.key(snapshot.key_kind(searched))  # (B, Dk)
         found = [
-            snapshot.retrieve(key, searched, most, params, values="same" if valued == searched else "other")
-            for valued in mode.valued(side)
+            snapshot.retrieve(keys, searched, largest, params, values="same" if value_side == searched else "other")
+            for value_side in mode.value_sides(side)
         ]
-        within = np.arange(found[0].mask.shape[1]) < each[:, None]  # (B, K)
-        kept = [one if within.all() else _only(one, within) for one in found]
-        return kept[0] if len(kept) == 1 else kept[0].concatenate(kept[1])
+        within_k = np.arange(found[0].mask.shape[1]) < row_k[:, None]  # (B, K)
+        if not within_k.all():
+            found = [_mask_neighbors(neighbors, within_k) for neighbors in found]
+        return found[0] if len(found) == 1 else found[0].concatenate(found[1])
 
     def _fuse(self, plain: np.ndarray, neighbors: Neighbors, side: Side) -> Fused:
-        """(B, D) refined, on the encoder's device, in float32 whatever the encoder's precision."""
+        """Refine vectors (B, D) on the encoder's device, in float32."""
         device = self.encoder.device
-        values = torch.from_numpy(neighbors.values).to(device, torch.float32)
-        tensors = (torch.from_numpy(array).to(device) for array in (neighbors.scores, neighbors.mask))
+        query = torch.from_numpy(plain).to(device)  # (B, D)
+        values = torch.from_numpy(neighbors.values).to(device, torch.float32)  # (B, K, D)
+        scores, mask = (torch.from_numpy(array).to(device) for array in (neighbors.scores, neighbors.mask))  # (B, K)
         with torch.inference_mode():
-            return self.fusions[side].fuse(torch.from_numpy(plain).to(device), values, *tensors)
+            fused: Fused = self.fusions[side](query, values, scores, mask)
+            return fused
+
+    def search(
+        self, encoded: Encoded, side: Side, snapshot: Snapshot, k: int, params: SearchParams = DEFAULT_PARAMS
+    ) -> Hits:
+        """Find the rows of the snapshot that `enhance` would fuse, without reading their values.
+
+        For training, which searches once and fuses many times. Raises as `enhance`.
+        """
+        self._check_encoder_of(snapshot)
+        self._check_k(k)
+        return snapshot.search(encoded.key(snapshot.key_kind(side)), side, k, params)
+
+    def embed_labels(
+        self, labels: Sequence[str], templates: Sequence[str], snapshot: Snapshot | None, k: int | None = None
+    ) -> np.ndarray:
+        """Embed class labels for zero-shot classification: (C, D) float32 unit.
+
+        Each vector is the mean of the label's refined prompts: one per template, with the label in
+        place of every "{}".
+        """
+        prompts = [template.replace("{}", label) for label in labels for template in templates]  # C*T
+        batches = [self.encoder.tokenize(prompts[at : at + LABEL_BATCH]) for at in range(0, len(prompts), LABEL_BATCH)]
+        vectors = np.concatenate([self.embed(tokens, "text", snapshot, k).vectors for tokens in batches])  # (C*T, D)
+        means = vectors.reshape(len(labels), len(templates), -1).mean(1)  # (C, D)
+        unit: np.ndarray = F.normalize(torch.from_numpy(means), dim=-1).numpy()
+        return unit
+
+    def _check_k(self, k: int) -> None:
+        if not 1 <= k <= self.max_k:
+            raise ConfigError(f"k = {k} is outside 1 to {self.max_k}, what this fusion takes: choose a k within")
+
+    def _check_encoder_of(self, snapshot: Snapshot) -> None:
+        if not same_encoder(snapshot.manifest.encoder, self.encoder.fingerprint):
+            raise IncompatibleSnapshot(
+                f"{snapshot.ref} was built by {snapshot.manifest.encoder}, this service encodes with "
+                f"{self.encoder.fingerprint}: rebuild it, or serve its encoder"
+            )
 
 
-def _only(neighbors: Neighbors, within: np.ndarray) -> Neighbors:
-    """The same search with only some neighbours present; the others become absent. within: (B, K) bool."""
-    kept = neighbors.mask & within
-    ids, scores = (np.where(kept, array, np.zeros_like(array)) for array in (neighbors.ids, neighbors.scores))
-    return replace(neighbors, ids=ids, scores=scores, values=neighbors.values * kept[..., None], mask=kept)
+def _mask_neighbors(neighbors: Neighbors, keep: np.ndarray) -> Neighbors:
+    """The same neighbours, absent where `keep` (B, K) bool is False."""
+    mask = neighbors.mask & keep
+    ids, scores = (np.where(mask, array, np.zeros_like(array)) for array in (neighbors.ids, neighbors.scores))
+    return replace(neighbors, ids=ids, scores=scores, values=neighbors.values * mask[..., None], mask=mask)

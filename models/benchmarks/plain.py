@@ -68,4 +68,4 @@ class PlainLoop:
         kept = (torch.arange(most) < torch.randint(1, most + 1, ())) & (torch.rand(rows.shape) >= self.learning.drop)
         mask = (rows >= 0) & kept
         query, values = self.query[side][batch].float(), self.known[side][rows.clamp(min=0)].float() * mask[..., None]
-        return query, self.fusions[side](query, values, self.scores[side][batch] * mask, mask)
+        return query, self.fusions[side](query, values, self.scores[side][batch] * mask, mask).vectors

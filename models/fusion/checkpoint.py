@@ -1,7 +1,7 @@
-"""Fusions on disk: one safetensors file with a JSON header. Nothing pickled.
+"""Fusion files: one safetensors file with a JSON header, without pickled code.
 
-The header says for which encoder the fusion was trained, how many neighbours it likes, and whether both sides share one
-layer (the paper's layout), which is then stored once.
+The header holds the encoder for which the fusion was trained, the default number of neighbours, and
+whether both sides share one layer (the paper's layout), which is then stored once.
 """
 
 import hashlib
@@ -22,14 +22,15 @@ from index_store.types import SIDES, Side
 from models.errors import ConfigError, IncompatibleFusion
 from models.fusion.fusion import RULES, Fusion, FusionConfig, build_fusions, share_metrics
 
-FORMAT = "2"  # 1 had another pool
+FORMAT = "2"  # format 1 had another pool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FusionFile:
-    """The fusions of both sides, and what is known of them.
+    """The fusions of both sides, with the header of their file.
 
-    k: the neighbours to ask for by default.  fusion_id: 12 hex digits of the weights.  card: free JSON, how they came to be.
+    k: neighbours by default.  fusion_id: 12 hex digits of the weights.  card: free JSON about the
+    training.
     """
 
     fusions: Mapping[Side, Fusion]
@@ -39,8 +40,8 @@ class FusionFile:
 
 
 def save_fusions(path: Path, fusions: Mapping[Side, Fusion], *, encoder: str, k: int, card: Mapping[str, Any]) -> str:
-    """Write the file whole or not at all; return its fusion_id."""
-    layers = _layers(fusions)
+    """Write a fusion file atomically. Returns the fusion_id. encoder: its fingerprint."""
+    layers = _distinct_layers(fusions)
     header = {
         "format": FORMAT,
         "encoder": encoder,
@@ -48,20 +49,16 @@ def save_fusions(path: Path, fusions: Mapping[Side, Fusion], *, encoder: str, k:
         "configs": json.dumps({name: asdict(layer.config) for name, layer in layers.items()}),
         "card": json.dumps(card),
     }
-    write_tensors(path, _tensors(layers), header)
+    write_tensors(path, _distinct_tensors(layers), header)
     return _fusion_id(layers)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> None:
-    """One safetensors file, whole or not at all. Equal tensors are written each for itself."""
+    """Write one safetensors file atomically. Tensors that share memory are written separately."""
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
-        file.write(
-            save(
-                {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-                metadata=dict(header),
-            )
-        )
+        file.write(save(copies, metadata=dict(header)))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -70,11 +67,11 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappi
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """(header, tensors) of a safetensors file. Raises OSError or SafetensorError."""
     with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def load_fusions(path: Path, *, encoder: str) -> FusionFile:
-    """The fusions of a file, refused unless trained on this very encoder."""
+    """Read a fusion file. IncompatibleFusion unless it is whole and trained on this encoder."""
     try:
         header, tensors = read_tensors(path)
         if header.get("format") != FORMAT:
@@ -83,10 +80,11 @@ def load_fusions(path: Path, *, encoder: str) -> FusionFile:
             )
         if not same_encoder(header["encoder"], encoder):
             raise IncompatibleFusion(
-                f"{path.name} was trained on {header['encoder']}, this is {encoder}: train a fusion for it, or serve its encoder"
+                f"{path.name} was trained on {header['encoder']}, this is {encoder}: "
+                "train a fusion for it, or serve its encoder"
             )
         layers = {name: Fusion(FusionConfig(**config)).eval() for name, config in json.loads(header["configs"]).items()}
-        _fill(layers, tensors)
+        _load_weights(layers, tensors)
         fusions: dict[Side, Fusion] = {side: layers.get("shared") or layers[side] for side in SIDES}
         return FusionFile(fusions, int(header["k"]), _fusion_id(layers), json.loads(header["card"]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
@@ -96,15 +94,19 @@ def load_fusions(path: Path, *, encoder: str) -> FusionFile:
 
 
 def training_free_fusions(name: str, dim: int, *, alpha: float = 1.0, k: int = 10) -> FusionFile:
-    """One of RULES behind the face of a fusion: "none" plain, "mean" the mean of the values, "core" their softmax-weighted mean."""
+    """Fusions without training, for one of RULES as in `preset_config`. Raises ConfigError."""
     if name not in RULES:
         raise ConfigError(f"no training-free rule {name!r}: choose one of {', '.join(RULES)}")
     fusions = build_fusions(name, dim, alpha=alpha)
-    return FusionFile(fusions, k, _fusion_id(_layers(fusions)), {"trained": False, "rule": name, "alpha": alpha})
+    fusion_id = _fusion_id(_distinct_layers(fusions))
+    return FusionFile(fusions, k, fusion_id, {"trained": False, "rule": name, "alpha": alpha})
 
 
 def fusions_by_name(name: str, *, encoder: str, dim: int) -> FusionFile:
-    """What `--fusion` asks for: a file that training wrote, or one of RULES, with its alpha as in "mean:2"."""
+    """The fusions named by `--fusion`: a file, or one of RULES with its alpha as in "mean:2".
+
+    Raises ConfigError or IncompatibleFusion.
+    """
     rule, _, alpha = name.partition(":")
     if rule not in RULES or Path(name).is_file():
         return load_fusions(Path(name), encoder=encoder)
@@ -114,8 +116,8 @@ def fusions_by_name(name: str, *, encoder: str, dim: int) -> FusionFile:
         raise ConfigError(f"fusion {name!r}: after the colon stands a number above 0, as in {rule}:2") from error
 
 
-def _layers(fusions: Mapping[Side, Fusion]) -> dict[str, Fusion]:
-    """The distinct layers by the name they are stored under."""
+def _distinct_layers(fusions: Mapping[Side, Fusion]) -> dict[str, Fusion]:
+    """The layers by the name under which they are stored; a shared layer once."""
     return (
         {"shared": fusions["image"]}
         if fusions["image"] is fusions["text"]
@@ -123,19 +125,18 @@ def _layers(fusions: Mapping[Side, Fusion]) -> dict[str, Fusion]:
     )
 
 
-def _fill(layers: Mapping[str, Fusion], tensors: Mapping[str, torch.Tensor]) -> None:
-    """The weights into the layers; a missing, surplus or misshapen one is a KeyError or RuntimeError."""
+def _load_weights(layers: Mapping[str, Fusion], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy the weights into the layers. KeyError or RuntimeError where they do not fit."""
     if set(layers) == set(SIDES):
         share_metrics(layers["image"], layers["text"])
-    found = nn.ModuleDict(layers).load_state_dict(
-        tensors, strict=False
-    )  # what both layers share has two names and is stored under one
-    if found.unexpected_keys or not set(found.missing_keys).isdisjoint(_tensors(layers)):
-        raise KeyError(f"{found}")
+    # strict=False: a tensor that both layers share has two names and is stored under one
+    result = nn.ModuleDict(layers).load_state_dict(tensors, strict=False)
+    if result.unexpected_keys or not set(result.missing_keys).isdisjoint(_distinct_tensors(layers)):
+        raise KeyError(f"{result}")
 
 
-def _tensors(layers: Mapping[str, Fusion]) -> dict[str, torch.Tensor]:
-    """Every distinct weight, once."""
+def _distinct_tensors(layers: Mapping[str, Fusion]) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name; a shared one once."""
     module = nn.ModuleDict(layers)
     return {name: value.detach().cpu() for name, value in (*module.named_parameters(), *module.named_buffers())}
 
@@ -144,7 +145,7 @@ def _fusion_id(layers: Mapping[str, Fusion]) -> str:
     digest = hashlib.sha256(
         json.dumps({name: asdict(layer.config) for name, layer in layers.items()}, sort_keys=True).encode()
     )
-    for name, tensor in sorted(_tensors(layers).items()):
+    for name, tensor in sorted(_distinct_tensors(layers).items()):
         digest.update(name.encode())
         digest.update(tensor.float().numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""What the fusion learns from: InfoNCE between the refined and the plain embeddings of a batch of pairs."""
+"""Training losses: InfoNCE between the refined and the plain embeddings of a batch of pairs."""
 
 import torch
 import torch.nn.functional as F
@@ -6,10 +6,11 @@ from torch import Tensor
 
 
 def info_nce(image: Tensor, text: Tensor, scale: float | Tensor, *, same: Tensor | None = None) -> Tensor:
-    """Symmetric InfoNCE: row i of one side belongs to row i of the other. A scalar.
+    """Symmetric InfoNCE, a scalar. Row i of one side belongs to row i of the other.
 
-    image, text: (B, D) unit.  scale: what the cosines are multiplied with, 100 in CLIP.
-    same: (B, B) bool, True where two different rows say the same thing (one class, one photo) and must not repel each other.
+    image, text: (B, D) unit.  scale: the factor of the cosines, 100 in CLIP.
+    same: (B, B) bool, True where two different rows have one meaning (one class, one photo), so
+    that they do not count as negatives.
     """
     logits = scale * image @ text.T  # (B, B)
     if same is not None:
@@ -31,9 +32,11 @@ def reco_loss(
     text_only: bool = True,
     same: Tensor | None = None,
 ) -> Tensor:
-    """NCE(fused, fused) + NCE(fused image, text) + NCE(image, fused text), each (B, D) unit; each term can be left out. A scalar.
+    """The paper's loss, a scalar: the sum of three InfoNCE terms, on vectors (B, D) unit.
 
-    The two mixed terms are what lets one side be enhanced alone when serving.
+    both: fused image with fused text.  image_only: fused image with text.  text_only: image with
+    fused text.  The last two train the fusion for serving where one side alone is refined.
+    ValueError where all three are switched off.
     """
     terms = ((both, fused_image, fused_text), (image_only, fused_image, text), (text_only, image, fused_text))
     losses = [info_nce(one, another, scale, same=same) for wanted, one, another in terms if wanted]

@@ -31,7 +31,7 @@ def pairs(encoder: Encoder) -> Pairs:
 
 @pytest.fixture(scope="module")
 def snapshot(pairs: Pairs, encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
-    """Images are found by trunk keys, texts by their vectors."""
+    """A memory that compares images by trunk features, and texts by their vectors."""
     folder = tmp_path_factory.mktemp("store")
     return build_memory(folder, pairs, encoder.fingerprint, {"image": "trunk", "text": "vector"})
 
@@ -41,8 +41,10 @@ def photos(encoder: Encoder) -> np.ndarray:
     return np.stack([encoder.preprocess(picture(seed)) for seed in range(5)])
 
 
-def expected(encoded: Encoded, pairs: Pairs, side: Side, k: int, alpha: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
-    """By brute force: the rows (B, k) of the nearest pairs, and the training-free rule over their other side."""
+def brute_force(
+    encoded: Encoded, pairs: Pairs, side: Side, k: int, alpha: float = 2.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows (B, k) of the nearest pairs, and the training-free rule over their other side."""
     keys, values = (pairs.image_key, pairs.text) if side == "image" else (pairs.text, pairs.image)
     assert keys is not None
     queries = encoded.key("trunk" if side == "image" else "vector")
@@ -52,12 +54,12 @@ def expected(encoded: Encoded, pairs: Pairs, side: Side, k: int, alpha: float = 
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
-def test_embed_is_encode_retrieve_fuse(
+def test_embed_equals_encode_retrieve_fuse_by_brute_force(
     reco: Reco, snapshot: Snapshot, pairs: Pairs, photos: np.ndarray, side: Side
 ) -> None:
     batch = photos if side == "image" else reco.encoder.tokenize(["a", "b", "c", "d", "e"])
     encoded = reco.encode(batch, side)
-    rows, refined = expected(encoded, pairs, side, k=4)
+    rows, refined = brute_force(encoded, pairs, side, k=4)
     found = reco.embed(batch, side, snapshot)
     assert found.neighbors is not None
     assert found.weights is not None
@@ -70,7 +72,7 @@ def test_embed_is_encode_retrieve_fuse(
     assert min(found.timings.encode, found.timings.retrieve, found.timings.fuse) > 0
 
 
-def test_without_a_memory_vectors_stay_plain(reco: Reco, photos: np.ndarray) -> None:
+def test_without_a_memory_the_vectors_stay_plain(reco: Reco, photos: np.ndarray) -> None:
     found = reco.embed(photos, "image", None)
     assert found.vectors is found.plain
     assert not found.enhanced.any()
@@ -78,7 +80,7 @@ def test_without_a_memory_vectors_stay_plain(reco: Reco, photos: np.ndarray) -> 
     assert found.row(3).vectors.shape == (1, reco.encoder.dim)
 
 
-def test_one_batch_may_hold_many_ks(reco: Reco, snapshot: Snapshot, photos: np.ndarray) -> None:
+def test_rows_of_one_batch_may_have_different_k(reco: Reco, snapshot: Snapshot, photos: np.ndarray) -> None:
     ks = np.array([1, 3, 2, 7, 1])
     together = reco.embed(photos, "image", snapshot, ks)
     assert together.neighbors is not None
@@ -95,45 +97,43 @@ def test_one_batch_may_hold_many_ks(reco: Reco, snapshot: Snapshot, photos: np.n
         assert not one.neighbors.scores[0, k:].any()
 
 
-def test_excluded_and_too_near_pairs_are_passed_over(reco: Reco, snapshot: Snapshot, photos: np.ndarray) -> None:
+def test_excluded_and_too_similar_pairs_are_not_used(reco: Reco, snapshot: Snapshot, photos: np.ndarray) -> None:
     found = reco.embed(photos, "image", snapshot, 2)
     assert found.neighbors is not None
     first = found.neighbors.ids[:, 0].tolist()
     others = reco.embed(photos, "image", snapshot, 2, SearchParams(exclude=[{name} for name in first]))
     assert others.neighbors is not None
     np.testing.assert_array_equal(others.neighbors.ids[:, 0], found.neighbors.ids[:, 1])
-    nobody = reco.embed(photos, "image", snapshot, 2, SearchParams(max_similarity=-1.0))
-    np.testing.assert_array_equal(nobody.vectors, nobody.plain)  # bit for bit
-    assert not nobody.enhanced.any()
-    assert nobody.memory == snapshot.ref
+    none_found = reco.embed(photos, "image", snapshot, 2, SearchParams(max_similarity=-1.0))
+    np.testing.assert_array_equal(none_found.vectors, none_found.plain)  # bit for bit
+    assert not none_found.enhanced.any()
+    assert none_found.memory == snapshot.ref
 
 
-def test_a_memory_of_another_encoder_is_refused_before_any_number(
-    reco: Reco, pairs: Pairs, tmp_path: Path, photos: np.ndarray
-) -> None:
-    stranger = build_memory(tmp_path, pairs, "other/model@ffffffffffff", {"image": "trunk", "text": "vector"})
+def test_a_memory_of_another_encoder_is_refused(reco: Reco, pairs: Pairs, tmp_path: Path, photos: np.ndarray) -> None:
+    foreign = build_memory(tmp_path, pairs, "other/model@ffffffffffff", {"image": "trunk", "text": "vector"})
     with pytest.raises(
         IncompatibleSnapshot, match=r"built by other/model@ffffffffffff, this service encodes with tinyvit/random@"
     ):
-        reco.embed(photos, "image", stranger)
+        reco.embed(photos, "image", foreign)
 
 
 @pytest.mark.parametrize("k", [0, -1, 101, np.array([1, 2, 3, 0, 1]), np.array([1, 101, 1, 1, 1])])
-def test_k_outside_the_fusions_range_is_refused(
+def test_k_outside_the_range_of_the_fusion_is_refused(
     reco: Reco, snapshot: Snapshot, photos: np.ndarray, k: int | np.ndarray
 ) -> None:
     with pytest.raises(ConfigError, match="outside 1 to 100"):
         reco.embed(photos, "image", snapshot, k)
 
 
-def test_a_fusion_that_does_not_fit_is_refused(encoder: Encoder) -> None:
+def test_a_fusion_of_another_width_or_k_is_refused(encoder: Encoder) -> None:
     with pytest.raises(ConfigError, match="width 64 cannot refine vectors of width 32"):
         Reco(encoder, training_free_fusions("mean", 64).fusions, "x", 10)
     with pytest.raises(ConfigError, match="k = 11 is outside 1 to 10"):
         Reco(encoder, build_fusions("paper", encoder.dim), "x", 11)
 
 
-def test_rows_are_the_batch_taken_apart(reco: Reco, snapshot: Snapshot, photos: np.ndarray) -> None:
+def test_each_row_is_the_batch_for_one_item(reco: Reco, snapshot: Snapshot, photos: np.ndarray) -> None:
     found = reco.embed(photos, "image", snapshot)
     assert found.neighbors is not None
     assert found.weights is not None
@@ -149,7 +149,7 @@ def test_rows_are_the_batch_taken_apart(reco: Reco, snapshot: Snapshot, photos: 
 
 
 @pytest.mark.parametrize("enhanced", [False, True])
-def test_labels_are_the_mean_of_their_prompts(reco: Reco, snapshot: Snapshot, enhanced: bool) -> None:
+def test_label_vectors_are_the_mean_over_their_prompts(reco: Reco, snapshot: Snapshot, enhanced: bool) -> None:
     memory = snapshot if enhanced else None
     labels, templates = ["cat", "{odd} dog"], ["a {}.", "the {}, a {}!"]
     vectors = reco.embed_labels(labels, templates, memory, 3)

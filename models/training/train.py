@@ -137,7 +137,7 @@ def accuracy(fusions: Mapping[Side, Fusion], episode: Episode, rows: np.ndarray)
     device = next(fusions["image"].parameters()).device.type
     with torch.inference_mode():
         image, text = (
-            fusions[side](*episode.lookups[side].batch(rows, _everything(episode, side, rows), device))
+            fusions[side](*episode.lookups[side].batch(rows, _everything(episode, side, rows), device)).vectors
             for side in SIDES
         )
     nearest = (image @ text.T).argmax(1).cpu().numpy()  # (B,)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from index_store.types import SIDES, Side
 from models.errors import ConfigError, TrainingFailed
 from models.fusion.checkpoint import read_tensors, write_tensors
-from models.fusion.fusion import Fusion, set_metric_directions
+from models.fusion.fusion import Fused, Fusion, set_metric_directions
 from models.fusion.losses import reco_loss
 from models.progress import progress
 from models.training.config import TERMS
@@ -243,7 +243,7 @@ def _optimiser(layers: nn.Module, scale: nn.Parameter, learning: Learning) -> to
 
 
 def _step_loss(
-    refine: Mapping[Side, Callable[..., Tensor]],
+    refine: Mapping[Side, Callable[..., Fused]],
     episode: Episode,
     rows: np.ndarray,
     learning: Learning,
@@ -257,7 +257,7 @@ def _step_loss(
         for side in SIDES
     }
     with torch.autocast(device, torch.bfloat16, enabled=learning.precision == "bf16"):
-        image, text = (refine[side](*batches[side]).float() for side in SIDES)
+        image, text = (refine[side](*batches[side]).vectors.float() for side in SIDES)
     both, image_only, text_only = (term in learning.terms for term in TERMS)
     same = torch.from_numpy(episode.same(rows)).to(device)
     plain_image, plain_text = (batches[side][0] for side in SIDES)

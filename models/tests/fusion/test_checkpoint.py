@@ -14,7 +14,7 @@ ENCODER = "tiny/random@0123456789ab"
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_what_is_saved_is_loaded(name: str, tmp_path: Path) -> None:
+def test_a_saved_fusion_is_loaded_with_equal_weights(name: str, tmp_path: Path) -> None:
     fusions = build_fusions(name, 32)
     with torch.no_grad():
         for parameter in fusions["text"].parameters():
@@ -31,7 +31,7 @@ def test_what_is_saved_is_loaded(name: str, tmp_path: Path) -> None:
         assert not file.fusions[side].training
         for key, value in fusions[side].state_dict().items():
             assert torch.equal(file.fusions[side].state_dict()[key], value)
-    assert [path.name for path in tmp_path.iterdir()] == ["f.safetensors"]  # no partial file stays
+    assert [path.name for path in tmp_path.iterdir()] == ["f.safetensors"]  # no partial file is left
 
 
 def test_a_shared_layer_is_stored_once(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_a_shared_layer_is_stored_once(tmp_path: Path) -> None:
     assert sum(tensor.numel() for tensor in load_file(tmp_path / "shared").values()) == 3_158_016
 
 
-def test_what_both_sides_share_is_stored_once_and_shared_again(tmp_path: Path) -> None:
+def test_tensors_of_both_sides_are_stored_once_and_shared_when_loaded(tmp_path: Path) -> None:
     save_fusions(tmp_path / "f", build_fusions("default", 64), encoder=ENCODER, k=10, card={})
     assert sum(tensor.numel() for tensor in load_file(tmp_path / "f").values()) == 2 * (64 * 64 + 64) + 2 * 3
     fusions = load_fusions(tmp_path / "f", encoder=ENCODER).fusions
@@ -49,7 +49,7 @@ def test_what_both_sides_share_is_stored_once_and_shared_again(tmp_path: Path) -
     assert (image.own, image.other) == (text.other, text.own)
 
 
-def test_the_label_of_an_encoder_may_change_but_not_its_digest(tmp_path: Path) -> None:
+def test_a_renamed_encoder_is_accepted_and_other_weights_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "f.safetensors"
     save_fusions(path, build_fusions("default", 32), encoder=ENCODER, k=10, card={})
     load_fusions(path, encoder="renamed/elsewhere@0123456789ab")
@@ -59,15 +59,15 @@ def test_the_label_of_an_encoder_may_change_but_not_its_digest(tmp_path: Path) -
         load_fusions(path, encoder="tiny/random@ffffffffffff")
 
 
-def test_ids_follow_the_weights() -> None:
+def test_the_fusion_id_depends_on_the_weights() -> None:
     rule = training_free_fusions("mean", 32)
     assert rule.fusion_id == training_free_fusions("mean", 32).fusion_id
     assert rule.fusion_id != training_free_fusions("mean", 32, alpha=2.0).fusion_id
     assert rule.card == {"trained": False, "rule": "mean", "alpha": 1.0}
 
 
-def broken(path: Path, how: str) -> None:
-    """Damage a good file in one way."""
+def damage(path: Path, how: str) -> None:
+    """Damage a valid fusion file in one way."""
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
     tensors = load_file(path)
@@ -91,26 +91,26 @@ def broken(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "how", ["missing", "cut", "a pickle", "no header", "a tensor less", "another width", "an unknown option"]
 )
-def test_a_bad_file_is_one_line_without_a_path(how: str, tmp_path: Path) -> None:
+def test_a_bad_file_is_refused_in_one_line_without_its_folder(how: str, tmp_path: Path) -> None:
     path = tmp_path / "f.safetensors"
     save_fusions(path, build_fusions("default", 32), encoder=ENCODER, k=10, card={})
-    broken(path, how)
+    damage(path, how)
     with pytest.raises(IncompatibleFusion, match=r"^f\.safetensors is ") as refused:
         load_fusions(path, encoder=ENCODER)
     assert "\n" not in str(refused.value)
     assert str(tmp_path) not in str(refused.value)
 
 
-def test_a_fusion_is_named_by_rule_or_by_file(tmp_path: Path) -> None:
-    def named(name: str) -> str:
+def test_fusions_are_found_by_rule_or_by_file(tmp_path: Path) -> None:
+    def fusion_id(name: str) -> str:
         return fusions_by_name(name, encoder=ENCODER, dim=32).fusion_id
 
-    assert len({named("none"), named("mean"), named("mean:2"), named("core"), named("core:2")}) == 5
-    assert named("core:2") == training_free_fusions("core", 32, alpha=2.0).fusion_id
+    assert len({fusion_id("none"), fusion_id("mean"), fusion_id("mean:2"), fusion_id("core"), fusion_id("core:2")}) == 5
+    assert fusion_id("core:2") == training_free_fusions("core", 32, alpha=2.0).fusion_id
     saved = save_fusions(tmp_path / "f.safetensors", build_fusions("mlp", 32), encoder=ENCODER, k=7, card={})
-    assert named(str(tmp_path / "f.safetensors")) == saved
+    assert fusion_id(str(tmp_path / "f.safetensors")) == saved
     for name, why in (("mean:much", "number above 0"), ("mean:-1", "alpha > 0")):
         with pytest.raises(ConfigError, match=why):
-            named(name)
+            fusion_id(name)
     with pytest.raises(IncompatibleFusion, match="median"):
-        named("median")
+        fusion_id("median")
