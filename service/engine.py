@@ -20,13 +20,13 @@ from models.reco import Reco
 from models.starter import MEMORY, install_starter, starter_labels
 from service.batching.batcher import DeadlinePassed
 from service.errors import InvalidValue, ItemRefused
-from service.labels.cache import ranked
+from service.labels.cache import rank_candidates
 from service.labels.label_set import LabelSet
 from service.labels.scoring import Ranked
 from service.labels.store import LabelSets
 from service.memories.budget import allowed_bytes
-from service.memories.drift import drift
-from service.memories.edits import Editing
+from service.memories.drift import measure_drift
+from service.memories.edits import MemoryEdits
 from service.memories.jobs import Jobs
 from service.memories.query_log import QueryLog
 from service.memories.recall import RecallSampler
@@ -72,11 +72,11 @@ class Engine:
         self.swaps = Swaps(
             self.memories,
             self.jobs,
-            prepare=self.label_sets.warm,
-            drift=lambda old, new: drift(reco, self._query_log, old, new),
+            prepare=self.label_sets.embed_all,
+            drift=lambda old, new: measure_drift(reco, self._query_log, old, new),
             metrics=metrics,
         )
-        self.editing = Editing(self.memories, self.swaps, self._embed_plain, settings)
+        self.edits = MemoryEdits(self.memories, self.swaps, self._embed_plain, settings)
         self._recall = RecallSampler(self._query_log, self.memories.resolve, metrics, share=settings.recall_share)
         self.tracing = Tracing.from_environment()
         self.draining = False
@@ -183,7 +183,7 @@ class Engine:
                 f"{done} of {len(labels.labels)} labels are embedded: ask again, what is done stays done"
             ) from error
         vectors = np.stack([row.vector for row in rows])
-        return await asyncio.to_thread(ranked, vectors, candidates, self.reco.encoder.logit_scale, top_k)
+        return await asyncio.to_thread(rank_candidates, vectors, candidates, self.reco.encoder.logit_scale, top_k)
 
     async def _embed_plain(
         self, images: Sequence[bytes | ItemRefused], texts: Sequence[str], deadline: float

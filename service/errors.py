@@ -13,7 +13,8 @@
     ├── UnsupportedType      a content type, or a file type, that is not read here
     └── NotServing           starting up, shutting down, or without a memory
 
-Errors of the packages below (StoreError, ModelError, the batcher's) keep their own class; the table maps them too.
+Errors of the packages below (StoreError, ModelError, the batcher's) keep their own class; the table
+maps them too.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class SwapInProgress(ServiceError):
 
 
 class SlowSender(ServiceError):
-    """The body did not arrive in time; the caller's fault, so not a 504, which operators count against the service."""
+    """The body did not arrive in time; the caller's fault, so not a 504, which operators count
+    against the service.
+    """
 
 
 class TooLarge(ServiceError):

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,12 +70,19 @@ def make_folder(path: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Replace a small file atomically: old or new text is read, even after a power cut."""
-    fresh = path.with_name(f".{path.name}.fresh")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    # a name of its own: two writers of one temporary file would leave a mixture of both texts
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".fresh", dir=path.parent)
+    fresh = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fchmod(handle, 0o644)
+            os.fsync(handle)
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
     fsync_path(path.parent)
 
 

@@ -2,8 +2,8 @@
 
     python -m service.benchmarks.labels [--labels 1000000] [--model ViT-B-32] [--repeats 5]
 
-Label vectors are synthetic, clustered as those of a catalogue's names are: to embed a million of them takes an hour on two cores.
-Prints one JSON object.
+Label vectors are synthetic, clustered as those of a catalogue's names are: to embed a million of
+them takes an hour on two cores. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from index_store.benchmarks.synthetic import SyntheticPairs
 from models.encoder.encoder import Encoder, EncoderSpec
-from service.labels.index import LIKENESS, LabelIndex
+from service.labels.index import QUERY_COSINE, LabelIndex
 from service.labels.scoring import Ranked, rank
 
 TOP_K = 5
@@ -32,7 +32,7 @@ def questions(rows: np.ndarray, count: int) -> np.ndarray:
     """(count, D) float32 unit, each as far from some label as a photo is from its caption."""
     rng = np.random.default_rng(3)
     noise = rng.standard_normal((count, rows.shape[1])).astype(np.float32)
-    noise *= math.sqrt(1 / LIKENESS**2 - 1) / np.linalg.norm(noise, axis=1, keepdims=True)
+    noise *= math.sqrt(1 / QUERY_COSINE**2 - 1) / np.linalg.norm(noise, axis=1, keepdims=True)
     asked = rows[rng.permutation(len(rows))[:count]] + noise
     return np.asarray(asked / np.linalg.norm(asked, axis=1, keepdims=True))
 

@@ -1,4 +1,4 @@
-"""A list of labels and the sentences they are put into."""
+"""A label set: candidate labels and the templates that make sentences of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from service.errors import BadRequest, InvalidValue, TooLarge
 
 @dataclass(frozen=True, slots=True)
 class LabelSet:
-    """Candidate classes and the sentences they are put into. Checked where it is born. digest: names the content."""
+    """Candidate labels and their templates, checked by `of`. digest: sha256 of the content."""
 
     labels: tuple[str, ...]
     templates: tuple[str, ...] = ("a photo of a {}.",)
@@ -21,13 +21,16 @@ class LabelSet:
 
     def __post_init__(self) -> None:
         content = json.dumps([self.labels, self.templates]).encode()
-        object.__setattr__(
-            self, "digest", hashlib.sha256(content).hexdigest()
-        )  # once: of a million labels it takes a second
+        # computed once: for a million labels it takes a second
+        object.__setattr__(self, "digest", hashlib.sha256(content).hexdigest())
 
     @classmethod
     def of(cls, labels: Sequence[str], templates: Sequence[str], max_texts: int) -> LabelSet:
-        """Raises BadRequest for zero labels, InvalidValue for duplicates or a template without one {}, TooLarge beyond max_texts."""
+        """Check and make a label set.
+
+        Raises BadRequest for zero labels, InvalidValue for a blank or repeated label or a template
+        without exactly one {}, TooLarge for more than max_texts labels × templates.
+        """
         if not labels:
             raise BadRequest("labels is empty: send at least one label", "labels")
         if len(labels) * len(templates) > max_texts:
@@ -51,10 +54,10 @@ class LabelSet:
 
     @property
     def version(self) -> str:
-        """What a caller pins: the same labels and templates always have the same one."""
+        """The name that a caller may pin: equal content has an equal version."""
         return self.digest[:12]
 
     @property
     def body(self) -> dict[str, Any]:
-        """As the wire and the disk show it."""
+        """The content as replies and files hold it."""
         return {"labels": self.labels, "templates": self.templates}

@@ -1,21 +1,24 @@
-"""Label sets: named, versioned lists of labels kept on disk, and the embeddings of any list, stored or sent.
+"""The store of label sets: named, versioned lists of labels on disk, and the vectors of any list.
 
     animals.json                  what `animals` names now
     animals@5f0c2a91b7e3.json     what it named before, kept so that a caller may pin it
 
-A version is named by its content: putting the same labels again is the same version, which is how one goes back.
+A version is named by its content: the same labels again are the same version, which is the way
+back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from index_store import Snapshot
-from index_store.errors import NameRefused
+from index_store.errors import NameRefused, StoreError
 from index_store.storage.atomic import replace_text, translate_write_errors
 from index_store.store import check_name
 from service.errors import InvalidValue, NotFound, RetiredVersion, TooLarge
@@ -23,14 +26,22 @@ from service.labels.cache import Embed, LabelVectors
 from service.labels.label_set import LabelSet
 from service.observability.metrics import Metrics
 
-EARLIER = 3  # versions kept beside the current one
+EARLIER_VERSIONS = 3  # kept beside the current one
+
+log = logging.getLogger("reco")
+
+
+class DamagedLabelSet(StoreError):
+    """The file of a label set does not hold a label set; other sets and memories are not affected."""
 
 
 class LabelSets:
     """The stored sets, and through `vectors` the embedded lists.
 
     max_texts: labels x templates of a list sent with a request; max_stored: of a stored set.
-    State: the files in `folder`, those read so far by file and its stat, and the cache of embedded lists.
+    Methods that touch files block: call them outside the event loop.
+    State: the files in `folder`, the sets read so far with the stat of their file, and the cache of
+    vectors. One lock serialises writers.
     """
 
     def __init__(
@@ -45,15 +56,19 @@ class LabelSets:
         metrics: Metrics,
     ) -> None:
         self._folder, self._max_texts, self._max_stored, self._max_sets = folder, max_texts, max_stored, max_sets
-        self._read: dict[str, tuple[tuple[int, int], LabelSet]] = {}
+        self._cached: dict[str, tuple[tuple[int, int], LabelSet]] = {}
+        self._writer = threading.Lock()
         self.vectors = LabelVectors(embed, scale=scale, large=max_texts, metrics=metrics)
 
-    def checked(self, labels: Sequence[str], templates: Sequence[str], *, stored: bool = False) -> LabelSet:
-        """A LabelSet within the operator's limits."""
+    def check(self, labels: Sequence[str], templates: Sequence[str], *, stored: bool = False) -> LabelSet:
+        """Make a LabelSet within the operator's limits.
+
+        Raises BadRequest, InvalidValue, TooLarge.
+        """
         return LabelSet.of(labels, templates, self._max_stored if stored else self._max_texts)
 
     def names(self) -> list[str]:
-        """The stored sets, sorted."""
+        """The names of the stored sets, sorted."""
         return (
             sorted(path.stem for path in self._folder.glob("*.json") if "@" not in path.stem)
             if self._folder.is_dir()
@@ -61,7 +76,10 @@ class LabelSets:
         )
 
     def versions(self, name: str) -> list[str]:
-        """What may be pinned: the current version, then the earlier ones, newest first. Raises NotFound."""
+        """The versions that may be pinned: the current one, then earlier ones, newest first.
+
+        Raises NotFound.
+        """
         current = self.get(name).version
         return [
             current,
@@ -69,77 +87,117 @@ class LabelSets:
         ]
 
     def get(self, wanted: str) -> LabelSet:
-        """The set called NAME, or NAME@VERSION. Raises NotFound, RetiredVersion for a version that is not kept."""
+        """Return the set called NAME, or NAME@VERSION.
+
+        Raises NotFound, RetiredVersion for a version that is not kept, DamagedLabelSet.
+        """
         name, _, version = wanted.partition("@")
-        current = self._file(self._path(name), name)
+        current = self._read(self._path(name), name)
         if not version or version == current.version:
             return current
         with suppress(NotFound):
-            return self._file(self._path(name, version), wanted)
+            return self._read(self._path(name, version), wanted)
         raise RetiredVersion(
             f"label set {name}@{version[:80]} is not kept, {name}@{current.version} is current: pin that", "label_set"
         )
 
     def put(self, name: str, labels: LabelSet) -> None:
-        """Store or replace a set; a reader sees the old one or the new one, never a part. Raises TooLarge, StoreUnwritable."""
+        """Store or replace a set; a reader sees the old or the new set. The last writer wins.
+
+        Raises TooLarge, StoreUnwritable.
+        """
         path = self._path(name)
         if not path.exists() and len(self.names()) >= self._max_sets:
             raise TooLarge(f"{self._max_sets} label sets are stored, the limit: delete one first", "label_set")
-        with translate_write_errors(f"label set {name}"):
+        with self._writer, translate_write_errors(f"label set {name}"):
             self._folder.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                self._keep(name, path)
+                self._keep_version(name, path)
             replace_text(path, json.dumps(labels.body, ensure_ascii=False))
 
     async def replace(self, name: str, labels: LabelSet, snapshot: Snapshot | None) -> None:
-        """`put` beside the event loop; forget what it replaces, and begin to embed a large set under `snapshot`."""
-        old = self.get(name) if self._path(name).exists() else None
-        await asyncio.to_thread(self.put, name, labels)
+        """`put` outside the event loop; then drop the vectors of the old set and start to embed a
+        large one.
+        """
+        old = await asyncio.to_thread(self._swap_in, name, labels)
         if old is not None and old.digest != labels.digest:
             self.vectors.drop(old)
         self.vectors.prepare(labels, snapshot)
 
-    def delete(self, name: str) -> None:
-        """Raises NotFound."""
-        labels = self.get(name)
-        for path in (self._path(name), *self._earlier(name)):
-            path.unlink(missing_ok=True)
-        self.vectors.drop(labels)
+    def _swap_in(self, name: str, labels: LabelSet) -> LabelSet | None:
+        """Store the set; the set that it replaces, None without a readable one."""
+        with suppress(NotFound, DamagedLabelSet):
+            old = self.get(name)
+            self.put(name, labels)
+            return old
+        self.put(name, labels)
+        return None
 
-    async def warm(self, snapshot: Snapshot) -> None:
-        """Embed every stored set under `snapshot`, so that a swap leaves no first caller waiting."""
-        for name in self.names():
-            while self._path(name).exists():
-                with suppress(NotFound):  # replaced meanwhile: then as it is by now; deleted: then not at all
-                    await self.vectors.get(self.get(name), snapshot)
-                    break
+    async def delete(self, name: str) -> None:
+        """Delete a set with its versions, a damaged one too. Raises NotFound."""
+        labels = await asyncio.to_thread(self._remove, name)
+        if labels is not None:
+            self.vectors.drop(labels)
 
-    def _file(self, path: Path, wanted: str) -> LabelSet:
-        """What stands in a file, read again only where it was replaced. Raises NotFound."""
+    def _remove(self, name: str) -> LabelSet | None:
+        """Delete the files; the set, None where it was damaged."""
+        labels = None
+        with suppress(DamagedLabelSet):
+            labels = self.get(name)
+        with self._writer:
+            for path in (self._path(name), *self._earlier(name)):
+                path.unlink(missing_ok=True)
+                self._cached.pop(path.stem, None)
+        return labels
+
+    async def embed_all(self, snapshot: Snapshot) -> None:
+        """Embed every stored set under `snapshot`, so that no request waits for it after a swap.
+
+        A damaged set is logged and left out.
+        """
+        for name in await asyncio.to_thread(self.names):
+            try:
+                await self._embed(name, snapshot)
+            except DamagedLabelSet as error:
+                log.warning("%s", error)
+
+    async def _embed(self, name: str, snapshot: Snapshot) -> None:
+        while self._path(name).exists():
+            # replaced meanwhile: embed the new one; deleted: nothing to embed
+            with suppress(NotFound):
+                await self.vectors.get(await asyncio.to_thread(self.get, name), snapshot)
+                return
+
+    def _read(self, path: Path, wanted: str) -> LabelSet:
+        """Read a file, again only where it was replaced. Raises NotFound, DamagedLabelSet."""
         try:
             found = path.stat()
-            known = self._read.get(path.stem)
+            known = self._cached.get(path.stem)
             version = (found.st_mtime_ns, found.st_ino)
             if known is None or known[0] != version:
-                body = json.loads(path.read_text("utf-8"))
-                known = self._read[path.stem] = version, LabelSet(tuple(body["labels"]), tuple(body["templates"]))
+                known = self._cached[path.stem] = version, _parse(path.read_text("utf-8"))
         except FileNotFoundError as error:
-            self._read.pop(path.stem, None)
+            self._cached.pop(path.stem, None)
             raise NotFound(
                 f"no label set {wanted[:80]!r}: PUT /label-sets/{wanted[:80]} makes it", "label_set"
             ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DamagedLabelSet(
+                f"label set {wanted[:80]!r} cannot be read ({type(error).__name__}): PUT it again, or DELETE it"
+            ) from error
         return known[1]
 
-    def _keep(self, name: str, path: Path) -> None:
-        """Give the current file its version's name as well, and let the oldest go."""
-        with suppress(FileExistsError):
+    def _keep_version(self, name: str, path: Path) -> None:
+        """Give the current file the name of its version too, and remove the oldest version."""
+        # a damaged file is no version to go back to
+        with suppress(FileExistsError, DamagedLabelSet):
             self._path(name, self.get(name).version).hardlink_to(path)
-        for old in self._earlier(name)[EARLIER:]:
+        for old in self._earlier(name)[EARLIER_VERSIONS:]:
             old.unlink(missing_ok=True)
-            self._read.pop(old.stem, None)
+            self._cached.pop(old.stem, None)
 
     def _earlier(self, name: str) -> list[Path]:
-        """The files of its versions, the newest first."""
+        """The files of the versions of a set, newest first."""
         return sorted(self._folder.glob(f"{name}@*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
     def _path(self, name: str, version: str | None = None) -> Path:
@@ -150,3 +208,12 @@ class LabelSets:
         raise InvalidValue(
             f"label set name {name[:80]!r}: letters, digits, dot, dash and underscore, at most 64", "label_set"
         )
+
+
+def _parse(text: str) -> LabelSet:
+    """Raises ValueError, KeyError, TypeError for anything but a label set."""
+    body = json.loads(text)
+    labels, templates = tuple(body["labels"]), tuple(body["templates"])
+    if not labels or not all(isinstance(each, str) for each in (*labels, *templates)):
+        raise TypeError("labels and templates are lists of strings")
+    return LabelSet(labels, templates)

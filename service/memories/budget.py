@@ -1,4 +1,6 @@
-"""How much memory the memories may take: counted before one is loaded, so that the kernel never has to choose what dies."""
+"""The budget of resident bytes, checked before a version is loaded, so that the kernel kills
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +10,26 @@ from pathlib import Path
 from index_store.errors import StoreError
 from index_store.storage.manifest import Manifest
 
-SHARE = 0.8  # of what the process may use; the rest is for the model and the requests
-CGROUP = Path("/sys/fs/cgroup/memory.max")
+BUDGET_SHARE = 0.8  # of the memory of machine or container; the rest is for model and requests
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class BudgetExceeded(StoreError):
-    """Loading the version would take more resident memory than the operator, or the machine, allows."""
+    """Loading the version would take more resident memory than the operator, or the machine,
+    allows.
+    """
 
 
 def allowed_bytes(chosen: int) -> int:
-    """The operator's own number, or SHARE of the machine's or the container's memory."""
-    return chosen or int(SHARE * min(_machine(), _container()))
+    """The operator's number, or BUDGET_SHARE of the memory of the machine or container."""
+    return chosen or int(BUDGET_SHARE * min(_machine_bytes(), _container_bytes()))
 
 
-def afford(manifest: Manifest, held: int, budget: int) -> None:
-    """Raise BudgetExceeded where a version does not fit beside the `held` bytes. Mapped files are not counted: they are paged out."""
+def check_budget(manifest: Manifest, held: int, budget: int) -> None:
+    """Raise BudgetExceeded where a version does not fit beside the `held` bytes.
+
+    Mapped files are not counted: the kernel pages them out.
+    """
     needed = manifest.bytes["resident"]
     if held + needed > budget:
         raise BudgetExceeded(
@@ -31,13 +38,13 @@ def afford(manifest: Manifest, held: int, budget: int) -> None:
         )
 
 
-def _machine() -> int:
+def _machine_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _container() -> int:
-    """The limit of the control group, as large as the machine's where there is none."""
+def _container_bytes() -> int:
+    """The limit of the control group, or the memory of the machine without one."""
     try:
-        return int(CGROUP.read_text())
+        return int(CGROUP_LIMIT.read_text())
     except (OSError, ValueError):  # ValueError: "max"
-        return _machine()
+        return _machine_bytes()

@@ -12,19 +12,24 @@ from models.reco import Reco
 from service.memories.query_log import QueryLog
 
 
-def drift(reco: Reco, recent: QueryLog, old: Snapshot, new: Snapshot) -> dict[str, dict[str, float]]:
-    """Per side: mean and 5th percentile of the cosines between recent queries' enhanced vectors under both snapshots, and how many."""
+def measure_drift(reco: Reco, query_log: QueryLog, old: Snapshot, new: Snapshot) -> dict[str, dict[str, float]]:
+    """Cosines between the enhanced vectors of recent queries under two snapshots.
+
+    Per side: mean, 5th percentile ("p5"), and the number of queries. A side without queries, or
+    with another kind of search key, is left out.
+    """
     found: dict[str, dict[str, float]] = {}
     for side in SIDES:
-        queries = recent.of(new.manifest.name, side)
+        queries = query_log.latest(new.manifest.name, side)
         if queries is None or old.key_kind(side) != new.key_kind(side):
             continue
-        before, after = (reco.enhance(queries, side, snapshot).vectors for snapshot in (old, new))  # (B, D) each
+        # (B, D) each
+        before, after = (reco.enhance(queries, side, snapshot).vectors for snapshot in (old, new))
         cosines = np.einsum("bd,bd->b", before, after)
         found[side] = {"mean": float(cosines.mean()), "p5": float(np.percentile(cosines, 5)), "queries": len(cosines)}
     return found
 
 
-def worst(found: Mapping[str, Mapping[str, float]]) -> float | None:
-    """The lower of the sides' means, for the gauge; None where nothing could be compared."""
+def lowest_mean(found: Mapping[str, Mapping[str, float]]) -> float | None:
+    """The lower of the means of the sides, None where nothing could be compared."""
     return min((side["mean"] for side in found.values()), default=None)

@@ -1,4 +1,4 @@
-"""Long work on a memory, as GET /jobs/{id} shows it: what it does, how far it is, how it ended."""
+"""Jobs: swaps and compactions as GET /jobs/{id} shows them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from service.errors import NotFound
 from service.observability.metrics import Metrics
 
-KEPT_JOBS = 200
+MAX_JOBS = 200
 SWAP_PHASES = 7  # budget, verify, prove, labels, drift, point, publish
 
 State = Literal["running", "done", "failed"]
@@ -23,11 +23,13 @@ Kind = Literal["swap", "compact"]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A swap or a compaction; replaced, never changed, as it goes on.
+    """A swap or a compaction; a new value replaces the old one as it progresses.
 
-    progress: share of the pairs written by a compaction, of its phases done by a swap.  recall: of the probes, per side.
+    progress: share of the pairs written (compaction) or of the phases done (swap).  recall: of the
+    probes, per side.
     drift: per side, cosines between recent queries' vectors under the old and the new snapshot.
-    edits_left: online edits of the retired version that the new one does not have; a rollback brings them back.
+    edits_left: online edits of the retired version that the new one does not have; a rollback
+    brings them back.
     """
 
     kind: Kind
@@ -48,34 +50,34 @@ class Job:
 
 
 class Jobs:
-    """The last jobs, until a restart."""
+    """The last MAX_JOBS jobs, until a restart."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._metrics = metrics
 
     def add(self, job: Job) -> Job:
-        """Keep it; the oldest goes where there are too many."""
+        """Add a job; the oldest is removed beyond MAX_JOBS."""
         self._jobs[job.id] = job
-        while len(self._jobs) > KEPT_JOBS:
+        while len(self._jobs) > MAX_JOBS:
             self._jobs.popitem(last=False)
         return job
 
     def get(self, job_id: str) -> Job:
         """Raises NotFound."""
         if job_id not in self._jobs:
-            raise NotFound(f"no job {job_id[:40]!r}: the last {KEPT_JOBS} are kept, until a restart")
+            raise NotFound(f"no job {job_id[:40]!r}: the last {MAX_JOBS} are kept, until a restart")
         return self._jobs[job_id]
 
-    def note(self, job_id: str, **changes: Any) -> None:
-        """Tell more about a job; one that has been dropped from the list goes on unseen."""
+    def update(self, job_id: str, **changes: Any) -> None:
+        """Change fields of a job, if it is still in the list."""
         if job_id in self._jobs:
             self._jobs[job_id] = replace(self._jobs[job_id], **changes)
 
     @contextmanager
     def phase(self, job_id: str, phase: str) -> Iterator[None]:
-        """Show the phase, and take its time."""
-        self.note(job_id, phase=phase)
+        """Show a phase of a job, and record its seconds."""
+        self.update(job_id, phase=phase)
         start = time.perf_counter()
         try:
             yield
@@ -83,6 +85,6 @@ class Jobs:
             spent = time.perf_counter() - start
             self._metrics.memory_swap_duration_seconds.labels(phase).observe(spent)
             if job_id in self._jobs:
-                self.note(job_id, seconds={**self._jobs[job_id].seconds, phase: round(spent, 6)})
+                self.update(job_id, seconds={**self._jobs[job_id].seconds, phase: round(spent, 6)})
         if job_id in self._jobs and self._jobs[job_id].kind == "swap":
-            self.note(job_id, progress=round(len(self._jobs[job_id].seconds) / SWAP_PHASES, 2))
+            self.update(job_id, progress=round(len(self._jobs[job_id].seconds) / SWAP_PHASES, 2))

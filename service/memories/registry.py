@@ -1,4 +1,4 @@
-"""The live memories: which snapshot answers a name, and the one hand that edits it."""
+"""The registry of memories being served: which snapshot answers a name, and who may change it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from index_store.compaction import redundant_versions
 from index_store.editor import Editor
 from index_store.errors import DamagedVersion, StoreBusy, StoreError, UnknownVersion
 from service.errors import NotServing, RetiredVersion
-from service.memories.budget import afford
+from service.memories.budget import check_budget
 from service.observability.metrics import Metrics
 
 log = logging.getLogger("reco")
@@ -22,10 +22,11 @@ T = TypeVar("T")
 
 
 class MemoryRegistry:
-    """Every memory being served, by name.
+    """All memories being served, by name.
 
-    State: one Memory per name with the Editor of its version and a lock for those who replace either, and the names whose current
-    version could not be opened with the reason. It changes on the event loop only; readers take `resolve`'s snapshot and keep it.
+    State, changed on the event loop only: per name a Memory, the Editor of its version, and a lock
+    for edits and swaps; and the reason for each memory whose current version could not be opened.
+    Readers take the snapshot of `resolve` and keep it.
     """
 
     def __init__(
@@ -46,16 +47,18 @@ class MemoryRegistry:
         self._locks: dict[str, asyncio.Lock] = {}
         self._refused: dict[str, StoreError] = {}
         for name in store.names():
-            self._start(name)
+            self._open_current(name)
         self.default = default or (next(iter(self._live)) if len(self._live) == 1 else None)
         if default is not None:
-            self.resolve(default)  # the one memory asked for must answer, or the service does not start
+            # without the memory that was asked for the service must not start
+            self.resolve(default)
 
     def resolve(self, wanted: str | None) -> Snapshot:
-        """The snapshot that answers `name`, `name@version`, `name@version+edits`, or the default.
+        """Return the snapshot that answers `name`, `name@version`, `name@version+edits`, or the
+        default.
 
-        Raises NotServing without any memory, UnknownMemory, UnknownVersion, RetiredVersion for a version that is not the one served,
-        and the reason why a memory could not be opened.
+        Raises NotServing without any memory, UnknownMemory, UnknownVersion, RetiredVersion for a
+        version that is not served, and the StoreError of a memory that could not be opened.
         """
         if wanted is None and self.default is None:
             known = ", ".join(sorted(self._live)) or "none: build one with `reco memory build`"
@@ -63,7 +66,7 @@ class MemoryRegistry:
                 f"no default memory (live: {known}): name one in `memory`, or send enhance=false", "memory"
             )
         name, _, pinned = (wanted or self.default or "").partition("@")
-        snapshot = self._serving(name).current
+        snapshot = self._live_memory(name).current
         version, _, edits = pinned.partition("+")
         if version and version != snapshot.manifest.version:
             self._store.path(name, version)  # raises UnknownVersion
@@ -85,7 +88,7 @@ class MemoryRegistry:
         return None
 
     def serves(self, name: str, version: str) -> bool:
-        """Whether this very version answers."""
+        """Whether this version is being served."""
         return name in self._live and self._live[name].current.manifest.version == version
 
     def names(self) -> list[str]:
@@ -96,12 +99,12 @@ class MemoryRegistry:
         """The version served by each memory that answers."""
         return {name: self._live[name].current.manifest.version for name in self.names()}
 
-    def table(self) -> list[dict[str, Any]]:
-        """One row per memory of the store, live or not."""
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per memory of the store, served or not. Blocking: it reads the store."""
         return [self.row(name) for name in self._store.names()]
 
     def row(self, name: str) -> dict[str, Any]:
-        """What GET /memories/{name} tells."""
+        """The fields of GET /memories/{name}. Blocking: it reads the store."""
         row: dict[str, Any] = {"name": name, "versions": self._store.versions(name), "live": name in self._live}
         if name in self._refused:
             row["error"] = str(self._refused[name])
@@ -127,25 +130,25 @@ class MemoryRegistry:
         return row
 
     def version(self, name: str, version: str) -> str:
-        """The version itself. Raises UnknownMemory, UnknownVersion."""
+        """Check that a version exists and return its name. Raises UnknownMemory, UnknownVersion."""
         return self._store.path(name, version).name
 
     def previous(self, name: str) -> str:
-        """The version served before the current one. Raises UnknownMemory, UnknownVersion."""
+        """The version that was current before. Raises UnknownMemory, UnknownVersion."""
         version = self._store.previous(name)
         if version is None:
             raise UnknownVersion(f"memory {name!r} has no previous version to roll back to")
         return version
 
     def afford(self, name: str, version: str) -> None:
-        """Raise BudgetExceeded where a version does not fit beside all that is served. Blocking."""
+        """Raise BudgetExceeded where a version does not fit beside what is served. Blocking."""
         held = sum(
             memory.current.bytes["resident"] for memory in list(self._live.values())
-        )  # a list: the loop may add one meanwhile
-        afford(self._store.manifest(name, version), held, self._budget)
+        )  # a list, since the event loop may add one
+        check_budget(self._store.manifest(name, version), held, self._budget)
 
     def open(self, name: str, version: str) -> Editor:
-        """A verified version with its edits, not served yet. Blocking."""
+        """Open and verify a version with its edits; it is not served yet. Blocking."""
         return Editor.open(self._store, name, version, encoder=self._encoder, devices=self._devices)
 
     def reverify(self, name: str, version: str) -> None:
@@ -153,9 +156,12 @@ class MemoryRegistry:
         self._store.verify(name, version, threads=1)
 
     def drop_compacted(self, name: str) -> None:
-        """Delete what earlier compactions made and others repeat to the last edit, since a disk is finite. Blocking.
+        """Delete versions of earlier compactions whose content a later version holds completely.
 
-        Neither what is served nor what a rollback goes to. A failure is logged: the compaction itself has succeeded.
+        Blocking.
+
+        The version being served and the one that a rollback goes to stay. A failure is logged,
+        since the compaction itself has succeeded.
         """
         try:
             pointed = {self._store.current(name), self._store.previous(name)}
@@ -167,20 +173,23 @@ class MemoryRegistry:
             log.warning("%s: what earlier compactions left stays: %s", name, error)
 
     def point(self, name: str, version: str) -> None:
-        """Make it the one that the next start serves. Blocking."""
+        """Write the pointer on disk: the next start serves this version. Blocking."""
         self._store.activate(name, version)
 
-    def editing(self, name: str) -> AbstractAsyncContextManager[None]:
-        """Held while an edit is made or what serves is replaced, so that no edit is ever undone by a swap, nor a swap by an edit."""
+    def lock(self, name: str) -> AbstractAsyncContextManager[None]:
+        """The lock of edits and swaps of one memory: neither undoes the other."""
         return self._locks.setdefault(name, asyncio.Lock())
 
     def editor(self, name: str) -> Editor:
-        """The hand that edits what `name` serves. Raises UnknownMemory, NotServing."""
-        self._serving(name)
+        """The Editor of the version that `name` serves. Raises UnknownMemory, NotServing."""
+        self._live_memory(name)
         return self._editors[name]
 
     def publish(self, name: str, editor: Editor) -> Snapshot | None:
-        """Serve what `editor` shows: one assignment. The snapshot that was served before, None for a memory new to the service."""
+        """Serve the snapshot of `editor`, by one assignment.
+
+        Returns the retired snapshot, None for a memory that is new to the service.
+        """
         snapshot, retired = editor.snapshot, None
         if name in self._live:
             retired = self._live[name].swap(snapshot)
@@ -193,35 +202,43 @@ class MemoryRegistry:
         self._refused.pop(name, None)
         if self.default is None and len(self._live) == 1:
             self.default = name
-        self._describe(snapshot)
+        self._set_gauges(snapshot)
         return retired
 
     async def edit(self, name: str, change: Callable[[Editor], T]) -> tuple[T, Snapshot, Snapshot]:
-        """Make a change durable, then visible: what it gave, the snapshots before and after. A caller who leaves stops nothing half-way."""
-        self._serving(name)
-        return await asyncio.shield(self._edit(name, change))
+        """Make a change durable, then visible; a caller who leaves does not interrupt it.
+
+        Returns the result of `change` and the snapshots before and after.
+        """
+        self._live_memory(name)
+        return await asyncio.shield(self._edit_locked(name, change))
 
     def close(self) -> None:
-        """Let other processes edit."""
+        """Close all editors, so that other processes may edit."""
         for editor in self._editors.values():
             editor.close()
 
-    def damaged(self, name: str, error: DamagedVersion) -> None:
-        """Tell that a file of what serves was found altered on the disk; it goes on serving what is mapped."""
-        self._refused[name] = _bare(error)
+    def note_damage(self, name: str, error: DamagedVersion) -> None:
+        """Note and log that a file of a served version was altered on disk; the mapped version goes
+        on serving.
+        """
+        self._refused[name] = _without_history(error)
         log.error("memory %s is being served, but its files are no longer as they were built: %s", name, error)
 
-    async def _edit(self, name: str, change: Callable[[Editor], T]) -> tuple[T, Snapshot, Snapshot]:
-        async with self.editing(name):
-            memory, editor = self._serving(name), self._editors[name]
+    async def _edit_locked(self, name: str, change: Callable[[Editor], T]) -> tuple[T, Snapshot, Snapshot]:
+        async with self.lock(name):
+            memory, editor = self._live_memory(name), self._editors[name]
             before = memory.current
-            result = await asyncio.to_thread(self._changed, before, editor, change)
+            result = await asyncio.to_thread(self._apply_change, before, editor, change)
             memory.swap(editor.snapshot)
-            self._describe(editor.snapshot)
+            self._set_gauges(editor.snapshot)
             return result, before, editor.snapshot
 
-    def _changed(self, served: Snapshot, editor: Editor, change: Callable[[Editor], T]) -> T:
-        """In a thread. An edit of a version that the next start will not serve would be acknowledged, and then be missed."""
+    def _apply_change(self, served: Snapshot, editor: Editor, change: Callable[[Editor], T]) -> T:
+        """In a thread: apply a change. Raises StoreBusy where another version is current on disk.
+
+        An edit of a version that the next start does not serve would be acknowledged and then lost.
+        """
         name, version = served.manifest.name, self._store.current(served.manifest.name)
         if version != served.manifest.version:
             raise StoreBusy(
@@ -229,28 +246,30 @@ class MemoryRegistry:
             )
         return change(editor)
 
-    def _serving(self, name: str) -> Memory:
+    def _live_memory(self, name: str) -> Memory:
         if name in self._live:
             return self._live[name]
         if name in self._refused:
-            raise _bare(self._refused[name])
+            raise _without_history(self._refused[name])
         self._store.versions(name)  # raises UnknownMemory or NameRefused
         raise NotServing(f"memory {name!r} is in the store but not live: activate one of its versions", "memory")
 
-    def _start(self, name: str) -> None:
-        """Serve a memory's current version, or keep the reason why not: one bad memory does not stop the others."""
+    def _open_current(self, name: str) -> None:
+        """Serve the current version of a memory, or keep the reason why not; the others are not
+        affected.
+        """
         try:
             version = self._store.current(name)
             self.afford(name, version)
             self._editors[name] = editor = self.open(name, version)
         except StoreError as error:
-            self._refused[name] = _bare(error)
+            self._refused[name] = _without_history(error)
             log.warning("memory %s is not served: %s", name, self._refused[name])
             return
         self._live[name] = Memory(editor.snapshot)
-        self._describe(editor.snapshot)
+        self._set_gauges(editor.snapshot)
 
-    def _describe(self, snapshot: Snapshot) -> None:
+    def _set_gauges(self, snapshot: Snapshot) -> None:
         name, found = snapshot.manifest.name, snapshot.manifest
         self._metrics.memory_info.labels(name).info(
             {"version": found.version, "encoder": found.encoder, "fusion": self._fusion}
@@ -263,6 +282,8 @@ class MemoryRegistry:
             self._metrics.memory_bytes.labels(name, tier).set(size)
 
 
-def _bare(error: StoreError) -> StoreError:
-    """The same refusal without its history: frames keep what they had opened, and an error that is raised again collects more of them."""
+def _without_history(error: StoreError) -> StoreError:
+    """A copy of the error without traceback and context, which would keep the frames that raised
+    it.
+    """
     return type(error)(*error.args)

@@ -1,4 +1,5 @@
-"""The way of a request's items through the model: admit, decode or tokenize, batch, encode, enhance.
+"""The way of a request's items through the model: admit, decode or tokenize, batch, encode,
+enhance.
 
 A bad item is refused alone; the other items of its request are answered.
 """
@@ -54,7 +55,8 @@ class Embedder:
     async def embed(self, items: Items, query: Query, deadline: float) -> EmbedResult:
         """Embed all items of a request, each with its result or its refusal.
 
-        deadline: a `time.monotonic()` instant.  Raises QueueFull, BatcherClosed for the whole request.
+        deadline: a `time.monotonic()` instant.  Raises QueueFull, BatcherClosed for the whole
+        request.
         """
         if items.images:
             return await self._embed_images(items.images, query, deadline)
@@ -69,7 +71,9 @@ class Embedder:
         await asyncio.gather(*(tower.close() for tower in self.towers.values()))
 
     async def _embed_images(self, images: Sequence[bytes | ItemRefused], query: Query, deadline: float) -> EmbedResult:
-        """Decode, then embed; a large request batch by batch, one in the model while the next is decoded."""
+        """Decode, then embed; a large request batch by batch, one in the model while the next is
+        decoded.
+        """
         with self._admission.admit("image", len(images)):
             size = self._settings.max_batch
             parts = [

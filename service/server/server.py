@@ -1,4 +1,4 @@
-"""One uvicorn process: a socket taken before anything is loaded, and an end that leaves no admitted request unanswered."""
+"""The uvicorn process: binds its socket before it loads anything, and drains on SIGTERM."""
 
 from __future__ import annotations
 
@@ -25,22 +25,25 @@ if TYPE_CHECKING:
     from service.engine import Engine
 
 log = logging.getLogger("reco")
-M_ARENA_MAX, ARENAS = -8, 2  # of malloc.h
+M_ARENA_MAX, MALLOC_ARENAS = -8, 2  # M_ARENA_MAX is a constant of malloc.h
 
 
 class DrainingServer(uvicorn.Server):
-    """On SIGTERM or SIGINT: refuse new requests with 503, answer those inside, then stop; a second signal stops at once."""
+    """On SIGTERM or SIGINT: refuse new requests with 503, answer those inside, then stop.
+
+    A second signal stops at once.
+    """
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         super().__init__(config)
         self._engine = engine
         self._loop: asyncio.AbstractEventLoop | None = (
-            None  # known once started; before that a signal just ends the start
+            None  # None before the start: a signal then just ends the process
         )
         self._drain: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called by the signal; the listening socket stays open while the requests inside are answered."""
+        """Start draining; the listening socket stays open while the requests inside are answered."""
         if self._engine.draining or self._loop is None:
             super().handle_exit(sig, frame)
             return
@@ -64,66 +67,77 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Say where we are once we answer there."""
+        """Print the address once the service answers."""
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         if self.started and not self.should_exit and sockets:
             host, port = sockets[0].getsockname()[:2]
-            _greet(self._engine, f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            _print_address(self._engine, f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take the port now: loading a model only to find it in use would waste the operator's minute. Raises UsageError."""
+    """Bind the port before the model is loaded, so that a port in use is found at once.
+
+    Raises UsageError.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    taken = socket.socket(family, socket.SOCK_STREAM)
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        taken.bind((host, port))
+        bound.bind((host, port))
     except (OSError, OverflowError) as error:
-        taken.close()
+        bound.close()
         raise UsageError(
             f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}; choose another --host or --port"
         ) from error
-    return taken
+    return bound
 
 
-def few_arenas() -> None:
-    """IdleThreads come and go in a service, and glibc would give each a heap of its own, which keeps what was freed in it."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
+def limit_malloc_arenas() -> None:
+    """IdleThreads come and go in a service, and glibc would give each a heap of its own, which
+    keeps what was freed in it.
+    """
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, MALLOC_ARENAS)
 
 
 def serve(settings: Settings) -> None:
-    """Open everything, then answer until told to stop, and end the process. Raises what cannot be opened, in one line.
+    """Open everything, answer until a signal comes, and end the process.
 
-    Not by way of the interpreter, which would wait for the thread of a compaction or of a reading: minutes of training that nothing can
-    stop. Every request is answered and everything closed by then, and what such a thread leaves is as whole as after `kill -9`.
+    Raises ServiceError, StoreError, ModelError.
+
+    The process ends without the interpreter's own shutdown, which would wait for the thread of a
+    compaction or a verification: minutes of training that nothing can stop. Every request is
+    answered and everything is closed by then; what such a thread leaves is as whole as after `kill
+    -9`.
     """
     configure_logging(
         settings.log_format, verbose=logging.getLogger().isEnabledFor(logging.INFO), access_log=settings.access_log
     )
-    few_arenas()
-    with bind(settings.host, settings.port) as taken:
+    limit_malloc_arenas()
+    with bind(settings.host, settings.port) as bound:
         print(f"loading {settings.model}: this takes some seconds…", flush=True)
-        from models.encoder.loading import import_libraries  # torch takes seconds: only now that the port is ours
+        # torch takes seconds: import it once the port is bound
+        from models.encoder.loading import import_libraries
         from service.engine import Engine
 
         import_libraries()
         opening = run_in_own_thread(partial(Engine.open, settings))
-        from service.app import create_app  # most of a second too, while the weights are read and hashed
-        from service.server.connection_limits import bounded
+        # most of a second, while the weights are read and hashed
+        from service.app import create_app
+        from service.server.connection_limits import LimitedProtocol
 
         engine = opening.result()
         config = uvicorn.Config(
             create_app(engine), log_config=None, access_log=False, proxy_headers=False, server_header=False, lifespan="on", loop="uvloop",
-            http=bounded(settings.receive_s), backlog=2048,
+            http=LimitedProtocol.with_head_limit(settings.receive_s), backlog=2048,
         )  # fmt: skip
-        DrainingServer(config, engine).run(sockets=[taken])
+        DrainingServer(config, engine).run(sockets=[bound])
         sys.stdout.flush()
         os._exit(0)
 
 
-def _greet(engine: Engine, url: str) -> None:
+def _print_address(engine: Engine, url: str) -> None:
     memory = engine.memories.default
     print(f"RECO Serve answers on {url}   (page: {url}/   reference: {url}/docs)", flush=True)
     print(

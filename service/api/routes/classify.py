@@ -70,7 +70,7 @@ def _find_labels(engine: Engine, options: ClassifyOptions) -> LabelSet:
     """The stored set that is named, or the labels that were sent, checked."""
     if options.label_set is not None:
         return engine.label_sets.get(options.label_set)
-    return engine.label_sets.checked(options.labels or [], options.templates)
+    return engine.label_sets.check(options.labels or [], options.templates)
 
 
 def _describe(ranked: Ranked, labels: LabelSet) -> list[list[dict[str, Any]]]:

@@ -14,6 +14,7 @@ from service.api.auth import WithAdmin, WithKey
 from service.api.dependencies import EngineDep
 from service.api.schemas import LabelSetBody
 from service.engine import Engine
+from service.labels.store import DamagedLabelSet
 
 router = APIRouter(tags=["label sets"])
 
@@ -45,7 +46,7 @@ async def put_label_set(name: str, body: Annotated[LabelSetBody, Body()], engine
     It is embedded at its first use and at each swap; a large one from now on, and GET tells how far
     that is.
     """
-    found = await asyncio.to_thread(engine.label_sets.checked, body.labels, body.templates, stored=True)
+    found = await asyncio.to_thread(engine.label_sets.check, body.labels, body.templates, stored=True)
     await engine.label_sets.replace(name, found, engine.default_snapshot())
     return {"name": name, "version": found.version, **found.body}
 
@@ -53,13 +54,20 @@ async def put_label_set(name: str, body: Annotated[LabelSetBody, Body()], engine
 @router.delete("/label-sets/{name}", dependencies=[WithAdmin])
 async def delete_label_set(name: str, engine: EngineDep) -> dict[str, Any]:
     """Delete a set."""
-    await asyncio.to_thread(engine.label_sets.delete, name)
+    await engine.label_sets.delete(name)
     return {"name": name, "deleted": True}
 
 
 def _list(engine: Engine) -> list[dict[str, Any]]:
-    sets = {name: engine.label_sets.get(name) for name in engine.label_sets.names()}
-    return [
-        {"name": name, "version": found.version, "labels": len(found.labels), "templates": found.templates}
-        for name, found in sets.items()
-    ]
+    """One row per set; a damaged set is named with its error."""
+    rows: list[dict[str, Any]] = []
+    for name in engine.label_sets.names():
+        try:
+            found = engine.label_sets.get(name)
+        except DamagedLabelSet as error:
+            rows.append({"name": name, "error": str(error)})
+        else:
+            rows.append(
+                {"name": name, "version": found.version, "labels": len(found.labels), "templates": found.templates}
+            )
+    return rows

@@ -5,6 +5,7 @@ By name and version, never by path.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -21,13 +22,14 @@ router = APIRouter(dependencies=[WithAdmin], tags=["memories"])
 @router.get("/memories")
 async def list_memories(engine: EngineDep) -> dict[str, Any]:
     """Every memory of the store, with its versions and the one being served."""
-    return {"object": "list", "default": engine.memories.default, "data": engine.memories.table()}
+    rows = await asyncio.to_thread(engine.memories.rows)
+    return {"object": "list", "default": engine.memories.default, "data": rows}
 
 
 @router.get("/memories/{name}")
 async def get_memory(name: str, engine: EngineDep) -> dict[str, Any]:
     """One memory."""
-    return engine.memories.row(name)
+    return await asyncio.to_thread(engine.memories.row, name)
 
 
 @router.post("/memories/{name}/activate", status_code=202)
@@ -42,7 +44,8 @@ async def activate(name: str, body: Annotated[ActivateBody, Body()], engine: Eng
 @router.post("/memories/{name}/rollback", status_code=202)
 async def rollback(name: str, engine: EngineDep) -> dict[str, Any]:
     """Start serving the version that was served before."""
-    return asdict(engine.swaps.swap(name, engine.memories.previous(name)))
+    previous = await asyncio.to_thread(engine.memories.previous, name)
+    return asdict(engine.swaps.swap(name, previous))
 
 
 @router.post("/memories/{name}/compact", status_code=202)
@@ -60,13 +63,13 @@ async def put_pairs(
     """Add pairs, or replace those of the same id: on the disk, and visible to the next request,
     before this is answered.
     """
-    return await engine.editing.put(name, new_pairs(body, engine.settings), deadline(request, engine))
+    return await engine.edits.put(name, new_pairs(body, engine.settings), deadline(request, engine))
 
 
 @router.delete("/memories/{name}/pairs/{pair_id:path}")
 async def delete_pair(name: str, pair_id: str, engine: EngineDep) -> dict[str, Any]:
     """Remove one pair, as durable and as visible."""
-    return await engine.editing.delete(name, pair_id)
+    return await engine.edits.delete(name, pair_id)
 
 
 @router.get("/jobs/{job_id}")

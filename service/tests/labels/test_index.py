@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from service.labels.index import FOUND, LabelIndex
+from service.labels.index import MIN_FOUND, LabelIndex
 from service.labels.scoring import rank
 
 D, SCALE, COUNT = 192, 60.0, 20_000
@@ -18,7 +18,9 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def labels() -> np.ndarray:
-    """(COUNT, D): families of ten that resemble each other, in forty topics, as the names of things do."""
+    """(COUNT, D): families of ten that resemble each other, in forty topics, as the names of things
+    do.
+    """
     topics, families = (
         rng.standard_normal((40, D)).repeat(COUNT // 40, axis=0),
         rng.standard_normal((COUNT // 10, D)).repeat(10, axis=0),
@@ -36,7 +38,9 @@ def index(labels: np.ndarray) -> LabelIndex:
 
 @pytest.fixture(scope="module")
 def questions(labels: np.ndarray) -> np.ndarray:
-    """(60, D), each nearer to one label than to the others, at the distance that photos have from captions."""
+    """(60, D), each nearer to one label than to the others, at the distance that photos have from
+    captions.
+    """
     return unit(labels[rng.permutation(len(labels))[:60]] + 2.0 / np.sqrt(D) * rng.standard_normal((60, D)))
 
 
@@ -54,19 +58,21 @@ def test_the_best_labels_are_the_exact_ones_and_their_scores_are_calibrated(
 
 
 def test_the_rest_has_its_share_where_nothing_is_near(index: LabelIndex, labels: np.ndarray) -> None:
-    """A flat softmax lies mostly outside of what is found: leaving that out would make scores tenfold."""
+    """A flat softmax lies mostly outside of what is found: leaving that out would make scores
+    tenfold.
+    """
     questions = unit(rng.standard_normal((20, D)))
     found, exact = index.rank(questions, 5.0, 3), rank(questions, labels, 5.0, 3)
     same = found.labels == exact.labels
     assert same.any()
     np.testing.assert_allclose(found.scores[same], exact.scores[same], rtol=0.05)
-    assert FOUND * exact.scores.max() < 1
+    assert MIN_FOUND * exact.scores.max() < 1
 
 
 def test_more_labels_than_are_looked_at_by_default(
     index: LabelIndex, labels: np.ndarray, questions: np.ndarray
 ) -> None:
-    for top_k in (FOUND + 1, 40_000):
+    for top_k in (MIN_FOUND + 1, 40_000):
         found, exact = index.rank(questions[:2], SCALE, top_k), rank(questions[:2], labels, SCALE, top_k)
         assert found.labels.shape == exact.labels.shape
         np.testing.assert_allclose(found.scores[:, :50], exact.scores[:, :50], rtol=0.03)

@@ -14,7 +14,8 @@ def unit(shape: tuple[int, int], seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("count", "top_k"), [(1, 5), (7, 7), (3000, 5), (3000, 9000)])
 def test_best_labels_and_a_softmax_over_all_of_them(count: int, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranking, "BLOCK", 7000)  # blocks of two rows at 3000 labels, and a last one of one
+    # blocks of two rows at 3000 labels, and a last one of one
+    monkeypatch.setattr(ranking, "BLOCK_SCORES", 7000)
     vectors, labels = unit((5, 16), 0), unit((count, 16), 1)
     found = rank(vectors, labels, 30.0, top_k)
     logits = 30.0 * vectors.astype(np.float64) @ labels.T

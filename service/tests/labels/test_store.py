@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -20,7 +21,7 @@ from service.labels.cache import LabelVectors
 from service.labels.index import LabelIndex
 from service.labels.label_set import LabelSet
 from service.labels.scoring import rank
-from service.labels.store import LabelSets
+from service.labels.store import DamagedLabelSet, LabelSets
 from service.observability.metrics import Metrics
 from service.tests.inside import scenario
 
@@ -64,10 +65,10 @@ async def until(sets: LabelSets, labels: LabelSet, done: int) -> None:
 
 
 def test_sent_and_stored_lists_have_limits_of_their_own(sets: LabelSets) -> None:
-    assert sets.checked(LARGE, ["a {}"], stored=True).labels == LARGE
+    assert sets.check(LARGE, ["a {}"], stored=True).labels == LARGE
     for labels, stored in ((LARGE, False), ((*LARGE, "one more"), True)):
         with pytest.raises(TooLarge):
-            sets.checked(labels, ["a {}"], stored=stored)
+            sets.check(labels, ["a {}"], stored=stored)
 
 
 def test_a_set_is_read_once_until_it_changes(sets: LabelSets) -> None:
@@ -76,7 +77,7 @@ def test_a_set_is_read_once_until_it_changes(sets: LabelSets) -> None:
     assert sets.get("s") is sets.get("s")
     sets.put("s", LabelSet(("c",)))
     assert sets.get("s").labels == ("c",)
-    sets.delete("s")
+    asyncio.run(sets.delete("s"))
     with pytest.raises(NotFound):
         sets.get("s")
     with pytest.raises(InvalidValue):
@@ -102,7 +103,7 @@ def test_earlier_versions_may_be_pinned_and_the_oldest_goes(sets: LabelSets) -> 
     assert sets.versions("s")[0] == made[3].version
     assert len(set(sets.versions("s"))) == len(sets.versions("s"))
     sets.put("other", FEW)
-    sets.delete("s")
+    asyncio.run(sets.delete("s"))
     with pytest.raises(NotFound):
         sets.get(f"s@{made[3].version}")
     assert sets.versions("other") == [FEW.version]
@@ -111,7 +112,7 @@ def test_earlier_versions_may_be_pinned_and_the_oldest_goes(sets: LabelSets) -> 
 def test_many_labels_are_kept_as_an_index_that_ranks_as_their_rows_do(
     monkeypatch: pytest.MonkeyPatch, metrics: Metrics
 ) -> None:
-    monkeypatch.setattr(label_vectors, "SEARCHED", 3000)
+    monkeypatch.setattr(label_vectors, "INDEXED_LABELS", 3000)
     rng = np.random.default_rng(1)
     rows = np.asarray(
         rng.standard_normal((40, 32)).repeat(100, axis=0) + 0.4 * rng.standard_normal((4000, 32)), np.float32
@@ -138,13 +139,14 @@ def test_many_labels_are_kept_as_an_index_that_ranks_as_their_rows_do(
 
 def test_a_large_set_is_embedded_in_the_background_and_once(sets: LabelSets, held: Held) -> None:
     async def run() -> None:
-        large = sets.checked(LARGE, ["{}"], stored=True)
+        large = sets.check(LARGE, ["{}"], stored=True)
         await sets.replace("large", large, None)
         await until(sets, large, 0)
         callers = [asyncio.create_task(sets.vectors.get(large, None)) for _ in range(3)]
         held.go.release()
         await until(sets, large, 512)
-        np.testing.assert_array_equal(await sets.vectors.get(FEW, None), [[1], [1]])  # nobody waits behind it
+        # nobody waits behind it
+        np.testing.assert_array_equal(await sets.vectors.get(FEW, None), [[1], [1]])
         callers[0].cancel()
         held.go.release(9)
         rows = [await caller for caller in callers[1:]]
@@ -158,7 +160,7 @@ def test_a_large_set_is_embedded_in_the_background_and_once(sets: LabelSets, hel
 
 def test_a_set_replaced_or_deleted_is_embedded_no_further(sets: LabelSets, held: Held) -> None:
     async def run() -> None:
-        large = sets.checked(LARGE, ["{}"], stored=True)
+        large = sets.check(LARGE, ["{}"], stored=True)
         await sets.replace("large", large, None)
         waiting = asyncio.create_task(sets.vectors.get(large, None))
         await asyncio.sleep(0)
@@ -171,7 +173,7 @@ def test_a_set_replaced_or_deleted_is_embedded_no_further(sets: LabelSets, held:
         await sets.replace("large", large, None)  # the same content again is begun again
         held.go.release(9)
         await until(sets, large, 2000)
-        sets.delete("large")
+        await sets.delete("large")
         assert sets.vectors.progress(large) == []
 
     asyncio.run(run())
@@ -182,15 +184,15 @@ def test_a_swap_outlives_a_set_that_goes_while_it_is_embedded(
     sets: LabelSets, held: Held, tmp_path: Path, change: str
 ) -> None:
     async def run() -> None:
-        large, snapshot = sets.checked(LARGE, ["{}"], stored=True), open_memory(tmp_path / "store", some_pairs(5))
+        large, snapshot = sets.check(LARGE, ["{}"], stored=True), open_memory(tmp_path / "store", some_pairs(5))
         await asyncio.to_thread(sets.put, "large", large)
-        warming = asyncio.create_task(sets.warm(snapshot))
+        warming = asyncio.create_task(sets.embed_all(snapshot))
         while not sets.vectors.progress(large):  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         if change == "replaced":
             await sets.replace("large", FEW, None)
         else:
-            sets.delete("large")
+            await sets.delete("large")
         held.go.release(9)
         await warming
         assert [entry["memory"] for entry in sets.vectors.progress(FEW)] == (
@@ -202,7 +204,7 @@ def test_a_swap_outlives_a_set_that_goes_while_it_is_embedded(
 
 def test_closing_ends_it(sets: LabelSets, held: Held) -> None:
     async def run() -> None:
-        large = sets.checked(LARGE, ["{}"], stored=True)
+        large = sets.check(LARGE, ["{}"], stored=True)
         waiting = asyncio.create_task(sets.vectors.get(large, None))
         await until(sets, large, 0)
         sets.vectors.close()
@@ -233,7 +235,7 @@ def test_over_http_a_stored_list_is_embedded_once_indexed_where_it_is_long_and_r
         asked = {"texts": ["a photo of a ripe 7 banana.", "milk"], "label_set": "many", "top_k": 4, "enhance": "none"}
         tops = {}
         for at_most in (10_000, 500):
-            monkeypatch.setattr(label_vectors, "SEARCHED", at_most)
+            monkeypatch.setattr(label_vectors, "INDEXED_LABELS", at_most)
             (await client.put("/label-sets/many", json={"labels": labels})).raise_for_status()
             embedded.clear()
             replies = await asyncio.gather(*(client.post("/classify", json=asked) for _ in range(8)))
@@ -249,3 +251,31 @@ def test_over_http_a_stored_list_is_embedded_once_indexed_where_it_is_long_and_r
         assert tops[500][0][0]["label"] == "ripe 7 banana"
 
     scenario(engine, work)
+
+
+def test_six_writers_of_one_set_leave_one_of_their_lists(tmp_path: Path, sets: LabelSets) -> None:
+    lists = [LabelSet(tuple(f"writer {w} label {i}" for i in range(2000 + 300 * w))) for w in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(15):
+            list(pool.map(lambda labels: sets.put("shared", labels), lists))
+            assert sets.get("shared") in lists
+    assert list(tmp_path.rglob("*.fresh")) == []
+
+
+def test_a_damaged_set_is_named_and_leaves_the_others_alone(tmp_path: Path, sets: LabelSets) -> None:
+    good = LabelSet(("banana", "lemon"))
+    for name in ("good", "torn"):
+        sets.put(name, good)
+    (file,) = tmp_path.rglob("torn.json")
+    for content in ('{"labels": ["ban', "[]", '{"labels": [3], "templates": ["{}"]}'):
+        file.write_text(content)
+        with pytest.raises(DamagedLabelSet, match=r"label set 'torn' cannot be read .*PUT it again, or DELETE it"):
+            sets.get("torn")
+        assert sets.get("good") == good
+        snapshot = open_memory(tmp_path / f"store{len(content)}", some_pairs(5))
+        asyncio.run(sets.embed_all(snapshot))  # as before a swap: the damaged set stops nothing
+    asyncio.run(sets.replace("torn", good, None))
+    assert sets.get("torn") == good
+    file.write_text("torn again")
+    asyncio.run(sets.delete("torn"))
+    assert sets.names() == ["good"]

@@ -1,4 +1,6 @@
-"""Online edits over HTTP: visible to the next request, there after `kill -9`, folded into a new version while they go on."""
+"""Online edits over HTTP: visible to the next request, there after `kill -9`, folded into a new
+version while they go on.
+"""
 
 from __future__ import annotations
 
@@ -90,12 +92,15 @@ def test_a_pair_is_found_by_the_next_request_replaced_and_removed(running: Serve
 
 
 def test_whatever_metadata_holds_comes_back(running: Server, photos: dict[str, bytes]) -> None:
-    """Numbers and halves of characters that a fast writer of JSON refuses, and fields called as the reply's own."""
+    """Numbers and halves of characters that a fast writer of JSON refuses, and fields called as the
+    reply's own.
+    """
     photo = photos["coffee"]
     strange = {"gtin": 2**70, "note": "half \ud83d", "weight": 12.5, "score": "A", "nested": {"score": [1]}}
     pair = {"id": "odd", "caption": "odd", "image": encoded(photo), "metadata": strange}
     with running.client() as client:
-        body = json.dumps({"pairs": [pair]}).encode()  # escaped: half a character has no bytes of its own
+        # escaped: half a character has no bytes of its own
+        body = json.dumps({"pairs": [pair]}).encode()
         assert client.post(PAIRS, content=body, headers={"content-type": "application/json"}).status_code == 200
         found = nearest(client, photo)
         client.delete(f"{PAIRS}/odd")
@@ -184,7 +189,8 @@ def test_edits_are_folded_each_time_that_enough_have_come_together(tmp_path: Pat
             client,
             client.post("/memories/grocery/activate", json={"version": "fruit-and-vegetables", "dry_run": True}).json(),
         )
-        assert idle["drift"] == {}  # nobody asked anything: the service's own test items are no queries
+        # nobody asked anything: the service's own test items are no queries
+        assert idle["drift"] == {}
         for i in range(5):
             pair = {"id": f"new-{i}", "caption": "x", "image_embedding": unit(rng, 512), "image_key": unit(rng, 1280)}
             assert client.get("/memories/grocery").json()["current"] == "all"
@@ -295,7 +301,8 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path, photos: dict[str,
         server.process.kill()
         server.process.wait(10)
     with (tmp_path / "grocery" / "all.journal").open("ab") as journal:
-        journal.write(b"half a record")  # what a power cut may leave of an edit that was being written
+        # what a power cut may leave of an edit that was being written
+        journal.write(b"half a record")
     with serving(tmp_path) as server, server.client() as client:
         ignored = (
             "grocery/all.journal: the last 13 bytes are no whole record, so never acknowledged: ignored, 3 edits stand"

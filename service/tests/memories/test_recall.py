@@ -1,4 +1,6 @@
-"""Recent queries, and the sampler on real snapshots: the gauge says what brute force says, and only of the version being served."""
+"""Recent queries, and the sampler on real snapshots: the gauge says what brute force says, and only
+of the version being served.
+"""
 
 import asyncio
 import gc
@@ -18,8 +20,8 @@ from models.reco import Reco, Timings
 from models.tests.small import build_memory
 from service.errors import ItemRefused, NotServing
 from service.memories import recall
-from service.memories.drift import drift, worst
-from service.memories.query_log import KEPT, OF_ONE, QueryLog
+from service.memories.drift import lowest_mean, measure_drift
+from service.memories.query_log import MAX_OF_REQUEST, MAX_QUERIES, QueryLog
 from service.memories.recall import RecallSampler
 from service.observability.metrics import Metrics
 from service.pipeline.stages import EmbeddedItem
@@ -55,14 +57,14 @@ def test_the_latest_of_each_memory_and_side_are_kept(coarse: Snapshot) -> None:
     recent, many = QueryLog(), [rows(3, seed=i) for i in range(200)]
     for request in many:
         recent.note(coarse, "image", request)
-    kept = recent.of("things", "image")
+    kept = recent.latest("things", "image")
     assert kept is not None
-    assert KEPT <= len(kept.vectors) < KEPT + 3
+    assert MAX_QUERIES <= len(kept.vectors) < MAX_QUERIES + 3
     np.testing.assert_array_equal(kept.vectors[-3:], [row.plain for row in many[-1]])
-    latest = recent.of("things", "image", 4)
+    latest = recent.latest("things", "image", 4)
     assert latest is not None
     np.testing.assert_array_equal(latest.vectors, [many[-2][2].plain, *(row.plain for row in many[-1])])
-    assert recent.of("things", "text") is None
+    assert recent.latest("things", "text") is None
     assert recent.counts() == {("things", "image"): 600}
 
 
@@ -70,7 +72,7 @@ def test_one_large_request_does_not_drive_out_all_others(coarse: Snapshot) -> No
     recent = QueryLog()
     recent.note(coarse, "image", rows(2, seed=1))
     recent.note(coarse, "image", rows(200, seed=2))
-    assert recent.counts() == {("things", "image"): 2 + OF_ONE}
+    assert recent.counts() == {("things", "image"): 2 + MAX_OF_REQUEST}
 
 
 def test_plain_vectors_and_refused_items_are_not_queries(coarse: Snapshot) -> None:
@@ -108,13 +110,13 @@ def test_drift_is_the_mean_and_the_5th_percentile_of_the_cosines(reco: Reco, tmp
             [reco.enhance(Encoded(row.plain[None], None), "image", memory) for memory in (old, new)] for row in asked
         )
     )
-    found = drift(reco, recent, old, new)
+    found = measure_drift(reco, recent, old, new)
     assert found == {
         "image": {"mean": pytest.approx(sum(cosines) / 41), "p5": pytest.approx(cosines[2]), "queries": 41}
     }
     assert cosines[0] < cosines[2] < cosines[-1] < 0.99
-    assert worst(found) == found["image"]["mean"]
-    assert drift(reco, recent, old, old)["image"]["p5"] == pytest.approx(1)
+    assert lowest_mean(found) == found["image"]["mean"]
+    assert measure_drift(reco, recent, old, old)["image"]["p5"] == pytest.approx(1)
 
 
 def test_the_gauge_is_the_mean_over_checks_of_the_latest_queries(coarse: Snapshot, metrics: Metrics) -> None:
@@ -126,7 +128,9 @@ def test_the_gauge_is_the_mean_over_checks_of_the_latest_queries(coarse: Snapsho
             recent.note(coarse, "image", [row])
         asyncio.run(sampled.check())
         asyncio.run(sampled.check())  # nothing was asked since: nothing is measured again
-        expected.append(coarse.measure_recall(np.stack([row.plain for row in asked[-recall.ASKED :]]), "image"))
+        expected.append(
+            coarse.measure_recall(np.stack([row.plain for row in asked[-recall.SAMPLE_QUERIES :]]), "image")
+        )
     assert len({*expected}) > 1
     assert min(expected) < 1
     assert gauge(metrics) == pytest.approx(np.mean(expected))
@@ -136,7 +140,8 @@ def test_the_gauge_is_the_mean_over_checks_of_the_latest_queries(coarse: Snapsho
 def test_with_a_share_of_zero_nothing_is_ever_measured(coarse: Snapshot, metrics: Metrics) -> None:
     recent = QueryLog()
     recent.note(coarse, "image", rows(2))
-    asyncio.run(asyncio.wait_for(sampler(recent, Memory(coarse), metrics, share=0).run(), 1))  # returns at once
+    # returns at once
+    asyncio.run(asyncio.wait_for(sampler(recent, Memory(coarse), metrics, share=0).run(), 1))
     assert gauge(metrics) is None
 
 
@@ -185,10 +190,11 @@ def test_a_sampled_snapshot_is_free_to_die(tmp_path: Path, metrics: Metrics) -> 
 def test_a_check_that_fails_is_logged_and_the_next_one_goes_on(
     coarse: Snapshot, metrics: Metrics, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(recall, "PAUSE_S", 0.01)
+    monkeypatch.setattr(recall, "MIN_PAUSE_S", 0.01)
     known: dict[str, Snapshot] = {}
     recent = QueryLog()
-    sampled = RecallSampler(recent, known.__getitem__, metrics, share=1.0)  # the memory is gone: KeyError
+    # the memory is gone: KeyError
+    sampled = RecallSampler(recent, known.__getitem__, metrics, share=1.0)
     recent.note(coarse, "image", rows(1))
 
     async def some_time() -> None:

@@ -1,4 +1,6 @@
-"""Hot swaps of a real service: under concurrent load nothing fails and nothing mixes; a bad version never gets published."""
+"""Hot swaps of a real service: under concurrent load nothing fails and nothing mixes; a bad version
+never gets published.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def activate(client: httpx.Client, version: str, **body: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The starter's store, with a damaged version and a memory of another encoder beside what is sound."""
+    """The starter's store, with a damaged version and a memory of another encoder beside what is
+    sound.
+    """
     root = tmp_path_factory.mktemp("swaps")
     store = Store(root)
     install_starter(store)

@@ -1,6 +1,8 @@
-"""`kill -9` of a service at random moments of its swaps, edits and compactions: what it starts with next is what was acknowledged.
+"""`kill -9` of a service at random moments of its swaps, edits and compactions: what it starts with
+next is what was acknowledged.
 
-Real `reco serve` processes, each forked from one that has imported everything: a start then takes a second instead of twenty.
+Real `reco serve` processes, each forked from one that has imported everything: a start then takes a
+second instead of twenty.
 """
 
 from __future__ import annotations
@@ -79,7 +81,9 @@ class Edits:
             self.there[name] = str(self.made)
 
     def agree(self, store: Store, encoder: str) -> None:
-        """All that was acknowledged is there, and beside it at most the one edit whose reply the kill took away."""
+        """All that was acknowledged is there, and beside it at most the one edit whose reply the
+        kill took away.
+        """
         found = captions_by_id(store.open("edited", encoder=encoder))
         if found != self.there:
             self.apply()
@@ -165,11 +169,13 @@ def test_kill_9_of_a_service_at_random_moments_of_swaps_edits_and_compactions(wo
     process, expected = world.start(), dict[str, np.ndarray]()
     with world.client() as client:
         client.put("/label-sets/few", json={"labels": ["banana", "lemon"]})
-        client.delete("/label-sets/grocery")  # embedding it anew would be half of a swap, and what matters comes after
+        # embedding it anew would be half of a swap, and what matters comes after
+        client.delete("/label-sets/grocery")
         for _ in VERSIONS:
             expected.update([vectors(client)])
             world.swap(client)
-    assert np.abs(expected[VERSIONS[0]] - expected[VERSIONS[1]]).max() > 1e-3  # else the wrong one could not be told
+    # else the wrong one could not be told
+    assert np.abs(expected[VERSIONS[0]] - expected[VERSIONS[1]]).max() > 1e-3
     killed = 0
     while killed < kill_count() or (
         len(world.store.versions("edited")) == 1 and killed < 50

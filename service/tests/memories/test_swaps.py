@@ -1,4 +1,6 @@
-"""Swaps and compactions of real memories without a model: what a job tells, and what is left behind."""
+"""Swaps and compactions of real memories without a model: what a job tells, and what is left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,8 @@ def test_a_memory_that_is_not_served_is_not_kept_and_its_reason_does_not_grow(tm
     world.store.activate("others", "v1")
     before = Snapshot.count_open().get("things", 0)
     live = world.opened("others")
-    assert Snapshot.count_open().get("things", 0) == before  # the version was whole, its edits are not
+    # the version was whole, its edits are not
+    assert Snapshot.count_open().get("things", 0) == before
     depths = []
     for _ in range(5):
         with pytest.raises(DamagedVersion, match=r"things/v1\.journal: bytes 56 to \d+ are damaged") as refused:
@@ -216,7 +219,9 @@ def test_what_cannot_be_served_is_refused_in_one_line_and_what_serves_goes_on(tm
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, list[str]]]:
-    """Every file counts as large; versions are read again in the background once the event is set, here are their names."""
+    """Every file counts as large; versions are read again in the background once the event is set,
+    here are their names.
+    """
     monkeypatch.setattr("index_store.storage.checksums.SMALL_BYTES", 0)
     go, names = threading.Event(), list[str]()
 
@@ -245,7 +250,8 @@ def test_what_is_read_again_holds_up_no_swap_and_keeps_no_snapshot(
             if "things@v1" in read[1]:
                 break
         assert {*read[1]} <= {"things@v1", "things@v2"}
-        assert len(read[1]) <= 2  # once for each that had begun or is served, not once for each swap
+        # once for each that had begun or is served, not once for each swap
+        assert len(read[1]) <= 2
 
     world.run(story)
 
@@ -268,7 +274,8 @@ def test_rot_that_no_stat_shows_is_told_while_what_serves_goes_on(
         assert world.live.resolve("things").ref == "things@v2"
         assert (await world.swapped("v1")).state == "done"
         assert "error" not in world.live.row("things")
-        assert "differs in bytes" in str((await world.swapped("v2")).error)  # nobody trusts it again
+        # nobody trusts it again
+        assert "differs in bytes" in str((await world.swapped("v2")).error)
 
     world.run(story)
     assert "is being served, but its files are no longer as they were built" in caplog.text
@@ -288,14 +295,14 @@ def test_a_dry_run_tells_recall_and_drift_and_changes_nothing(tmp_path: Path) ->
 
 def test_a_swap_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world, seen = World(tmp_path), list[tuple[str, float | None]]()
-    note = world.jobs.note
+    note = world.jobs.update
 
     def noted(job_id: str, **changes: object) -> None:
         note(job_id, **changes)
         job = world.jobs.get(job_id)
         seen.append((job.phase, job.progress))
 
-    monkeypatch.setattr(world.jobs, "note", noted)
+    monkeypatch.setattr(world.jobs, "update", noted)
 
     async def story() -> None:
         assert (await world.swapped("v2")).progress == 1

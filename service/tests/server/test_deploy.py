@@ -1,4 +1,6 @@
-"""Deployment files: no container engine runs in the tests, so each file is held against the others, the code and a real Prometheus."""
+"""Deployment files: no container engine runs in the tests, so each file is held against the others,
+the code and a real Prometheus.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,8 @@ def test_the_cpu_image_leaves_out_cuda_and_nothing_else(tmp_path: Path) -> None:
     assert {name for name in gone if not name.startswith(("cuda-", "nvidia-"))} == {
         name for name in locked if name.partition("==")[0] in ("torch", "torchvision", "triton", "faiss-gpu")
     }
-    assert ";" not in next(line for name, line in found.items() if name.startswith("faiss-cpu=="))  # on every machine
+    # on every machine
+    assert ";" not in next(line for name, line in found.items() if name.startswith("faiss-cpu=="))
     assert {line.removesuffix("+cpu") for line in torch.split()} <= gone
     assert torch.count("+cpu") == 2
 

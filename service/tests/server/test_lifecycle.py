@@ -147,7 +147,8 @@ def test_a_head_is_bounded_and_a_kept_connection_goes_on(guarded: Server) -> Non
         with suppress(ConnectionError):
             for _ in range(200):
                 raw.sendall(b"x: " + b"y" * 1000 + b"\r\n")
-        with suppress(ConnectionError):  # what it did not read makes the kernel reset the connection
+        # what it did not read makes the kernel reset the connection
+        with suppress(ConnectionError):
             while part := raw.recv(65536):
                 reply += part
         assert reply == b"" or reply.startswith(b"HTTP/1.1 431"), reply
@@ -250,7 +251,9 @@ def test_sigterm_answers_what_was_admitted_and_refuses_the_rest(tmp_path: Path, 
 
 
 def test_sigterm_does_not_wait_for_a_compaction(tmp_path: Path) -> None:
-    """A thread that trains an index cannot be stopped, and what it leaves is no version: the next start serves what was served."""
+    """A thread that trains an index cannot be stopped, and what it leaves is no version: the next
+    start serves what was served.
+    """
     store, rows = Store(tmp_path), unit_rows(40_000, 256, 0)
     install_starter(store)
     encoder, ids, records = store.manifest("grocery").encoder, np.arange(40_000), [{"caption": ""}] * 40_000

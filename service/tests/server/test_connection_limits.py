@@ -1,0 +1,25 @@
+"""What `LimitedProtocol` overrides in uvicorn must exist there: an upgrade must not disable a limit
+in silence.
+"""
+
+import inspect
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.server.connection_limits import LimitedProtocol
+
+
+def test_every_overridden_method_is_one_of_uvicorn() -> None:
+    own = {name for name in vars(LimitedProtocol) if inspect.isfunction(vars(LimitedProtocol)[name])}
+    overridden = {name for name in own if not name.startswith("_")}
+    assert overridden == {
+        "connection_made", "connection_lost", "data_received", "on_message_begin", "on_headers_complete"
+    }  # fmt: skip
+    for name in overridden:
+        theirs, ours = (inspect.signature(getattr(kind, name)) for kind in (HttpToolsProtocol, LimitedProtocol))
+        assert list(theirs.parameters) == list(ours.parameters), name
+
+
+def test_the_limit_belongs_to_one_class() -> None:
+    quick = LimitedProtocol.with_head_limit(1.5)
+    assert (quick.head_s, LimitedProtocol.head_s) == (1.5, 30.0)
