@@ -63,11 +63,11 @@ $(UV):
 # One stamp per lock file: a second run installs nothing. What dev needs contains what serving needs.
 .venv/.runtime: requirements.lock pyproject.toml | $(UV)
 	@if [ -f .venv/.dev ]; then $(MAKE) --no-print-directory .venv/.dev; else \
-	  $(UV) pip install --python $(BIN)/python --require-hashes -r requirements.lock && \
+	  $(UV) pip install --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock && \
 	  $(UV) pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation -e .; fi
 	@touch $@
 
 .venv/.dev: requirements-dev.lock pyproject.toml | $(UV)
-	@$(UV) pip install --python $(BIN)/python --require-hashes -r requirements-dev.lock
+	@$(UV) pip install --compile-bytecode --python $(BIN)/python --require-hashes -r requirements-dev.lock
 	@$(UV) pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation -e .
 	@touch $@

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.tests.conftest import ROOT, Server
+from service.tests.conftest import ROOT, Server, serving
 
 EXAMPLES = ROOT / "examples"
 
@@ -59,8 +59,8 @@ def test_a_long_list_is_embedded_under_one_version(server: Server, tmp_path: Pat
     assert np.load(tmp_path / "out.npy").shape[0] == 150
 
 
-def test_pairs_are_added(server: Server, folder: Path) -> None:
+def test_pairs_are_added(folder: Path) -> None:
     (folder / "new.csv").write_text("id,file,caption\nnew-1,coffee.jpg,a photo of our coffee\n")
-    assert run(server, "add_pairs.py", "grocery", folder / "new.csv").startswith("1 added, 0 replaced: grocery@all+")
-    with server.client() as client:
-        assert client.delete("/memories/grocery/pairs/new-1").status_code == 200
+    with serving(folder / "store") as server:
+        printed = run(server, "add_pairs.py", "grocery", folder / "new.csv")
+        assert printed.startswith("1 added, 0 replaced: grocery@all+1")
