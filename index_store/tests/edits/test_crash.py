@@ -48,7 +48,7 @@ def edit(editor: Editor | Oracle, n: int) -> None:
 
 
 def edit_until_killed(root: Path, *, compacting: bool) -> None:
-    """The child process: continues after edit `reached` and prints each edit's number once editor."""
+    """The child process: continue after edit `reached`, print the number of each edit made."""
     editor = Editor.open(Store(root), "things", encoder=ENCODER)
     n, compacted = int((root / "reached").read_text()), None
     while True:

@@ -123,7 +123,7 @@ def test_a_journal_inside_a_payload_is_no_record(path: Path, tmp_path: Path) -> 
 
 def test_other_headers_are_refused(path: Path) -> None:
     write_journal(path)
-    for look in (Journal.open, lambda path, seal: list(read_records(path, seal))):
+    for look in (Journal.open, lambda path, sha256: list(read_records(path, sha256))):
         with pytest.raises(DamagedVersion, match="another build of this version"):
             look(path, OTHER_MANIFEST)
     whole = path.read_bytes()

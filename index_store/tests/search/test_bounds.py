@@ -19,25 +19,25 @@ def rows_of(kind: str, n: int = 600, width: int = 64) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["everywhere", "few directions", "all the same"])
 def test_a_bound_is_never_below_the_score(kind: str) -> None:
     rows = rows_of(kind)
-    sketch = BoundProjection(rows[:300])
+    projection = BoundProjection(rows[:300])
     for queries in (rows, unit_rows(200, 64, 9), 40 * rows[:50], -rows, np.zeros((1, 64), np.float32)):
-        bounds = sketch.project(queries) @ sketch.project(rows).T
+        bounds = projection.project(queries) @ projection.project(rows).T
         assert bounds.dtype == np.float32
         assert (bounds >= queries @ rows.T).all()
 
 
 def test_bounds_are_tight_where_rows_differ_in_few_directions() -> None:
     rows = rows_of("few directions")
-    sketch = BoundProjection(rows)
-    assert sketch.width == 64 // WIDTH_REDUCTION + 1
-    assert (sketch.project(rows) @ sketch.project(rows).T - rows @ rows.T).mean() < 0.03
+    projection = BoundProjection(rows)
+    assert projection.width == 64 // WIDTH_REDUCTION + 1
+    assert (projection.project(rows) @ projection.project(rows).T - rows @ rows.T).mean() < 0.03
 
 
 @pytest.mark.parametrize("width", [1, 7, 8])
 def test_bounds_of_narrow_rows(width: int) -> None:
     rows = unit_rows(50, width, 0)
-    sketch = BoundProjection(rows)
-    assert (sketch.project(rows) @ sketch.project(rows).T >= rows @ rows.T - 1e-6).all()
+    projection = BoundProjection(rows)
+    assert (projection.project(rows) @ projection.project(rows).T >= rows @ rows.T - 1e-6).all()
 
 
 @pytest.mark.parametrize(

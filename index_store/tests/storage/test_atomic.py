@@ -39,7 +39,7 @@ def test_a_large_file_has_a_crc_per_block(tmp_path: Path) -> None:
             ("abcd", (3, 3)),
             ("Ab", (0, 0)),
             ("aB", (1, 2)),
-        ),  # cut, or longer
+        ),  # truncated, or longer
     ],
 )
 def test_first_difference_is_the_first_run_of_wrong_blocks(found: str, blocks: tuple[int, int] | None) -> None:
