@@ -17,7 +17,10 @@ __all__ = ["Visit", "alone", "profile"]
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """One request, in seconds. felt: by the client.  inside, serialize: by the service's own clock, as are the reply's stages."""
+    """One request, in seconds.
+
+    felt: by the client.  inside, serialize: by the service's own clock, as are the reply's stages.
+    """
 
     reply: Reply
     felt: float
@@ -48,7 +51,9 @@ async def alone(url: str, calls: Sequence[Call]) -> list[Visit]:
 
 
 def profile(visits: Sequence[Visit]) -> dict[str, float]:
-    """Where each millisecond goes: the median of every stage, of what the service does beside them, and of what lies outside of it."""
+    """Where each millisecond goes: the median of every stage, of what the service does beside them,
+    and of what lies outside of it.
+    """
     parts = [
         {
             **visit.stages,

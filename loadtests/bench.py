@@ -1,10 +1,13 @@
 """What serving costs beside the bare model, in one run on the same cores (`make bench`).
 
-    python -m loadtests.bench [--only FIGURE...] [--repeats 5] [--seconds 12] [--threads 2] [--device cuda --precision bf16] [--quick]
+    python -m loadtests.bench [--only FIGURE...] [--repeats 5] [--seconds 12] [--threads 2]
+    [--device cuda --precision bf16] [--quick]
 
-Each figure takes turns with its yardstick, open_clip with the same random weights in another process; never two at once. The memory
-holds `--pairs` synthetic pairs, written once for that encoder and kept in var/bench. Exit code 1 where a figure misses its target.
-`--quick` runs everything once with a small model and little data: it shows that the bench works, and says nothing about speed.
+Each figure takes turns with its yardstick, open_clip with the same random weights in another
+process; never two at once. The memory holds `--pairs` synthetic pairs, written once for that
+encoder and kept in var/bench. Exit code 1 where a figure misses its target. `--quick` runs
+everything once with a small model and little data: it shows that the bench works, and says nothing
+about speed.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ from loadtests.serving import service
 from loadtests.yardstick import Yardstick
 
 MEMORY = "bench"
-BATCHES = {"cpu": (16, 32), "cuda": (32, 64, 128, 256, 512)}  # candidates for the yardstick; the fastest is taken
+# candidates for the yardstick; the fastest is taken
+BATCHES = {"cpu": (16, 32), "cuda": (32, 64, 128, 256, 512)}
 QUICK = {"model": "ViT-S-32-alt", "repeats": 1, "seconds": 6.0, "warmup": 0.5, "pairs": 2000, "labels": 20_000}
 SETTINGS = (
     "only",

@@ -1,4 +1,6 @@
-"""Requests as prepared bytes, and replies as the client saw them: nothing is encoded while the clock runs."""
+"""Requests as prepared bytes, and replies as the client saw them: nothing is encoded while the
+clock runs.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,9 @@ def _path(path: str, options: Mapping[str, object]) -> str:
 
 
 def open_client(url: str, *, api_key: str | None = None, timeout_s: float = 60.0) -> httpx.AsyncClient:
-    """A client without a limit on connections: a cap in the client would hide the service's own queue."""
+    """A client without a limit on connections: a cap in the client would hide the service's own
+    queue.
+    """
     key = api_key or os.environ.get("RECO_API_KEY")
     return httpx.AsyncClient(
         base_url=url,
@@ -117,7 +121,9 @@ async def send(client: httpx.AsyncClient, call: Call) -> Reply:
 
 
 def run_to_end(test: Coroutine[Any, Any, Result]) -> Result:
-    """Run a test; a service that is not there, or answers unexpectedly, ends the program with one line."""
+    """Run a test; a service that is not there, or answers unexpectedly, ends the program with one
+    line.
+    """
     try:
         return asyncio.run(test)
     except (Unexpected, httpx.HTTPError) as error:

@@ -1,4 +1,6 @@
-"""Single-photo requests, as many at a time as asked for, each sent when the one before it is answered."""
+"""Single-photo requests, as many at a time as asked for, each sent when the one before it is
+answered.
+"""
 
 from __future__ import annotations
 
@@ -55,5 +57,7 @@ async def closed_loop(
 
 
 def slope(ends: Sequence[float]) -> float:
-    """Replies per second by least squares: they come in bursts of a batch, and counting between two cuts would err by a burst."""
+    """Replies per second by least squares: they come in bursts of a batch, and counting between two
+    cuts would err by a burst.
+    """
     return float(np.polyfit(np.asarray(ends) - ends[0], np.arange(len(ends)), 1)[0])

@@ -1,7 +1,8 @@
 """What `bench` measures: each figure beside its yardstick, in turn, never at once.
 
-Ratios are taken inside a round, against yardsticks measured before and after, so that a machine whose speed drifts does not bend them.
-A function returns what it measured and the goals that this is judged by.
+Ratios are taken inside a round, against yardsticks measured before and after, so that a machine
+whose speed drifts does not bend them. A function returns what it measured and the goals that this
+is judged by.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ INSIDE = ("decode", "encode", "retrieve")  # stages that are not the service's o
 class Bench:
     """A running service and its yardstick.
 
-    batch: the yardstick's best.  device: of both.  memory: what enhances.  repeats: rounds.  seconds, warmup: of each load in a round.
+    batch: the yardstick's best.  device: of both.  memory: what enhances.  repeats: rounds.
+    seconds, warmup: of each load in a round.
     """
 
     url: str
@@ -109,7 +111,9 @@ class Bench:
 
 
 def throughput(bench: Bench) -> Measured:
-    """Images per second through HTTP, one photo per request, against the bare tower; on a GPU against the decoder where that is slower."""
+    """Images per second through HTTP, one photo per request, against the bare tower; on a GPU
+    against the decoder where that is slower.
+    """
     rounds = []
     for number in range(bench.repeats):
         raw, entry = [bench.raw()], dict[str, Any]()
@@ -191,7 +195,9 @@ def one_photo(bench: Bench) -> Measured:
 
 
 def short_texts(bench: Bench) -> Measured:
-    """32 short labels in one request, against open_clip's own text encoding at the full context length."""
+    """32 short labels in one request, against open_clip's own text encoding at the full context
+    length.
+    """
     call, ratios, cosines = text_call(LABELS, enhance=False), [], []
     run_to_end(alone(bench.url, [call]))
     for _ in range(bench.repeats):
@@ -221,7 +227,9 @@ def many_photos(bench: Bench) -> Measured:
 
 
 def labels(count: int, model: str, device: str, precision: str, repeats: int, environ: Mapping[str, str]) -> Measured:
-    """One image among so many labels, beside encoding it: measured in a process of its own, not over HTTP (`service.benchmarks.labels`)."""
+    """One image among so many labels, beside encoding it: measured in a process of its own, not
+    over HTTP (`service.benchmarks.labels`).
+    """
     command = [
         sys.executable,
         "-m",
@@ -241,7 +249,9 @@ def labels(count: int, model: str, device: str, precision: str, repeats: int, en
 
 
 def flood(environ: Mapping[str, str], log: Path, photos: Sequence[bytes], seconds: float) -> Measured:
-    """Ten times as many photos as the service can encode: who is admitted, who is refused and how fast, and what it is like afterwards."""
+    """Ten times as many photos as the service can encode: who is admitted, who is refused and how
+    fast, and what it is like afterwards.
+    """
     limits = {"RECO_MAX_QUEUE": str(QUEUE), "RECO_MAX_ITEMS": str(QUEUE)}
     calls = [image_call([photo], enhance=False) for photo in photos]
     with service({**environ, **limits}, log) as served:
@@ -275,7 +285,9 @@ def flood(environ: Mapping[str, str], log: Path, photos: Sequence[bytes], second
 
 
 def cold_start(environ: Mapping[str, str], log: Path, bare_start: Callable[[], Yardstick], repeats: int) -> Measured:
-    """From the start of the process to /readyz, against importing torch and open_clip and building the same model."""
+    """From the start of the process to /readyz, against importing torch and open_clip and building
+    the same model.
+    """
     served, bare = [], [_ready_s(bare_start)]
     for _ in range(repeats):
         with service(environ, log) as started:

@@ -46,7 +46,9 @@ async def held(client: httpx.AsyncClient, memory: str | None = None) -> Held:
 
 
 def growth(resident: Sequence[float]) -> dict[str, float]:
-    """Megabytes in the first fifth of the time, in the last fifth (medians) and at most; and by what share they grew."""
+    """Megabytes in the first fifth of the time, in the last fifth (medians) and at most; and by
+    what share they grew.
+    """
     part = max(1, len(resident) // 5)
     first, last = statistics.median(resident[:part]), statistics.median(resident[-part:])
     in_mb = {"first_mb": first, "last_mb": last, "most_mb": max(resident)}
@@ -68,7 +70,9 @@ def image_totals(found: Sequence[Sample]) -> dict[str, float]:
 
 
 def account(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
-    """Mean batch size, mean milliseconds of each stage and CPU per image between two readings of `image_totals`."""
+    """Mean batch size, mean milliseconds of each stage and CPU per image between two readings of
+    `image_totals`.
+    """
     spent = {name: value - before.get(name, 0.0) for name, value in after.items()}
     means = {
         name[:-4]: spent[name] / spent[f"{name[:-4]} count"]

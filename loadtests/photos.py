@@ -60,7 +60,9 @@ def _members(shard: Path) -> Iterator[bytes]:
 
 
 def crops(count: int, side: int = 348, seed: int = 0) -> Iterable[tuple[str, bytes]]:
-    """(name of the photo, JPEG bytes of a square crop of it), all different: a memory of copies would be no memory."""
+    """(name of the photo, JPEG bytes of a square crop of it), all different: a memory of copies
+    would be no memory.
+    """
     from skimage import data
 
     photos = [(name, Image.fromarray(getattr(data, name)()).convert("RGB")) for name in BUNDLED]

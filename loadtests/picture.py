@@ -16,7 +16,9 @@ QUANTILES = ("p50", "p95", "p99")
 
 
 def draw_targets(targets: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Each figure in units of its target: right of the line is good where more is wanted, left of it where less is."""
+    """Each figure in units of its target: right of the line is good where more is wanted, left of
+    it where less is.
+    """
     rows = [row for row in targets if float(row["target"].split()[1])]
     figure = Figure(figsize=(9, 1 + 0.4 * len(rows)), layout="constrained")
     bars = figure.subplots()

@@ -1,9 +1,11 @@
 """Open-loop load that grows step by step until the service no longer keeps up: where is the knee?
 
-    python -m loadtests.ramp [--start 1] [--factor 1.5] [--seconds 20] [--mix embed/image=8,embed/text=1,classify=1]
+    python -m loadtests.ramp [--start 1] [--factor 1.5] [--seconds 20] [--mix
+    embed/image=8,embed/text=1,classify=1]
 
-A rate is borne if every reply is 200, as many are answered as are due, and p95 stays within `--slower` times that of the first step.
-The first rate that is not borne ends the climb; the knee is the last that was. Exit code 1 if even the first was not.
+A rate is borne if every reply is 200, as many are answered as are due, and p95 stays within
+`--slower` times that of the first step. The first rate that is not borne ends the climb; the knee
+is the last that was. Exit code 1 if even the first was not.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ async def climb(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = []
     rate, seed = arguments.start, arguments.seed
     async with open_client(arguments.url, timeout_s=arguments.timeout) as client:
-        (await client.get("/info")).raise_for_status()  # a service that is not there ends the program here
+        # a service that is not there ends the program here
+        (await client.get("/info")).raise_for_status()
         await drive(client, calls, weights, schedule(rate, arguments.warmup, arguments.arrivals, seed), seed)
         while rate <= arguments.most:
             seed += 1

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Milliseconds at p50, p95, p99 and the worst: the nearest rank, a latency that really occurred.
+    """Milliseconds at p50, p95, p99 and the worst: the nearest rank, a latency that really
+    occurred.
 
     >>> quantiles([0.001, 0.002, 0.003, 0.1])
     {'p50': 2.0, 'p95': 100.0, 'p99': 100.0, 'max': 100.0}

@@ -1,9 +1,11 @@
 """The same open-loop load for a long time: does anything grow, or slow down?
 
-    python -m loadtests.soak --rate 2 --minutes 60 [--every 10] [--mix embed/image=8,embed/text=1,classify=1]
+    python -m loadtests.soak --rate 2 --minutes 60 [--every 10] [--mix
+    embed/image=8,embed/text=1,classify=1]
 
-Resident memory and live snapshots are read every so many seconds. Exit code 1 if a reply was not 200, if the resident memory grew
-by more than 3 % from the first fifth of the time to the last, or if p99 did by half.
+Resident memory and live snapshots are read every so many seconds. Exit code 1 if a reply was not
+200, if the resident memory grew by more than 3 % from the first fifth of the time to the last, or
+if p99 did by half.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """Open-loop load: requests leave on a schedule that does not wait for replies, as real users do.
 
-    python -m loadtests.steady --rate 10 --seconds 60 --image PHOTOS... [--mix embed/image=8,embed/text=1,classify=1]
+    python -m loadtests.steady --rate 10 --seconds 60 --image PHOTOS... [--mix
+    embed/image=8,embed/text=1,classify=1]
 
-Latency runs from the moment a request was *due*, so a stall of the service is felt by every request that should have been
-answered meanwhile (no coordinated omission). Exit code 1 if any reply was not 200.
+Latency runs from the moment a request was *due*, so a stall of the service is felt by every request
+that should have been answered meanwhile (no coordinated omission). Exit code 1 if any reply was not
+200.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ TEXTS = (
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One request. due, sent, done: seconds since the start; stages: the service's own account of it."""
+    """One request.
+
+    due, sent, done: seconds since the start; stages: the service's own account of it.
+    """
 
     route: str
     due: float
@@ -47,7 +52,9 @@ class Sample:
 
 
 def prepare(photos: Sequence[bytes], mix: str) -> tuple[list[Call], list[float]]:
-    """(calls, weights) of a mix like `embed/image=8,embed/text=1`; a route's weight is shared by its calls."""
+    """(calls, weights) of a mix like `embed/image=8,embed/text=1`; a route's weight is shared by
+    its calls.
+    """
     kinds = {
         "embed/image": [image_call([photo]) for photo in photos],
         "embed/text": [text_call([text]) for text in TEXTS],
@@ -65,7 +72,10 @@ def prepare(photos: Sequence[bytes], mix: str) -> tuple[list[Call], list[float]]
 
 
 def schedule(rate: float, seconds: float, arrivals: str, seed: int) -> list[float]:
-    """When each request is due, in seconds. poisson: many independent users; constant: one metronome."""
+    """When each request is due, in seconds.
+
+    poisson: many independent users; constant: one metronome.
+    """
     chance = random.Random(seed)
     due, moments = 0.0, []
     while due < seconds:
@@ -95,7 +105,10 @@ async def drive(
 
 
 def summarise(samples: Sequence[Sample], warmup: float) -> dict[str, Any]:
-    """Per route and for all: counts, failures by status, latency from the due time, stages. Requests due in the warm-up do not count."""
+    """Per route and for all: counts, failures by status, latency from the due time, stages.
+
+    Requests due in the warm-up do not count.
+    """
     counted = [sample for sample in samples if sample.due >= warmup]
     routes = sorted({sample.route for sample in counted})
     return {route: _of([s for s in counted if route in ("all", s.route)]) for route in ["all", *routes]}

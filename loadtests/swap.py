@@ -2,9 +2,10 @@
 
     python -m loadtests.swap --memory NAME --versions A B [--swaps 20] [--image PHOTOS...]
 
-Before the load starts, every request is answered once under each version. Under load, each vector of a reply must be the
-one that belongs to the version which the reply names. Exit code 1 on a failed reply, a mixed one, a swap that failed, or an
-old version that was kept: more than one live snapshot after the last swap, or memory that grew from swap to swap.
+Before the load starts, every request is answered once under each version. Under load, each vector
+of a reply must be the one that belongs to the version which the reply names. Exit code 1 on a
+failed reply, a mixed one, a swap that failed, or an old version that was kept: more than one live
+snapshot after the last swap, or memory that grew from swap to swap.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One reply under load. start, end: perf_counter seconds; memory: what it names; fault: empty, or what was wrong."""
+    """One reply under load.
+
+    start, end: perf_counter seconds; memory: what it names; fault: empty, or what was wrong.
+    """
 
     start: float
     end: float
@@ -100,7 +104,9 @@ class Admin:
         return await held(self._client, self._memory)
 
     async def settled(self) -> float:
-        """Live snapshots once the last request is answered and what was retired is gone, or after SETTLE_S."""
+        """Live snapshots once the last request is answered and what was retired is gone, or after
+        SETTLE_S.
+        """
         until = time.perf_counter() + SETTLE_S
         now = await self.held()
         while now.alive > 1 and time.perf_counter() < until:
@@ -133,7 +139,9 @@ async def learn(client: httpx.AsyncClient, calls: Sequence[Call], named: str) ->
 
 
 def telling(calls: Sequence[Call], learned: Mapping[str, Sequence[np.ndarray]], apart: float) -> list[Known]:
-    """The calls whose every row differs by more than `apart` between the two versions; the others could not show a mix."""
+    """The calls whose every row differs by more than `apart` between the two versions; the others
+    could not show a mix.
+    """
     a, b = learned.values()
     differ = [float(np.abs(x - y).max(axis=1).min()) for x, y in zip(a, b, strict=True)]
     known = [
@@ -147,9 +155,11 @@ def telling(calls: Sequence[Call], learned: Mapping[str, Sequence[np.ndarray]], 
 
 
 def fault(reply: Reply, known: Known, apart: float) -> str:
-    """Empty if the reply is whole: status 200, body and header name one version, and every row is that version's.
+    """Empty if the reply is whole: status 200, body and header name one version, and every row is
+    that version's.
 
-    A row drifts a little with the batch it ran in; within half of `apart` it cannot be the other version's.
+    A row drifts a little with the batch it ran in; within half of `apart` it cannot be the other
+    version's.
     """
     if reply.status != 200:
         return f"status {reply.status}: {reply.content[:200].decode(errors='replace')}"
@@ -228,9 +238,11 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def judge(answers: Sequence[Answer], swaps: Sequence[Swap]) -> dict[str, Any]:
-    """Faults, latency of the replies that a swap touched against those of steady time, and what the swaps left behind.
+    """Faults, latency of the replies that a swap touched against those of steady time, and what the
+    swaps left behind.
 
-    Steady is what came before the first swap and after the last: of the replies between two, the slow ones reach into a swap.
+    Steady is what came before the first swap and after the last: of the replies between two, the
+    slow ones reach into a swap.
     """
     when = [_when(answer, swaps) for answer in answers]
     spans = ("in swap windows", "steady")
@@ -262,7 +274,9 @@ def _when(answer: Answer, swaps: Sequence[Swap]) -> str:
 
 
 def verdicts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each figure beside its target; the latencies are told only, as they also say how busy the machine was."""
+    """Each figure beside its target; the latencies are told only, as they also say how busy the
+    machine was.
+    """
     goals: list[Goal] = [
         ("failed replies", report["failed"], "<=", 0),
         ("mixed replies", report["mixed"], "<=", 0),

@@ -2,8 +2,8 @@
 
     python -m loadtests.yardstick --model ViT-B-32 --threads 2 [--device cuda --precision bf16]
 
-One JSON object per line on stdin, one on stdout; between two lines it sleeps, so that a service can be measured in turn on the same
-cores. `Yardstick` speaks to it.
+One JSON object per line on stdin, one on stdout; between two lines it sleeps, so that a service can
+be measured in turn on the same cores. `Yardstick` speaks to it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ __all__ = ["Yardstick"]
 
 
 class Yardstick:
-    """The process, started and ready; ended with the `with` block.  ready_s: from its start until the model was loaded."""
+    """The process, started and ready; ended with the `with` block.  ready_s: from its start until
+    the model was loaded.
+    """
 
     def __init__(self, model: str, threads: int, device: str = "cpu", precision: str = "fp32") -> None:
         command = [sys.executable, "-m", "loadtests.yardstick", "--model", model, "--threads", str(threads)]
@@ -44,7 +46,9 @@ class Yardstick:
         self._process.communicate(timeout=60)
 
     def images(self, batch: int, seconds: float) -> dict[str, float]:
-        """The image tower on ready pixels: images per second, and milliseconds of processor time per image."""
+        """The image tower on ready pixels: images per second, and milliseconds of processor time
+        per image.
+        """
         found = self._ask(images=batch, seconds=seconds)
         return {
             "images_per_s": found["images"] / found["seconds"],
@@ -52,18 +56,24 @@ class Yardstick:
         }
 
     def photo(self, jpeg: bytes) -> float:
-        """Seconds for one photo: open_clip's preprocessing of the bytes, then the image tower in a batch of one."""
+        """Seconds for one photo: open_clip's preprocessing of the bytes, then the image tower in a
+        batch of one.
+        """
         return float(self._ask(photo=base64.b64encode(jpeg).decode())["seconds"])
 
     def decoding(self, photos: Sequence[bytes], workers: int, seconds: float) -> float:
-        """Photos per second that open_clip's preprocessing of the bytes takes at the most, so many at a time."""
+        """Photos per second that open_clip's preprocessing of the bytes takes at the most, so many
+        at a time.
+        """
         found = self._ask(
             decoding=[base64.b64encode(photo).decode() for photo in photos], workers=workers, seconds=seconds
         )
         return float(found["photos"] / found["seconds"])
 
     def texts(self, texts: Sequence[str]) -> tuple[float, np.ndarray]:
-        """Seconds for open_clip's tokenizer and text tower at the full context length, and the unit vectors, (n, D) float32."""
+        """Seconds for open_clip's tokenizer and text tower at the full context length, and the unit
+        vectors, (n, D) float32.
+        """
         found = self._ask(texts=list(texts))
         return float(found["seconds"]), np.asarray(found["vectors"], np.float32)
 

@@ -1,7 +1,10 @@
-"""What the six dashboards show: a panel is a title, its queries and a unit. make_dashboards.py writes them out as Grafana's JSON.
+"""What the six dashboards show: a panel is a title, its queries and a unit.
 
-In queries, @ stands for the chosen job and instance, [R] for the range that suits the scrape interval. A description that begins
-with "Empty" marks a panel which has nothing to show on a healthy machine without a GPU.
+make_dashboards.py writes them out as Grafana's JSON.
+
+In queries, @ stands for the chosen job and instance, [R] for the range that suits the scrape
+interval. A description that begins with "Empty" marks a panel which has nothing to show on a
+healthy machine without a GPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Draws the dashboards without Grafana: `python deploy/grafana/draw.py http://127.0.0.1:9090 [--minutes 30] [--out docs/how-to/dashboards]`.
+"""Draws the dashboards without Grafana: `python deploy/grafana/draw.py http://127.0.0.1:9090
+[--minutes 30] [--out docs/how-to/dashboards]`.
 
-Every panel is asked of Prometheus with the query that Grafana would send, and drawn by its kind; time runs in minutes. Needs matplotlib.
+Every panel is asked of Prometheus with the query that Grafana would send, and drawn by its kind;
+time runs in minutes. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ def heatmap(axes: Any, panel: dict[str, Any], window: Window) -> bool:
         return False
     times = sorted({at for series in found for at, _ in series["values"]})
     known = [{at: float(value) for at, value in series["values"]} for series in found]
-    totals = [[0.0] * len(times), *([each.get(at, 0.0) for at in times] for each in known)]  # at or below each bound
+    # at or below each bound
+    totals = [[0.0] * len(times), *([each.get(at, 0.0) for at in times] for each in known)]
     counts = [[max(0.0, b - a) for a, b in zip(*two, strict=True)] for two in pairwise(totals)]
     used = [i for i, row in enumerate(counts) if any(value > 0 for value in row)] or [0]
     low, high = max(0, used[0] - 1), used[-1] + 2

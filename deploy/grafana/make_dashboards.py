@@ -1,4 +1,6 @@
-"""Writes dashboards/*.json from boards.py: `python deploy/grafana/make_dashboards.py` (`--check` only compares). Standard library alone."""
+"""Writes dashboards/*.json from boards.py: `python deploy/grafana/make_dashboards.py` (`--check`
+only compares). Standard library alone.
+"""
 
 from __future__ import annotations
 

@@ -59,7 +59,10 @@ def scripted() -> Iterator[Scripted]:
 
 
 class Stall:
-    """Requests that arrive inside the stall are answered when it ends, as behind a paused service. start, end: seconds since the first."""
+    """Requests that arrive inside the stall are answered when it ends, as behind a paused service.
+
+    start, end: seconds since the first.
+    """
 
     def __init__(self, start: float, end: float) -> None:
         self._start, self._end = start, end

@@ -1,4 +1,6 @@
-"""The arithmetic of the bench against hand-made numbers, its client against a server that counts, its yardstick against open_clip."""
+"""The arithmetic of the bench against hand-made numbers, its client against a server that counts,
+its yardstick against open_clip.
+"""
 
 import asyncio
 from itertools import count
@@ -21,7 +23,8 @@ from loadtests.yardstick import Yardstick
 def test_slope_sees_through_bursts() -> None:
     bursts = [batch * 2.0 for batch in range(8) for _ in range(32)]  # 32 replies every 2 s
     assert slope(bursts) == pytest.approx(16, rel=0.02)
-    assert len(bursts) / (bursts[-1] - bursts[0]) == pytest.approx(18.3, rel=0.01)  # what counting would have said
+    # what counting would have said
+    assert len(bursts) / (bursts[-1] - bursts[0]) == pytest.approx(18.3, rel=0.01)
 
 
 def test_account_takes_what_happened_between_two_scrapes() -> None:
@@ -47,7 +50,9 @@ def test_middle() -> None:
 
 
 class Counting:
-    """Answers images and exposes how many in the service's own series: batches of 4, 25 ms of CPU each image."""
+    """Answers images and exposes how many in the service's own series: batches of 4, 25 ms of CPU
+    each image.
+    """
 
     def __init__(self, status: int = 200) -> None:
         self._status = status
@@ -84,7 +89,9 @@ def test_the_closed_loop_counts_replies_and_reads_the_service_account(scripted: 
 
 
 class Timed:
-    """A reply with its stages; every reading of the metrics is 40 ms further on, 3 ms of which went into writing replies."""
+    """A reply with its stages; every reading of the metrics is 40 ms further on, 3 ms of which went
+    into writing replies.
+    """
 
     def __init__(self) -> None:
         self._seen = count()

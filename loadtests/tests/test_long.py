@@ -14,7 +14,9 @@ from loadtests.tests.conftest import Scripted
 
 
 class Slow:
-    """One request at a time, so many seconds each; resident memory grows with every reading of the metrics."""
+    """One request at a time, so many seconds each; resident memory grows with every reading of the
+    metrics.
+    """
 
     def __init__(self, seconds: float, growth: float = 0.0) -> None:
         self._seconds, self._growth = seconds, growth

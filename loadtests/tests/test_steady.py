@@ -30,7 +30,8 @@ def test_poisson_arrivals_reach_the_rate_and_repeat_with_their_seed() -> None:
     moments = schedule(100, 100, "poisson", 1)
     gaps = [b - a for a, b in pairwise(moments)]
     assert len(moments) == pytest.approx(10_000, rel=0.05)
-    assert statistics.stdev(gaps) == pytest.approx(0.01, rel=0.1)  # an exponential's deviation is its mean
+    # an exponential's deviation is its mean
+    assert statistics.stdev(gaps) == pytest.approx(0.01, rel=0.1)
     assert moments == schedule(100, 100, "poisson", 1)
 
 

@@ -61,7 +61,9 @@ def test_what_lies_between_two_swaps_is_not_called_steady() -> None:
 
 
 class TwoVersions:
-    """A service of two versions; `mixing` lets it name the new one while it still answers by the old."""
+    """A service of two versions; `mixing` lets it name the new one while it still answers by the
+    old.
+    """
 
     def __init__(self, *, mixing: bool = False, failing: bool = False, leaking: bool = False) -> None:
         self._lock = threading.Lock()

@@ -1,4 +1,6 @@
-"""The training loop as one would write it first: plain PyTorch, everything in memory as tensors (same arithmetic as `trainer`)."""
+"""The training loop as one would write it first: plain PyTorch, everything in memory as tensors
+(same arithmetic as `trainer`).
+"""
 
 import math
 

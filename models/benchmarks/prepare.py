@@ -1,4 +1,6 @@
-"""Look up the neighbours of a version's own pairs as `reco train` does, say how long it took: the child process of `train`."""
+"""Look up the neighbours of a version's own pairs as `reco train` does, say how long it took: the
+child process of `train`.
+"""
 
 import json
 import sys
@@ -23,7 +25,9 @@ NAME, VERSION = "bench", "v1"
 
 
 def looked_up(store: Path, prepared: Path, model: Path) -> tuple[Episode, float]:
-    """The episode, and the seconds that its neighbours took.  model: open_clip's JSON of an encoder with random weights."""
+    """The episode, and the seconds that its neighbours took.  model: open_clip's JSON of an encoder
+    with random weights.
+    """
     encoder = Encoder.load(EncoderSpec(str(model), "random", device="cpu"))
     file = training_free_fusions("mean", encoder.dim, k=K)
     reco = Reco(encoder, file.fusions, file.fusion_id, file.k)
@@ -35,13 +39,17 @@ def looked_up(store: Path, prepared: Path, model: Path) -> tuple[Episode, float]
 
 
 def main(store: str, prepared: str, model: str) -> None:
-    """Print seconds, and the most megabytes that this process ever had in memory, mapped files included, as JSON."""
+    """Print seconds, and the most megabytes that this process ever had in memory, mapped files
+    included, as JSON.
+    """
     _, seconds = looked_up(Path(store), Path(prepared), Path(model))
     print(json.dumps({"seconds": round(seconds, 2), "peak_mb": round(_peak_mb(), 1)}))
 
 
 def _peak_mb() -> float:
-    """Linux's VmHWM, of this program alone: ru_maxrss counts what the process that started it held too."""
+    """Linux's VmHWM, of this program alone: ru_maxrss counts what the process that started it held
+    too.
+    """
     lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
 

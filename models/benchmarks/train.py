@@ -1,10 +1,13 @@
-"""Training beside plain PyTorch and bare faiss, in one run on the same arrays and the same index (`make bench-train`).
+"""Training beside plain PyTorch and bare faiss, in one run on the same arrays and the same index
+(`make bench-train`).
 
-    python -m models.benchmarks.train [--pairs 100000] [--dim 512] [--turns 7] [--steps 5] [--searches 3]
+    python -m models.benchmarks.train [--pairs 100000] [--dim 512] [--turns 7] [--steps 5]
+    [--searches 3]
 
-What is compared takes turns, and a ratio is taken inside a turn, so that a machine whose speed drifts does not bend it (a look-up
-is compared with the bare searches before and after it); figures are medians over the turns. Neighbours are looked up in a process of
-its own, whose peak is told. Writes JSON; exits with 1 where a target is missed.
+What is compared takes turns, and a ratio is taken inside a turn, so that a machine whose speed
+drifts does not bend it (a look-up is compared with the bare searches before and after it); figures
+are medians over the turns. Neighbours are looked up in a process of its own, whose peak is told.
+Writes JSON; exits with 1 where a target is missed.
 """
 
 import argparse
@@ -43,7 +46,9 @@ PEAK_MB = 2000
 
 
 def measure_prepare(folder: Path, manifest: Manifest, collection: SyntheticPairs, repeats: int) -> dict[str, Any]:
-    """Seconds to look up the neighbours of every pair on both sides, on disk at the end, and of faiss to search for them alone."""
+    """Seconds to look up the neighbours of every pair on both sides, on disk at the end, and of
+    faiss to search for them alone.
+    """
     ours, bare, peaks = [], [_bare_search(folder / "store", manifest, collection)], []
     for repeat in range(repeats):
         shutil.rmtree(folder / "prepared" / "neighbours", ignore_errors=True)
@@ -67,7 +72,9 @@ def measure_prepare(folder: Path, manifest: Manifest, collection: SyntheticPairs
 
 
 def measure_steps(episode: Episode, turns: int, steps: int) -> dict[str, Any]:
-    """Steps per second of our loop and of the plain one; the first turn, which finds everything cold, does not count."""
+    """Steps per second of our loop and of the plain one; the first turn, which finds everything
+    cold, does not count.
+    """
     learning = Learning((turns + 1) * steps, 256, 1e-4, 0.01, seed=0, scale=100.0)
     torch.manual_seed(0)
     fusions = build_fusions("default", episode.lookups["image"].query.shape[1])
@@ -82,7 +89,9 @@ def measure_steps(episode: Episode, turns: int, steps: int) -> dict[str, Any]:
 
 
 def measure_arithmetic(episode: Episode, turns: int, steps: int) -> dict[str, Any]:
-    """Steps per second of the loop in bfloat16, and compiled, over those of the usual loop in the same turn; the first turn is cold."""
+    """Steps per second of the loop in bfloat16, and compiled, over those of the usual loop in the
+    same turn; the first turn is cold.
+    """
     usual = Learning((turns + 1) * steps, 256, 1e-4, 0.01, seed=0, scale=100.0)
     loops = dict[str, Loop]()
     for name, learning in (
@@ -150,7 +159,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def _bare_search(store: Path, manifest: Manifest, collection: SyntheticPairs) -> float:
-    """Seconds that faiss takes for the same queries, in the same blocks, on the version's own indexes."""
+    """Seconds that faiss takes for the same queries, in the same blocks, on the version's own
+    indexes.
+    """
     spent = 0.0
     for side in SIDES:
         queries = [

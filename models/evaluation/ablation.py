@@ -1,4 +1,5 @@
-"""`reco eval ablate`: every claim of the method as a row, measured on one set of labelled photos over one memory.
+"""`reco eval ablate`: every claim of the method as a row, measured on one set of labelled photos
+over one memory.
 
 Every finished row is kept on disk: a second run goes on where the first one stopped.
 """
@@ -20,7 +21,8 @@ from models.evaluation.workbench import Bench, Outcome, Trial
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table.  shares: top-1 by seed.  gain over `over` with its 95 % interval, of the seeds' mean per photo.
+    """One line of the table.  shares: top-1 by seed.  gain over `over` with its 95 % interval, of
+    the seeds' mean per photo.
 
     seconds: how long the learning took from photos to weights, where that is what the row compares.
     """
@@ -38,7 +40,8 @@ class Row:
 def ablate(bench: Bench, kept: Path) -> list[Row]:
     """Every row, in the order of the plan; those that `kept` already holds are not measured again.
 
-    kept: a line that names the data, then a line per row. DataError where it was measured on something else.
+    kept: a line that names the data, then a line per row. DataError where it was measured on
+    something else.
     """
     done = {(row.claim, row.setting): row for row in _read(kept, bench.identity)}
     plain = bench.right(Trial(bench.rule("none"), bench.memory, PLAIN))

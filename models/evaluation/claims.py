@@ -85,7 +85,9 @@ def plan(bench: Bench) -> Iterator[Planned]:
 
 
 def learned_over_rules(bench: Bench) -> Iterator[Planned]:
-    """What is learned against what is not, photo by photo, with the same k and keys: the memory's own, then the CLIP vectors."""
+    """What is learned against what is not, photo by photo, with the same k and keys: the memory's
+    own, then the CLIP vectors.
+    """
     memories = {"the memory's own": bench.memory} if bench.memory.key_kind("image") == "trunk" else {}
     learned: dict[str, Callable[[int], FusionFile]] = {"default": partial(bench.taught, "default")}
     if (served := bench.served) is not None:
@@ -108,7 +110,9 @@ def learned_over_rules(bench: Bench) -> Iterator[Planned]:
 
 
 def contest(bench: Bench) -> Iterator[Planned]:
-    """The fusion alone against the whole encoder, on the same pairs; fine-tuning with one seed, as it takes minutes."""
+    """The fusion alone against the whole encoder, on the same pairs; fine-tuning with one seed, as
+    it takes minutes.
+    """
     if (rival := bench.rival) is None:
         return
     claim, tuning, recipe = f"learned from the same {len(rival.pairs)} pairs", rival.tuning, bench.recipe

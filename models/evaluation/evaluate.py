@@ -1,4 +1,5 @@
-"""How much the memory helps, measured on encoded queries under any settings, each against plain CLIP with the same prompts.
+"""How much the memory helps, measured on encoded queries under any settings, each against plain
+CLIP with the same prompts.
 
 Alphabet: N queries, C labels or candidates, D width, K neighbours.
 """
@@ -42,7 +43,9 @@ Hits = Mapping[str, np.ndarray]  # by figure, (N,) bool: which queries were righ
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One share in one line.  queries: N.  share, gain and its 95 % interval [low, high] from 0 to 1; the gain is over plain."""
+    """One share in one line.  queries: N.  share, gain and its 95 % interval [low, high] from 0 to
+    1; the gain is over plain.
+    """
 
     name: str
     queries: int
@@ -62,7 +65,9 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """Class by class.  classes: (label, photos, share plain, share enhanced).  confused: (label, taken for, how often), enhanced."""
+    """Class by class.  classes: (label, photos, share plain, share enhanced).  confused: (label,
+    taken for, how often), enhanced.
+    """
 
     classes: Sequence[tuple[str, int, float, float]]
     confused: Sequence[tuple[str, str, int]]
@@ -70,7 +75,9 @@ class Details:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Report:
-    """What one command measured.  hits: by method and figure, kept for plots and examples and not for JSON."""
+    """What one command measured.  hits: by method and figure, kept for plots and examples and not
+    for JSON.
+    """
 
     task: str
     memory: str
@@ -80,7 +87,8 @@ class Report:
     lines: Sequence[Line]
     details: Details | None = None
     hits: Mapping[str, Hits] = field(default_factory=dict, repr=False)
-    nearest: np.ndarray | None = field(default=None, repr=False)  # (N,) the best neighbour's score of each image
+    # (N,) the best neighbour's score of each image
+    nearest: np.ndarray | None = field(default=None, repr=False)
     guesses: Mapping[str, np.ndarray] = field(
         default_factory=dict, repr=False
     )  # by method, (N,) int, the label each photo is taken for
@@ -136,7 +144,9 @@ class Labels:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answers:
-    """What N photos are taken for.  scores: (N, C) float32.  refined: the images as they were compared."""
+    """What N photos are taken for.  scores: (N, C) float32.  refined: the images as they were
+    compared.
+    """
 
     scores: np.ndarray
     refined: Refined
@@ -157,7 +167,9 @@ def classify(
     settings: Sequence[Setting],
     label_field: str = "class",
 ) -> Report:
-    """Top-1 and top-5 of every setting, beside what one would try without text where the memory's records name the labels."""
+    """Top-1 and top-5 of every setting, beside what one would try without text where the memory's
+    records name the labels.
+    """
     target = labels.target(photos)
     hits, guesses, nearest = dict[str, Hits](), dict[str, np.ndarray](), None
     for setting in (PLAIN, *settings):
@@ -178,7 +190,9 @@ def classify(
 
 
 def memory_curve(reco: Reco, photos: Photos, labels: Labels, parts: Parts, setting: Setting) -> list[tuple[int, float]]:
-    """(pairs, top-1 share) with random parts of a memory, the smallest first; each of them once, so that small ones scatter."""
+    """(pairs, top-1 share) with random parts of a memory, the smallest first; each of them once, so
+    that small ones scatter.
+    """
     points, target = list[tuple[int, float]](), labels.target(photos)
     for share in SHARES:
         part = parts.share(share, seed=0)
@@ -192,7 +206,9 @@ def memory_curve(reco: Reco, photos: Photos, labels: Labels, parts: Parts, setti
 def entities(
     reco: Reco, photos: Photos, labels: Labels, snapshot: Snapshot, settings: Sequence[Setting], seen: Sequence[str]
 ) -> Report:
-    """Top-1 among all labels, apart for entities that training saw and those it never did, and the harmonic mean of the two."""
+    """Top-1 among all labels, apart for entities that training saw and those it never did, and the
+    harmonic mean of the two.
+    """
     target = labels.target(photos)
     known = np.isin(np.array(labels.labels), seen)[target]  # (N,)
     if known.all() or not known.any():
@@ -241,7 +257,9 @@ def retrieve(reco: Reco, asked: Captioned, snapshot: Snapshot, settings: Sequenc
 def _dehubbed(
     queries: np.ndarray, candidates: np.ndarray, snapshot: Snapshot, side: Side, setting: Setting
 ) -> np.ndarray:
-    """(B, C) float32: every query's score with every candidate, less the candidates' hubness where the setting asks for it."""
+    """(B, C) float32: every query's score with every candidate, less the candidates' hubness where
+    the setting asks for it.
+    """
     scores = queries @ candidates.T
     if setting.dehub:
         scores = scores - setting.dehub * hubness(references(snapshot, side) @ candidates.T, HUB_NEAREST)
@@ -298,7 +316,8 @@ def _details(hits: Mapping[str, Hits], guessed: np.ndarray, best: str, target: n
 
 
 def baselines(photos: Photos, labels: Labels, snapshot: Snapshot, label_field: str) -> dict[str, Hits]:
-    """The nearest photo, and the class means, with the memory's own labels; {} where it is too large, or names none of them.
+    """The nearest photo, and the class means, with the memory's own labels; {} where it is too
+    large, or names none of them.
 
     A photo that is in the memory itself does not find itself, but it is part of its class mean.
     """
@@ -327,7 +346,10 @@ def baselines(photos: Photos, labels: Labels, snapshot: Snapshot, label_field: s
 def nearest_labels(
     ids: np.ndarray, scores: np.ndarray, mask: np.ndarray, column: Mapping[str | int, int], labels: int
 ) -> np.ndarray:
-    """(B, C) float32: the score of the nearest neighbour of each label, -inf where none was found. ids, scores, mask: (B, K)."""
+    """(B, C) float32: the score of the nearest neighbour of each label, -inf where none was found.
+
+    ids, scores, mask: (B, K).
+    """
     best = np.full((len(ids), labels), -np.inf, np.float32)
     for b, place in zip(*np.nonzero(mask), strict=True):
         label = column.get(ids[b, place].item())

@@ -32,10 +32,12 @@ class Tuning:
 
 
 def finetuned(encoder: Encoder, samples: Sequence[Sample], tuning: Tuning) -> Encoder:
-    """A copy of the encoder after `steps` batches of CLIP's own loss on these pairs; the one given stays as it is.
+    """A copy of the encoder after `steps` batches of CLIP's own loss on these pairs; the one given
+    stays as it is.
 
-    Batch normalisation keeps the statistics it came with: those of small batches would be worse. Captions that are equal do not repel
-    each other. DataError where there are fewer pairs than a batch takes.
+    Batch normalisation keeps the statistics it came with: those of small batches would be worse.
+    Captions that are equal do not repel each other. DataError where there are fewer pairs than a
+    batch takes.
     """
     if len(samples) < tuning.batch:
         raise DataError(
@@ -47,12 +49,14 @@ def finetuned(encoder: Encoder, samples: Sequence[Sample], tuning: Tuning) -> En
             layer.eval()
     encode_text = build_text_encoder(model) if encoder.trims_texts else model.encode_text
     rng = np.random.default_rng(tuning.seed)
-    tokens = torch.from_numpy(encoder.tokenize([sample.caption for sample in samples])).to(encoder.device)  # (P, L)
+    # (P, L)
+    tokens = torch.from_numpy(encoder.tokenize([sample.caption for sample in samples])).to(encoder.device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=tuning.learning_rate, weight_decay=0.1)
     for _ in track(tuning.steps, "full fine-tuning", "step"):
         rows = rng.choice(len(samples), tuning.batch, replace=False)
         text = tokens[rows]
-        image = model.encode_image(_pixels([samples[row] for row in rows], encoder), normalize=True)  # (B, D)
+        # (B, D)
+        image = model.encode_image(_pixels([samples[row] for row in rows], encoder), normalize=True)
         same = (text[:, None] == text[None]).all(dim=2)  # (B, B)
         loss = info_nce(image, F.normalize(encode_text(text), dim=-1), model.logit_scale.exp(), same=same)
         optimiser.zero_grad()

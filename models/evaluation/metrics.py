@@ -14,7 +14,8 @@ def ranking(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def top_k_hits(scores: np.ndarray, target: np.ndarray, k: int) -> np.ndarray:
-    """(B,) bool: whether the target is among the k best; a score of -inf, for "never seen", is no hit.
+    """(B,) bool: whether the target is among the k best; a score of -inf, for "never seen", is no
+    hit.
 
     scores: (B, N) float.  target: (B,) int, the right column of each row.
     """
@@ -32,14 +33,19 @@ def top_k_accuracy(scores: np.ndarray, target: np.ndarray, k: int) -> float:
 
 
 def recall_hits(scores: np.ndarray, relevant: np.ndarray, k: int) -> np.ndarray:
-    """(B,) bool: whether at least one relevant item is among the k best. scores, relevant: as in `recall_at_k`."""
+    """(B,) bool: whether at least one relevant item is among the k best.
+
+    scores, relevant: as in `recall_at_k`.
+    """
     return np.asarray(np.take_along_axis(relevant, ranking(scores, k), axis=1).any(axis=1))
 
 
 def recall_at_k(scores: np.ndarray, relevant: np.ndarray, k: int) -> float:
-    """Share of queries with at least one relevant item among the k best, as retrieval papers report R@k.
+    """Share of queries with at least one relevant item among the k best, as retrieval papers report
+    R@k.
 
-    scores: (B, N) float.  relevant: (B, N) bool; a photo with five captions has five relevant columns.
+    scores: (B, N) float.  relevant: (B, N) bool; a photo with five captions has five relevant
+    columns.
     >>> recall_at_k(np.array([[.9, .5, .1], [.9, .5, .1]]), np.array([[False, True, True], [False, False, True]]), k=2)
     0.5
     """
@@ -92,7 +98,8 @@ def worst_pairs(guessed: np.ndarray, target: np.ndarray, most: int) -> list[tupl
 
 
 def paired_interval(before: np.ndarray, after: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """The 95 % bootstrap interval of mean(after) - mean(before), resampling queries: both are measured on the same ones.
+    """The 95 % bootstrap interval of mean(after) - mean(before), resampling queries: both are
+    measured on the same ones.
 
     before, after: (B,) bool or float, one value per query.
     """
@@ -100,13 +107,15 @@ def paired_interval(before: np.ndarray, after: np.ndarray, seed: int = 0, resamp
     values, rows = np.unique(
         gain, return_counts=True
     )  # few distinct gains: a resample of the queries is a draw of their counts
-    draws = np.random.default_rng(seed).multinomial(len(gain), rows / len(gain), size=resamples)  # (resamples, values)
+    # (resamples, values)
+    draws = np.random.default_rng(seed).multinomial(len(gain), rows / len(gain), size=resamples)
     low, high = np.percentile(draws @ values / len(gain), [2.5, 97.5])
     return float(low), float(high)
 
 
 def hubness(reference: np.ndarray, nearest: int) -> np.ndarray:
-    """(C,) float: how near each candidate is to its nearest reference queries on average; NNN subtracts it from the scores.
+    """(C,) float: how near each candidate is to its nearest reference queries on average; NNN
+    subtracts it from the scores.
 
     reference: (R, C) float, the scores of queries that are not those being asked.
     >>> hubness(np.array([[.9, .1], [.7, .2], [.1, .3]]), nearest=2)

@@ -1,4 +1,7 @@
-"""What an evaluation asks: items encoded once, then refined under any setting. Alphabet: N queries, D width, K neighbours."""
+"""What an evaluation asks: items encoded once, then refined under any setting.
+
+Alphabet: N queries, D width, K neighbours.
+"""
 
 import math
 from collections.abc import Collection, Iterable, Sequence
@@ -27,7 +30,8 @@ NEAR_DUPLICATE = 0.98  # a memory photo nearer than this to the query is taken f
 class Setting:
     """One way of asking the memory.
 
-    k: neighbours, None = the fusion's.  image_limit, text_limit: what is nearer than this is passed over.
+    k: neighbours, None = the fusion's.  image_limit, text_limit: what is nearer than this is passed
+    over.
     dehub: how much of each candidate's hubness (NNN) is taken off its scores.
     """
 
@@ -57,7 +61,10 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Queries:
-    """N items of one side. own: for each the ids that are the query itself, or other captions of its photo."""
+    """N items of one side.
+
+    own: for each the ids that are the query itself, or other captions of its photo.
+    """
 
     encoded: Encoded
     own: Sequence[Collection[Id]] = field(repr=False)
@@ -84,7 +91,9 @@ def encode_photos(
     batch: int = 32,
     on_progress: OnProgress = lambda _: None,
 ) -> Photos:
-    """Every readable photo; its caption is its label, and one that is not among `labels` becomes a reject."""
+    """Every readable photo; its caption is its label, and one that is not among `labels` becomes a
+    reject.
+    """
     rejects, kept, seen = list[Reject](), list[Sample](), list[Encoded]()
     known = (_known(item, labels) for item in samples)
     for some, encoded in encode_images(known, encoder, batch=batch, on_reject=rejects.append, on_progress=on_progress):
@@ -109,14 +118,18 @@ def encode_prompts(prompts: Sequence[str], encoder: Encoder) -> Encoded:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Refined:
-    """What became of N queries.  vectors: (N, D) float32 unit.  nearest: (N,) float32, the best neighbour's score, 0 without any."""
+    """What became of N queries.  vectors: (N, D) float32 unit.  nearest: (N,) float32, the best
+    neighbour's score, 0 without any.
+    """
 
     vectors: np.ndarray
     nearest: np.ndarray
 
 
 def refine(reco: Reco, queries: Queries, side: Side, snapshot: Snapshot, setting: Setting) -> Refined:
-    """The queries under one setting, block by block; plain where the setting leaves their side alone."""
+    """The queries under one setting, block by block; plain where the setting leaves their side
+    alone.
+    """
     plain = queries.encoded.vectors
     if not setting.enhances(side):
         return Refined(plain, np.zeros(len(plain), np.float32))

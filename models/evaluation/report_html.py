@@ -1,4 +1,6 @@
-"""One self-contained HTML page about one evaluation: what was gained, where, by which neighbours, and what to do about it."""
+"""One self-contained HTML page about one evaluation: what was gained, where, by which neighbours,
+and what to do about it.
+"""
 
 import base64
 from collections.abc import Sequence
@@ -23,7 +25,10 @@ td:first-child,th:first-child{text-align:left}.good{color:#17703b}.bad{color:#a1
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One query. picture: a small JPEG.  before, after: the answers.  neighbours: (caption, score)."""
+    """One query.
+
+    picture: a small JPEG.  before, after: the answers.  neighbours: (caption, score).
+    """
 
     picture: bytes
     label: str
@@ -54,7 +59,8 @@ def page(report: Report, settings: Sequence[Setting], helped: Sequence[Example],
 
 
 def best_line(report: Report) -> Line:
-    """The enhanced line that is right most often in the first figure, on every second query; plain where nothing was enhanced.
+    """The enhanced line that is right most often in the first figure, on every second query; plain
+    where nothing was enhanced.
 
     A line that loses in any figure is passed over, unless all of them do.
     """
@@ -71,7 +77,9 @@ def lost(line: Line) -> list[str]:
 
 
 def measured(report: Report, line: Line) -> Figure:
-    """The line's first figure on the queries that did not choose it: the best of many is flattered by those that did."""
+    """The line's first figure on the queries that did not choose it: the best of many is flattered
+    by those that did.
+    """
     plain, name = report.lines[0], line.figures[0].name
     before, after = (report.hits[each.method][name][1::2] for each in (plain, line))
     return figure(name, before, after)
@@ -98,7 +106,9 @@ def recommendation(report: Report, settings: Sequence[Setting]) -> str:
 
 
 def plots(report: Report, settings: Sequence[Setting], best: Line) -> list[str]:
-    """Gain by k, by size of the memory, by class, and how near neighbours were where they helped and hurt; each where it was measured."""
+    """Gain by k, by size of the memory, by class, and how near neighbours were where they helped
+    and hurt; each where it was measured.
+    """
     found = list[str]()
     shares = {line.method: line.figures[0].share for line in report.lines}
     for enhance in ("image", "text", "both"):

@@ -1,4 +1,6 @@
-"""Memories made of another one, for experiments: some of its pairs, its texts shuffled, other search keys."""
+"""Memories made of another one, for experiments: some of its pairs, its texts shuffled, other
+search keys.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,9 @@ SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)  # of a memory, where its size is wha
 
 
 class Parts:
-    """What is made of one memory, built once each.  folder: where the versions go; whoever gives it removes it."""
+    """What is made of one memory, built once each.  folder: where the versions go; whoever gives it
+    removes it.
+    """
 
     def __init__(self, whole: Snapshot, folder: Path) -> None:
         self.whole = whole

@@ -1,7 +1,8 @@
-"""What an ablation needs at hand: the data, the memories made of it, and what was learned, each made once.
+"""What an ablation needs at hand: the data, the memories made of it, and what was learned, each
+made once.
 
-What is learned here is learned from the pairs of another memory, which ask that memory itself and never find themselves, so the memory
-that answers was never seen in training.
+What is learned here is learned from the pairs of another memory, which ask that memory itself and
+never find themselves, so the memory that answers was never seen in training.
 """
 
 import hashlib
@@ -34,10 +35,12 @@ from models.training.trainer import Learning, learn
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How the learned rows learn.  alpha: of every rule.  seeds: at least three for an interval that means something.
+    """How the learned rows learn.  alpha: of every rule.  seeds: at least three for an interval
+    that means something.
 
-    learning_rate: of what starts at plain CLIP.  refining_rate: of the layer on top of the rule: larger steps fit the pairs better,
-    held-out ones too, and unlearn what holds for any other memory.  pool_learning_rate: of the rule's own numbers.
+    learning_rate: of what starts at plain CLIP.  refining_rate: of the layer on top of the rule:
+    larger steps fit the pairs better, held-out ones too, and unlearn what holds for any other
+    memory.  pool_learning_rate: of the rule's own numbers.
     """
 
     steps: int = 200
@@ -52,7 +55,9 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Rival:
-    """What full fine-tuning takes.  pairs: its photos with captions.  photos: the queries, encoded by another encoder."""
+    """What full fine-tuning takes.  pairs: its photos with captions.  photos: the queries, encoded
+    by another encoder.
+    """
 
     pairs: Sequence[Sample]
     photos: Callable[[Encoder], Photos]
@@ -61,7 +66,9 @@ class Rival:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """(N,) bool, which photos one seed of a row gets right, and the seconds of its learning where they count."""
+    """(N,) bool, which photos one seed of a row gets right, and the seconds of its learning where
+    they count.
+    """
 
     right: np.ndarray
     seconds: float | None = None
@@ -79,7 +86,8 @@ class Trial:
 class Bench:
     """The data of all rows.
 
-    folder: where memories are built and rows are kept.  served: the fusion that answers requests, for a row of its own.
+    folder: where memories are built and rows are kept.  served: the fusion that answers requests,
+    for a row of its own.
     rival: None leaves full fine-tuning out.
     """
 
@@ -135,7 +143,9 @@ class Bench:
         return Outcome(top_k_hits(plain, labels.target(photos), 1), seconds)
 
     def fused(self, rival: Rival, seed: int) -> Outcome:
-        """The default fusion alone learned from the same pairs, encoding them and finding their neighbours included; served as ever."""
+        """The default fusion alone learned from the same pairs, encoding them and finding their
+        neighbours included; served as ever.
+        """
         begun = time.perf_counter()
         kinds = {side: self.memory.key_kind(side) for side in SIDES}
         pairs = joined(list(encode_samples(rival.pairs, self.encoder, kinds=kinds)))

@@ -1,6 +1,8 @@
-"""The bundled starter model: `clip.json` and `clip.safetensors`, `fusion.safetensors`, and a ready memory of grocery photos.
+"""The bundled starter model: `clip.json` and `clip.safetensors`, `fusion.safetensors`, and a ready
+memory of grocery photos.
 
-The memory travels as arrays (no image): `memory.safetensors` holds the vectors, `memory.json` the ids and class names.
+The memory travels as arrays (no image): `memory.safetensors` holds the vectors, `memory.json` the
+ids and class names.
 """
 
 import json
@@ -22,7 +24,8 @@ __all__ = ["CONFIG", "FOLDER", "FUSION", "MEMORY", "VERSIONS", "StarterMemory", 
 FOLDER = Path(__file__).parent
 CONFIG, FUSION = FOLDER / "clip.json", FOLDER / "fusion.safetensors"
 MEMORY = "grocery"
-VERSIONS = ("fruit-and-vegetables", "all")  # in the order they are built; the last one is served at first
+# in the order they are built; the last one is served at first
+VERSIONS = ("fruit-and-vegetables", "all")
 PACKAGED = frozenset(
     ("Juice", "Milk", "Oatghurt", "Oat Milk", "Sour Cream", "Sour Milk", "Soyghurt", "Soy Milk", "Yoghurt")
 )
@@ -32,8 +35,10 @@ PACKAGED = frozenset(
 class StarterMemory:
     """N photos of C classes, all of them embedded by one encoder.
 
-    encoder: its fingerprint.  ids: N strings.  label: (N,) int, each photo's row in `classes` and `text`.
-    image: (N, D), image_key: (N, Dt), text: (C, D), float16 unit rows.  classes: C records {"caption", "class", "coarse_class"}.
+    encoder: its fingerprint.  ids: N strings.  label: (N,) int, each photo's row in `classes` and
+    `text`.
+    image: (N, D), image_key: (N, Dt), text: (C, D), float16 unit rows.  classes: C records
+    {"caption", "class", "coarse_class"}.
     """
 
     encoder: str
@@ -65,8 +70,11 @@ class StarterMemory:
         return cls(names["encoder"], names["ids"], **load_file(folder / "memory.safetensors"), classes=names["classes"])
 
     def pairs(self, version: str) -> Pairs:
-        """The pairs of one version: every class in "all", those that are not PACKAGED in "fruit-and-vegetables"."""
-        fresh = np.array([record["coarse_class"] not in PACKAGED for record in self.classes])  # (C,) bool
+        """The pairs of one version: every class in "all", those that are not PACKAGED in
+        "fruit-and-vegetables".
+        """
+        # (C,) bool
+        fresh = np.array([record["coarse_class"] not in PACKAGED for record in self.classes])
         rows = np.flatnonzero(fresh[self.label] | (version == "all"))
         return Pairs(
             ids=np.array(self.ids)[rows],
@@ -83,9 +91,11 @@ def starter_labels(folder: Path = FOLDER) -> list[str]:
 
 
 def install_starter(store: Store, folder: Path = FOLDER) -> None:
-    """Build the memory "grocery" in `store`, unless it stands there already, and serve all 81 classes.
+    """Build the memory "grocery" in `store`, unless it stands there already, and serve all 81
+    classes.
 
-    Safe to repeat: a version appears whole or not at all, and a memory that has a current version keeps it.
+    Safe to repeat: a version appears whole or not at all, and a memory that has a current version
+    keeps it.
     """
     missing = [version for version in VERSIONS if MEMORY not in store.names() or version not in store.versions(MEMORY)]
     if missing:

@@ -22,7 +22,10 @@ def encoded(reco: Reco, photos: Photos) -> Encoded:
 
 
 def retrieval(image: np.ndarray, text: np.ndarray, photo: np.ndarray) -> dict[str, float]:
-    """Recall in both directions. image: (N, D).  text: (C, D).  photo: (C,) int, the photo each caption belongs to."""
+    """Recall in both directions.
+
+    image: (N, D).  text: (C, D).  photo: (C,) int, the photo each caption belongs to.
+    """
     scores, own = text @ image.T, photo[:, None] == np.arange(len(image))  # (C, N) each
     found = {f"T2I R@{k}": recall_at_k(scores, own, k) for k in (1, 5, 10)}
     found |= {f"I2T R@{k}": recall_at_k(scores.T, own.T, k) for k in (1, 5, 10)}
@@ -32,7 +35,8 @@ def retrieval(image: np.ndarray, text: np.ndarray, photo: np.ndarray) -> dict[st
 def classification(reco: Reco, photos: Photos, labels: Sequence[str], snapshot: Snapshot) -> dict[str, float]:
     """Top-1 with neither, one or both sides refined, as `reco eval classify` counts it."""
     target = np.array([labels.index(label) for label in photos.column("class")])
-    plain, refined = (reco.embed_labels(labels, TEMPLATES, memory) for memory in (None, snapshot))  # (C, D) each
+    # (C, D) each
+    plain, refined = (reco.embed_labels(labels, TEMPLATES, memory) for memory in (None, snapshot))
     found = reco.enhance(encoded(reco, photos), "image", snapshot)
     pairs = {
         "none": (found.plain, plain),
@@ -44,7 +48,8 @@ def classification(reco: Reco, photos: Photos, labels: Sequence[str], snapshot: 
 
 
 def without_text(known: Photos, photos: Photos, keys: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """What one would try instead, with the same labelled photos: the nearest photo, and the nearest class mean.
+    """What one would try instead, with the same labelled photos: the nearest photo, and the nearest
+    class mean.
 
     keys: by name, what is compared: the rows of the known photos and of those asked for.
     """

@@ -1,6 +1,8 @@
-"""Train the starter's text tower and both projections on cached trunk features; the trunk itself stays as it was.
+"""Train the starter's text tower and both projections on cached trunk features; the trunk itself
+stays as it was.
 
-Two captions of each photo enter a batch: each should find its photo, and each the other (Flickr8k test T2I R@10 50.8, with one 49.4).
+Two captions of each photo enter a batch: each should find its photo, and each the other (Flickr8k
+test T2I R@10 50.8, with one 49.4).
 
 Alphabet: N items, V views, C captions, Dt trunk features, B batch, L tokens, D width.
 """
@@ -33,7 +35,8 @@ FEATURE_DROP, WORD_DROP = (
 class Source:
     """Items with several views and several captions.
 
-    features: (N, V, Dt) float32.  tokens: (N, C, L) int64.  group: (N,) int, at most one item of a group enters a batch.
+    features: (N, V, Dt) float32.  tokens: (N, C, L) int64.  group: (N,) int, at most one item of a
+    group enters a batch.
     share: items per batch.
     """
 
@@ -43,7 +46,9 @@ class Source:
     share: int
 
     def draw(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """(B, Dt) one view and (B, 2, L) two different captions each of `share` items from different groups."""
+        """(B, Dt) one view and (B, 2, L) two different captions each of `share` items from
+        different groups.
+        """
         order = rng.permutation(len(self.group))
         _, first = np.unique(self.group[order], return_index=True)
         rows = order[rng.permutation(first)[: self.share]]
@@ -55,7 +60,9 @@ class Source:
 
 
 def learn(model: Any, sources: Sequence[Source], steps: int, seed: int) -> None:
-    """Symmetric InfoNCE over batches joined from all sources; changes `model` (an open_clip CLIP) in place."""
+    """Symmetric InfoNCE over batches joined from all sources; changes `model` (an open_clip CLIP)
+    in place.
+    """
     encode_text, (centre, spread) = build_text_encoder(model), _moments(sources)
     projection = model.visual.head.proj
     nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
@@ -73,8 +80,10 @@ def learn(model: Any, sources: Sequence[Source], steps: int, seed: int) -> None:
             (step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps)
         )
         features, tokens = (torch.cat(part) for part in zip(*(source.draw(rng) for source in sources), strict=True))
-        image = F.normalize(projection(F.dropout((features - centre) / spread, FEATURE_DROP)), dim=-1)  # (B, D)
-        text = F.normalize(encode_text(shortened(tokens.flatten(0, 1), WORD_DROP, rng)), dim=-1)  # (2B, D)
+        # (B, D)
+        image = F.normalize(projection(F.dropout((features - centre) / spread, FEATURE_DROP)), dim=-1)
+        # (2B, D)
+        text = F.normalize(encode_text(shortened(tokens.flatten(0, 1), WORD_DROP, rng)), dim=-1)
         one, another = text.view(len(image), 2, -1).unbind(1)  # (B, D) each
         pairs = ((image, one), (image, another), (one, another))
         loss = torch.stack([info_nce(left, right, model.logit_scale.exp()) for left, right in pairs]).mean()
@@ -88,7 +97,8 @@ def learn(model: Any, sources: Sequence[Source], steps: int, seed: int) -> None:
 
 def shortened(tokens: Tensor, share: float, rng: np.random.Generator) -> Tensor:
     """(B, L) the same texts, each word piece left out with the given chance."""
-    ends = (tokens == tokens.max()) | (tokens == tokens.max() - 1) | (tokens == 0)  # start, end and padding stay
+    # start, end and padding stay
+    ends = (tokens == tokens.max()) | (tokens == tokens.max() - 1) | (tokens == 0)
     kept = ends | torch.from_numpy(rng.random(tuple(tokens.shape), np.float32) >= share)
     order = (~kept).int().argsort(dim=1, stable=True)  # what is left out goes behind the padding
     return (tokens * kept).gather(1, order)
@@ -101,11 +111,13 @@ def project(model: Any, features: np.ndarray) -> np.ndarray:
 
 
 def pseudo_features(weight: Tensor, photos: Tensor) -> Tensor:
-    """Where the trunk would put a typical photo of each class, guessed from the rows of its classifier.
+    """Where the trunk would put a typical photo of each class, guessed from the rows of its
+    classifier.
 
-    weight: (C, Dt) rows of the classifier.  photos: (N, Dt) features of photos of these classes.  Returns (C, Dt).
-    A row is a class mean divided by the covariance of the features; multiplying by its root comes nearest to photos of the class
-    (cosine 0.45 against 0.31 for the row itself, on the ImageNet sample). The length is that of a photo.
+    weight: (C, Dt) rows of the classifier.  photos: (N, Dt) features of photos of these classes.
+    Returns (C, Dt). A row is a class mean divided by the covariance of the features; multiplying by
+    its root comes nearest to photos of the class (cosine 0.45 against 0.31 for the row itself, on
+    the ImageNet sample). The length is that of a photo.
     """
     centred = photos - photos.mean(dim=0)
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(photos))  # (Dt,), (Dt, Dt)

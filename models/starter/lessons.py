@@ -1,7 +1,9 @@
-"""What the starter's fusion learns from: episodes over several memories, of photos its encoder never saw, and nothing from Grocery.
+"""What the starter's fusion learns from: episodes over several memories, of photos its encoder
+never saw, and nothing from Grocery.
 
-Class captions come from Caltech 101 and imagen, sentences from Flickr8k. In some episodes the classes carry invented names: to the
-encoder these say nothing, as the names of a shop's own goods will, and only the memory knows which photos they belong to.
+Class captions come from Caltech 101 and imagen, sentences from Flickr8k. In some episodes the
+classes carry invented names: to the encoder these say nothing, as the names of a shop's own goods
+will, and only the memory knows which photos they belong to.
 """
 
 from collections.abc import Sequence
@@ -21,24 +23,32 @@ from models.starter.photos import Photos
 from models.training.episodes import Episode, look_up
 
 MEMORY_CAPTION, QUERY_CAPTION = "a photo of {}", "a photo of a {}."
-DEPTH = 20  # neighbours looked up: twice the k that is served, so that the fusion meets larger ones too
+# neighbours looked up: twice the k that is served, so that the fusion meets larger ones too
+DEPTH = 20
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstv" for vowel in "aeiou"]
 BLOCK = 512  # captions encoded at once
 Naming = str | None  # None = the classes' own names, otherwise a seed word for invented ones
 
 
 class Classroom:
-    """Makes episodes. reco: any fusion on the starter's encoder, for its search.  folder: where the memories are built."""
+    """Makes episodes.
+
+    reco: any fusion on the starter's encoder, for its search.  folder: where the memories are
+    built.
+    """
 
     def __init__(self, reco: Reco, folder: Path) -> None:
         self.reco = reco
         self.folder = folder
         self._known: dict[
             str, np.ndarray
-        ] = {}  # (D,) of every caption encoded so far: the same ones come back with each kind of key
+            # (D,) of every caption encoded so far: the same ones come back with each kind of key
+        ] = {}
 
     def classes(self, name: str, photos: Photos, key: KeyKind, naming: Naming, half: int) -> Episode:
-        """Half the photos of every class are the memory, the other half the queries.  half: 0 or 1, which of them is the memory."""
+        """Half the photos of every class are the memory, the other half the queries.  half: 0 or 1,
+        which of them is the memory.
+        """
         names = {
             label: label if naming is None else invented(label, naming) for label in sorted(set(photos.column("class")))
         }
@@ -62,7 +72,9 @@ class Classroom:
         return self.episode(f"{name}, sentences, {key} keys", queries, memory)
 
     def episode(self, name: str, queries: Pairs, memory: Snapshot) -> Episode:
-        """The queries with their neighbours in the memory; the photos differ, so nothing has to be excluded by likeness."""
+        """The queries with their neighbours in the memory; the photos differ, so nothing has to be
+        excluded by likeness.
+        """
         return look_up(name, queries, memory, self.reco, DEPTH, {})
 
     def pairs(self, photos: Photos, captions: Sequence[str], key: KeyKind, rows: np.ndarray) -> Pairs:
@@ -92,7 +104,9 @@ class Classroom:
 
 
 def invented(label: str, naming: str) -> str:
-    """A name of two words that stands for `label` throughout one naming; the first word is shared by several classes, as a brand is."""
+    """A name of two words that stands for `label` throughout one naming; the first word is shared
+    by several classes, as a brand is.
+    """
     rng = np.random.default_rng([len(naming), *naming.encode(), *label.encode()])
     brands = np.random.default_rng([*naming.encode()]).choice(SYLLABLES, size=(12, 2))
     return f"{''.join(rng.choice(brands))} {''.join(rng.choice(SYLLABLES, size=rng.integers(2, 4)))}"

@@ -1,7 +1,9 @@
-"""Make the bundled starter again: `python -m models.starter.make DATA` (two cores, no GPU, about 40 minutes; DATA as in CARD.md).
+"""Make the bundled starter again: `python -m models.starter.make DATA` (two cores, no GPU, about 40
+minutes; DATA as in CARD.md).
 
-Photos -> features of a frozen MobileNetV2 -> text tower and projections -> the Grocery memory -> the fusion -> figures -> CARD.md.
-Nothing of the Grocery photos is learned from: they fill the memory and measure the result.
+Photos -> features of a frozen MobileNetV2 -> text tower and projections -> the Grocery memory ->
+the fusion -> figures -> CARD.md. Nothing of the Grocery photos is learned from: they fill the
+memory and measure the result.
 """
 
 import argparse
@@ -35,8 +37,10 @@ from models.starter.teach import STEPS as LESSON_STEPS
 
 SEED = 0
 STEPS = 800
-NOISE = 1.0  # points on the Grocery test split: a smaller gain is no reason to give the simple rule up
-SENTENCES_KEPT = 300  # photos of Flickr8k val that the encoder never sees, for the lessons of the fusion
+# points on the Grocery test split: a smaller gain is no reason to give the simple rule up
+NOISE = 1.0
+# photos of Flickr8k val that the encoder never sees, for the lessons of the fusion
+SENTENCES_KEPT = 300
 CLASS_CAPTIONS = (
     "a photo of a {}.",
     "a photo of {}",
@@ -93,7 +97,11 @@ def main() -> None:
 
 
 def make_starter(data: Path, work: Path, out: Path) -> None:
-    """Everything, top to bottom. What an earlier run kept in `work`, features and encoder, is not made again; both fusions are kept too."""
+    """Everything, top to bottom.
+
+    What an earlier run kept in `work`, features and encoder, is not made again; both fusions are
+    kept too.
+    """
     raw = Encoder.load(EncoderSpec("starter", "random", device="cpu"))
     load_trunk(raw, data)
     everything = read_all(raw, data, work / "features")
@@ -143,9 +151,11 @@ def write_card(path: Path, **measured: object) -> None:
 
 
 def load_trunk(encoder: Encoder, data: Path) -> None:
-    """MobileNetV2 into the image tower, as it will be served: its own input scaling folded away, in float16.
+    """MobileNetV2 into the image tower, as it will be served: its own input scaling folded away, in
+    float16.
 
-    It wants pixels in [-1, 1], open_clip gives (pixel - mean) / std: the first convolution takes the difference.
+    It wants pixels in [-1, 1], open_clip gives (pixel - mean) / std: the first convolution takes
+    the difference.
     """
     weights = load_file(data / "mobilenetv2" / "mobilenetv2_100.safetensors")
     preprocess = encoder.module.visual.preprocess_cfg
@@ -154,7 +164,8 @@ def load_trunk(encoder: Encoder, data: Path) -> None:
     weights["conv_stem.weight"] = stem * 2 * std
     weights["bn1.running_mean"] = weights["bn1.running_mean"].float() - (stem * (2 * mean - 1)).sum((1, 2, 3))
     kept = {name: value.half().float() for name, value in weights.items() if not name.startswith("classifier")}
-    encoder.module.visual.trunk.load_state_dict(kept, strict=False)  # num_batches_tracked alone is missing
+    # num_batches_tracked alone is missing
+    encoder.module.visual.trunk.load_state_dict(kept, strict=False)
 
 
 def read_all(encoder: Encoder, data: Path, folder: Path) -> Everything:
@@ -185,7 +196,8 @@ def read_all(encoder: Encoder, data: Path, folder: Path) -> Everything:
 
 def learn_encoder(encoder: Encoder, everything: Everything, data: Path) -> None:
     """Text tower and projections on Flickr8k, one photo of each ImageNet class, and Caltech 101."""
-    rows = load_file(data / "mobilenetv2" / "mobilenetv2_100.safetensors")["classifier.weight"].float()  # (1000, Dt)
+    # (1000, Dt)
+    rows = load_file(data / "mobilenetv2" / "mobilenetv2_100.safetensors")["classifier.weight"].float()
     number = everything.imagenet.column("class_id")
     photos = torch.from_numpy(everything.imagenet.features)  # (1000, 2, Dt)
     imagined = pseudo_features(rows, photos[:, 0])[number]  # (1000, Dt)
@@ -208,12 +220,15 @@ def learn_encoder(encoder: Encoder, everything: Everything, data: Path) -> None:
 
 
 def source(encoder: Encoder, photos: Photos, features: Tensor, group: np.ndarray, share: int) -> Source:
-    """Photos with their own captions, or with every class caption where they have but one word for it."""
+    """Photos with their own captions, or with every class caption where they have but one word for
+    it.
+    """
     captions = [
         said if len(said) > 1 else [each.format(said[0]) for each in CLASS_CAPTIONS] for said in photos.captions
     ]
     most = min(len(said) for said in captions)
-    tokens = torch.from_numpy(np.stack([encoder.tokenize(said[:most]) for said in captions]))  # (N, C, L)
+    # (N, C, L)
+    tokens = torch.from_numpy(np.stack([encoder.tokenize(said[:most]) for said in captions]))
     return Source(features, tokens, group, share)
 
 
@@ -230,7 +245,10 @@ def save_half(encoder: Encoder, path: Path) -> None:
 
 
 def memory_of(encoder: Encoder, photos: Photos) -> StarterMemory:
-    """The Grocery training photos as the bundled memory. Their ids get a folder, because the test photos have the same names."""
+    """The Grocery training photos as the bundled memory.
+
+    Their ids get a folder, because the test photos have the same names.
+    """
     photos = photos.take(
         np.random.default_rng(SEED).permutation(len(photos)).tolist()
     )  # of equal captions the first k answer: a mixed lot
@@ -265,7 +283,9 @@ def teach(encoder: Encoder, everything: Everything, folder: Path) -> dict[str, F
 
 
 def memories(memory: StarterMemory, folder: Path) -> dict[str, Snapshot]:
-    """The whole memory by the keys its images are searched with: as it is shipped, and with the CLIP vectors instead."""
+    """The whole memory by the keys its images are searched with: as it is shipped, and with the
+    CLIP vectors instead.
+    """
     store = Store(folder / "store")
     found = dict[str, Snapshot]()
     variants: dict[KeyKind, Pairs] = {

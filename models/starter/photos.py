@@ -1,4 +1,5 @@
-"""The photos the starter is made from: tars in, features of the image trunk out, kept on disk so that a second run goes on.
+"""The photos the starter is made from: tars in, features of the image trunk out, kept on disk so
+that a second run goes on.
 
 Alphabet: N photos, V views, B batch, Dt = 1280 features of MobileNetV2 before the projection.
 """
@@ -30,7 +31,8 @@ BATCH = 16  # the fastest for this trunk on two cores
 class Photos:
     """One data set.
 
-    ids: N strings.  captions: N lists of at least one.  fields: N dicts.  features: (N, V, Dt) float32, view 0 the plain one.
+    ids: N strings.  captions: N lists of at least one.  fields: N dicts.  features: (N, V, Dt)
+    float32, view 0 the plain one.
     """
 
     ids: Sequence[str]
@@ -75,7 +77,9 @@ class Reader:
         folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, name: str, tars: Sequence[Path], *, caption: str | None = None, views: int = 1) -> Photos:
-        """Every photo of the tars with its captions (as read_samples gives them) and `views` views of its features."""
+        """Every photo of the tars with its captions (as read_samples gives them) and `views` views
+        of its features.
+        """
         samples = [item for tar in tars for item in read_samples(tar, caption=caption) if isinstance(item, Sample)]
         photos = [list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample.id.split("#")[0])]
         kept = self._folder / f"{name}.npy"
@@ -112,7 +116,9 @@ class Reader:
                 meter.advance(len(rows))
 
     def _views(self, name: str, row: int, image: Image.Image, views: int) -> np.ndarray:
-        """(V, 3, H, W) uint8: the view that serving takes, then mirrored random crops holding 50-100 % of the photo."""
+        """(V, 3, H, W) uint8: the view that serving takes, then mirrored random crops holding
+        50-100 % of the photo.
+        """
         rng = np.random.default_rng([self._seed, zlib.crc32(name.encode()), row])
         return np.stack(
             [self._encoder.preprocess(view) for view in (image, *(_crop(image, rng) for _ in range(1, views)))]
@@ -120,14 +126,17 @@ class Reader:
 
 
 def folded(trunk: nn.Module) -> nn.Module:
-    """`trunk` with every BatchNorm folded into the convolution before it: the same numbers, a quarter faster. Changed in place."""
+    """`trunk` with every BatchNorm folded into the convolution before it: the same numbers, a
+    quarter faster. Changed in place.
+    """
     before: tuple[str, nn.Conv2d] | None = None
     for name, child in list(trunk.named_children()):
         if isinstance(child, nn.Conv2d):
             before = (name, child)
         elif isinstance(child, nn.BatchNorm2d) and before is not None:
             setattr(trunk, before[0], fuse_conv_bn_eval(before[1], child))
-            setattr(trunk, name, getattr(child, "act", nn.Identity()))  # timm's BatchNorm carries the activation
+            # timm's BatchNorm carries the activation
+            setattr(trunk, name, getattr(child, "act", nn.Identity()))
             before = None
         else:
             folded(child)

@@ -1,11 +1,12 @@
 """The starter's fusion: the training-free rule with its one number chosen, and the learned one.
 
-Both come of the episodes of `lessons`, which hold nothing of Grocery; which of them is shipped is decided by `make_starter`. What is
-learned is how vectors are compared, how sharply a neighbour's score weighs, and how far the memory is believed: a thousand numbers that
-hold for names never seen.
+Both come of the episodes of `lessons`, which hold nothing of Grocery; which of them is shipped is
+decided by `make_starter`. What is learned is how vectors are compared, how sharply a neighbour's
+score weighs, and how far the memory is believed: a thousand numbers that hold for names never seen.
 
-The numbers below were chosen with an encoder of half the width, every third class, or a data set in turn, kept from learning; with this
-encoder twice and half the steps, and a third of the rate, came within a point.
+The numbers below were chosen with an encoder of half the width, every third class, or a data set in
+turn, kept from learning; with this encoder twice and half the steps, and a third of the rate, came
+within a point.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,9 @@ EVERY = 3  # lessons with class names between two with sentences
 
 
 def lessons(classroom: Classroom, objects: Mapping[str, Photos], memory: Photos, sentences: Photos) -> list[Episode]:
-    """objects: photos with one class each, by name.  memory, sentences: photos with sentences, the first as the memory."""
+    """objects: photos with one class each, by name.  memory, sentences: photos with sentences, the
+    first as the memory.
+    """
     named, said = list[Episode](), list[Episode]()
     for key in ("trunk", "vector"):
         named += [
@@ -52,7 +55,9 @@ def _mixed(named: Sequence[Episode], said: Sequence[Episode]) -> Iterator[Episod
 
 
 def best_alpha(dim: int, episodes: Sequence[Episode]) -> float:
-    """The alpha of the training-free rule that classifies best where captions are classes, as in the starter's memory."""
+    """The alpha of the training-free rule that classifies best where captions are classes, as in
+    the starter's memory.
+    """
     with_names = [episode for episode in episodes if "names" in episode.name]
 
     def grade(alpha: float) -> float:

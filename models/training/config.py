@@ -1,4 +1,6 @@
-"""The TOML file of `reco train`, read strictly: an unknown key or a wrong type is an error that names it."""
+"""The TOML file of `reco train`, read strictly: an unknown key or a wrong type is an error that
+names it.
+"""
 
 import difflib
 import os
@@ -21,10 +23,11 @@ PRECISIONS = ("fp32", "bf16")
 class EpisodeConfig:
     """One [[episodes]] table: pairs to learn from, and the memory they ask.
 
-    sources: tars and folders as for `reco memory build`; ${NAME} stands for an environment variable.
+    sources: tars and folders as for `reco memory build`; ${NAME} stands for an environment
+    variable.
     caption: a template over the metadata.  memory: NAME or NAME@VERSION in the store.
-    max_image_similarity, max_text_similarity: neighbours nearer than this are passed over; leave the text one out where many
-    pairs share one caption, as with class names.
+    max_image_similarity, max_text_similarity: neighbours nearer than this are passed over; leave
+    the text one out where many pairs share one caption, as with class names.
     """
 
     sources: tuple[str, ...]
@@ -38,14 +41,19 @@ class EpisodeConfig:
 class TrainConfig:
     """What to learn and from what. Paths are relative to the working directory.
 
-    k: neighbours looked up; each step uses a random number of them up to k.  terms: which of the three terms of the loss are on.
-    pool_learning_rate: for the few numbers of the training-free rule, learning_rate for all the rest.
-    clip: the longest gradient.  learn_scale: whether the loss learns its own temperature, from CLIP's on.
-    every: steps between two looks at the held-out accuracy and two checkpoints.  patience: looks without a better one before the run
-    stops with the best it saw; 0 = never.
-    precision: "bf16" does the arithmetic of the layers in half the bits, the weights stay fp32.  compile: the layers through torch.compile,
-    which needs a C++ compiler; where they help is told in docs/concepts/results.md.  tensorboard: the curve for TensorBoard too, beside curve.jsonl.
-    drop: share of the neighbours hidden in each step.  held_out: share of the photos kept for the accuracy before and after.
+    k: neighbours looked up; each step uses a random number of them up to k.  terms: which of the
+    three terms of the loss are on.
+    pool_learning_rate: for the few numbers of the training-free rule, learning_rate for all the
+    rest.
+    clip: the longest gradient.  learn_scale: whether the loss learns its own temperature, from
+    CLIP's on.
+    every: steps between two looks at the held-out accuracy and two checkpoints.  patience: looks
+    without a better one before the run stops with the best it saw; 0 = never.
+    precision: "bf16" does the arithmetic of the layers in half the bits, the weights stay fp32.
+    compile: the layers through torch.compile, which needs a C++ compiler; where they help is told
+    in docs/concepts/results.md.  tensorboard: the curve for TensorBoard too, beside curve.jsonl.
+    drop: share of the neighbours hidden in each step.  held_out: share of the photos kept for the
+    accuracy before and after.
     """
 
     output: str
@@ -122,7 +130,9 @@ def _require(fine: bool, key: str, value: object, wanted: str) -> None:
 
 
 def _checked(kind: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The table as keyword arguments of a dataclass: arrays become tuples, integers may stand for floats."""
+    """The table as keyword arguments of a dataclass: arrays become tuples, integers may stand for
+    floats.
+    """
     types, known = get_type_hints(kind), {item.name: item for item in fields(kind)}
     for key in table:
         if key not in known:

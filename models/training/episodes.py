@@ -1,4 +1,5 @@
-"""What a fusion learns from: training pairs whose neighbours in some memory have been looked up once. Arrays only.
+"""What a fusion learns from: training pairs whose neighbours in some memory have been looked up
+once. Arrays only.
 
 Alphabet: M training pairs, K neighbours, U vectors that they found, D width, B batch.
 """
@@ -27,9 +28,12 @@ SPREAD = 20_000  # vectors of an episode that tell how those of a modality vary
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lookup:
-    """One side of M pairs and what the memory returned. Any of the arrays may be mapped from a file.
+    """One side of M pairs and what the memory returned.
 
-    query: (M, D) float.  known: (U, D) float16, every vector that any pair found, once.  rows: (M, K) int64 into known, -1 = absent.
+    Any of the arrays may be mapped from a file.
+
+    query: (M, D) float.  known: (U, D) float16, every vector that any pair found, once.  rows: (M,
+    K) int64 into known, -1 = absent.
     scores: (M, K) float32, 0 where absent.
     """
 
@@ -40,7 +44,9 @@ class Lookup:
 
     @classmethod
     def of(cls, query: np.ndarray, found: Hits, snapshot: Snapshot, side: Side) -> "Lookup":
-        """With the vectors of the other side gathered from the memory.  query: (M, D) float.  found: (M, K)."""
+        """With the vectors of the other side gathered from the memory.  query: (M, D) float.
+        found: (M, K).
+        """
         distinct, rows = compacted(found)
         return cls(query, snapshot.vectors(distinct, other(side)), rows, found.scores)
 
@@ -54,7 +60,9 @@ class Lookup:
         return replace(self, rows=self.rows[:, :k], scores=self.scores[:, :k])
 
     def batch(self, rows: np.ndarray, kept: np.ndarray, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The arguments of `Fusion.forward` for these rows; neighbours not in kept (B, K) count as absent."""
+        """The arguments of `Fusion.forward` for these rows; neighbours not in kept (B, K) count as
+        absent.
+        """
         found = self.rows[rows]  # (B, K)
         mask = (found >= 0) & kept
         arrays = (self.query[rows], self.known[np.maximum(found, 0)], self.scores[rows] * mask, mask)
@@ -93,7 +101,8 @@ class Episode:
         return np.asarray(photo | caption)
 
     def split(self, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """(learned, held out): whole photos are held out, never one caption of a photo that is learned.
+        """(learned, held out): whole photos are held out, never one caption of a photo that is
+        learned.
 
         DataError where either holds a single caption or none: nothing could be told apart.
         """
@@ -122,7 +131,9 @@ class Asking:
     limits: Mapping[Side, float | None]
 
     def find(self, encoded: Encoded, side: Side, own: Sequence[Collection[Id]]) -> Hits:
-        """What the memory returns, (B, K).  encoded: float16 or float32.  own: for each query the ids that it must not find."""
+        """What the memory returns, (B, K).  encoded: float16 or float32.  own: for each query the
+        ids that it must not find.
+        """
         wide = Encoded(to_float32(encoded.vectors), None if encoded.trunk is None else to_float32(encoded.trunk))
         ceiling = self.limits.get(side)
         limit = math.inf if ceiling is None else ceiling
@@ -130,7 +141,9 @@ class Asking:
 
 
 def covariance(episodes: Sequence[Episode], side: Side) -> Tensor:
-    """(D, D) float32: how the vectors of one modality vary, those that ask and those that are found, every episode counting alike."""
+    """(D, D) float32: how the vectors of one modality vary, those that ask and those that are
+    found, every episode counting alike.
+    """
     found = []
     for episode in episodes:
         both = (
@@ -145,10 +158,12 @@ def covariance(episodes: Sequence[Episode], side: Side) -> Tensor:
 def look_up(
     name: str, pairs: Pairs, snapshot: Snapshot, reco: Reco, k: int, max_similarity: Mapping[Side, float | None]
 ) -> Episode:
-    """Ask the memory once for each training pair, all of them in memory; `prepared` does it on disk.
+    """Ask the memory once for each training pair, all of them in memory; `prepared` does it on
+    disk.
 
-    A pair never finds itself: its own id, the other captions of its photo (ids that differ after "#") and, where `max_similarity`
-    is given for a side, everything nearer than that are passed over.
+    A pair never finds itself: its own id, the other captions of its photo (ids that differ after
+    "#") and, where `max_similarity` is given for a side, everything nearer than that are passed
+    over.
     """
     if not len(pairs):
         raise DataError(f"{name}: no pair to learn from")
@@ -166,7 +181,9 @@ def look_up(
 
 
 def photos(ids: np.ndarray) -> np.ndarray:
-    """(M,) int64, equal for the captions of one photo, whose ids differ after "#".  ids: (M,) as given."""
+    """(M,) int64, equal for the captions of one photo, whose ids differ after "#".  ids: (M,) as
+    given.
+    """
     return numbered([str(key).rsplit("#", 1)[0] for key in ids.tolist()])
 
 
@@ -184,8 +201,11 @@ def stacked(found: Sequence[Hits]) -> Hits:
 
 
 def compacted(found: Hits) -> tuple[np.ndarray, np.ndarray]:
-    """(U,) int64, the rows of the memory that were found, and (M, K) int64, for each hit its place among them, -1 = absent."""
-    distinct, place = np.unique(np.maximum(found.rows, 0), return_inverse=True)  # row 0 stands in for the absent
+    """(U,) int64, the rows of the memory that were found, and (M, K) int64, for each hit its place
+    among them, -1 = absent.
+    """
+    # row 0 stands in for the absent
+    distinct, place = np.unique(np.maximum(found.rows, 0), return_inverse=True)
     return distinct, np.where(found.mask, place.reshape(found.rows.shape), -1)
 
 

@@ -1,6 +1,7 @@
 """`reco train CONFIG.toml`: learn a fusion.
 
-The encoder is frozen, so embeddings and neighbours are prepared once, in `prepared/` beside the output, and the loop sees arrays only.
+The encoder is frozen, so embeddings and neighbours are prepared once, in `prepared/` beside the
+output, and the loop sees arrays only.
 """
 
 import json
@@ -35,7 +36,8 @@ EVALUATED = 1000  # held-out pairs ranked against each other, at most
 class Summary:
     """What a run came to.
 
-    first_loss, last_loss: means over the first and last tenth of the steps.  before, after: held-out accuracy by memory.
+    first_loss, last_loss: means over the first and last tenth of the steps.  before, after:
+    held-out accuracy by memory.
     """
 
     output: str
@@ -56,7 +58,10 @@ class Summary:
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Summary:
-    """Everything `reco train` does, top to bottom. resume: go on from the checkpoint that an earlier run left beside the output."""
+    """Everything `reco train` does, top to bottom.
+
+    resume: go on from the checkpoint that an earlier run left beside the output.
+    """
     start = time.monotonic()
     torch.manual_seed(config.seed)
     encoder = Encoder.load(config.encoder)
@@ -117,7 +122,9 @@ def _learning(config: TrainConfig, scale: float) -> Learning:
 
 
 def _episode(episode: EpisodeConfig, config: TrainConfig, reco: Reco, folder: Path) -> Episode:
-    """The pairs of one table, encoded, with their neighbours in its memory; what an earlier run left in the folder is made use of."""
+    """The pairs of one table, encoded, with their neighbours in its memory; what an earlier run
+    left in the folder is made use of.
+    """
     name, _, version = episode.memory.partition("@")
     snapshot = Store(Path(config.store)).open(name, version or None, encoder=reco.encoder.fingerprint)
     if config.k > len(snapshot):
@@ -132,7 +139,9 @@ def _episode(episode: EpisodeConfig, config: TrainConfig, reco: Reco, folder: Pa
 
 
 def accuracy(fusions: Mapping[Side, Fusion], episode: Episode, rows: np.ndarray) -> float:
-    """Share of held-out photos whose own caption is the nearest of all held-out captions, both sides refined with every neighbour."""
+    """Share of held-out photos whose own caption is the nearest of all held-out captions, both
+    sides refined with every neighbour.
+    """
     rows = rows[:EVALUATED]
     device = next(fusions["image"].parameters()).device.type
     with torch.inference_mode():
@@ -165,7 +174,9 @@ def draw(folder: Path) -> None:
 
 
 def _board(folder: Path) -> Callable[[Mapping[str, Any]], None]:
-    """What writes each line of the curve for TensorBoard, from the first line on (the extra "tensorboard")."""
+    """What writes each line of the curve for TensorBoard, from the first line on (the extra
+    "tensorboard").
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

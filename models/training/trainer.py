@@ -1,4 +1,7 @@
-"""The loop: it sees arrays only. Every step is a function of the seed and its number, so a run that stopped goes on bit for bit (CPU).
+"""The loop: it sees arrays only.
+
+Every step is a function of the seed and its number, so a run that stopped goes on bit for bit
+(CPU).
 
 Alphabet: M training pairs, K neighbours, B batch.
 """
@@ -33,8 +36,8 @@ CHECKPOINT = "checkpoint.safetensors"
 class Learning:
     """How the loop runs.
 
-    scale: what the cosines are multiplied with, where learning begins if learn_scale; clip: the longest gradient; the rest as in
-    TrainConfig.
+    scale: what the cosines are multiplied with, where learning begins if learn_scale; clip: the
+    longest gradient; the rest as in TrainConfig.
     """
 
     steps: int
@@ -56,7 +59,11 @@ class Learning:
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands. State of one `Loop`, written whole to its checkpoint.  best: held-out metric; waited: looks since."""
+    """Where a run stands.
+
+    State of one `Loop`, written whole to its checkpoint.  best: held-out metric; waited: looks
+    since.
+    """
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
@@ -65,9 +72,11 @@ class Progress:
 
 
 class Loop:
-    """Trains the fusions in place on the rows `learned` of each episode, one episode a step in turn.
+    """Trains the fusions in place on the rows `learned` of each episode, one episode a step in
+    turn.
 
-    watch: the held-out metric, greater = better, or None.  folder: where curve.jsonl and the checkpoint go, or None.
+    watch: the held-out metric, greater = better, or None.  folder: where curve.jsonl and the
+    checkpoint go, or None.
     on_line: takes each line of the curve too.
     """
 
@@ -98,7 +107,9 @@ class Loop:
         self.progress = Progress()
 
     def run(self, until: int | None = None) -> Progress:
-        """To the end, or to step `until`; leaves the best fusions seen where `watch` was given and patience asked for them."""
+        """To the end, or to step `until`; leaves the best fusions seen where `watch` was given and
+        patience asked for them.
+        """
         last = self._learning.steps if until is None else min(until, self._learning.steps)
         with progress(last, "fusion", "step") as meter:
             meter.start_at(self.progress.step)
@@ -216,7 +227,9 @@ def learn(
 
 
 def _identity(fusions: Mapping[Side, Fusion], episodes: Sequence[Episode], learning: Learning) -> str:
-    """What a checkpoint must have been written under to be gone on from: the layers' shapes, the data, and how the loop runs."""
+    """What a checkpoint must have been written under to be gone on from: the layers' shapes, the
+    data, and how the loop runs.
+    """
     configs = {side: asdict(fusion.config) for side, fusion in fusions.items()}
     content = json.dumps([configs, [episode.digest() for episode in episodes], asdict(learning)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
@@ -232,7 +245,9 @@ def _copied(layers: nn.Module) -> dict[str, Tensor]:
 
 
 def _optimiser(layers: nn.Module, scale: nn.Parameter, learning: Learning) -> torch.optim.Optimizer:
-    """AdamW; the few numbers of the pool are far from where they start and need longer steps than a matrix bears."""
+    """AdamW; the few numbers of the pool are far from where they start and need longer steps than a
+    matrix bears.
+    """
     named = list(layers.named_parameters())
     pool, others = ([value for name, value in named if (".pool." in name) is wanted] for wanted in (True, False))
     groups = [{"params": others, "lr": learning.learning_rate, "weight_decay": learning.weight_decay}]

@@ -1,9 +1,12 @@
-"""A Python client, sync and async: long lists in, numpy rows out, busy services waited for. Needs httpx and numpy alone.
+"""A Python client, sync and async: long lists in, numpy rows out, busy services waited for.
+
+Needs httpx and numpy alone.
 
 >>> with RecoClient("http://127.0.0.1:8000") as reco:       # doctest: +SKIP
 ...     vectors = reco.embed_texts(["a red apple", "a lemon"], enhance=False)
 
-What is sent and when is tried again is written once, as generators that yield calls and pauses (`flows`); the two classes only drive them.
+What is sent and when is tried again is written once, as generators that yield calls and pauses
+(`flows`); the two classes only drive them.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ def _arguments(base_url: str, api_key: str | None, timeout_s: float) -> dict[str
 class RecoClient:
     """Calls one service. Safe to share between threads.
 
-    limits: how much one request carries, and how long a busy service is waited for.  timeout_s: of one HTTP request.
+    limits: how much one request carries, and how long a busy service is waited for.  timeout_s: of
+    one HTTP request.
     """
 
     def __init__(
@@ -50,7 +54,10 @@ class RecoClient:
     def embed_images(
         self, images: Sequence[ImageLike], *, progress: flows.Progress | None = None, **options: Any
     ) -> np.ndarray:
-        """(N, D) float32 unit rows in the order of `images` (encoded bytes, or paths). progress: told how many more are done."""
+        """(N, D) float32 unit rows in the order of `images` (encoded bytes, or paths).
+
+        progress: told how many more are done.
+        """
         return self._run(flows.embed_images(images, options, self._limits, progress))
 
     def embed_texts(
@@ -67,7 +74,10 @@ class RecoClient:
         progress: flows.Progress | None = None,
         **options: Any,
     ) -> list[list[dict[str, Any]]]:
-        """[{label, score}] of each image, or of each text with texts=True, best first. options: labels or label_set, templates, top_k…"""
+        """[{label, score}] of each image, or of each text with texts=True, best first.
+
+        options: labels or label_set, templates, top_k…
+        """
         return self._run(flows.classify(items, texts, options, self._limits, progress))
 
     def memories(self) -> list[dict[str, Any]]:
@@ -77,7 +87,10 @@ class RecoClient:
     def activate(
         self, name: str, version: str, *, dry_run: bool = False, wait_s: float | None = 600.0
     ) -> Mapping[str, Any]:
-        """Swap to a version and wait until its job is done; wait_s=None returns the job as started. Raises RecoError where it fails."""
+        """Swap to a version and wait until its job is done; wait_s=None returns the job as started.
+
+        Raises RecoError where it fails.
+        """
         return self._run(flows.activate(name, version, dry_run, wait_s, self._limits))
 
     def close(self) -> None:

@@ -1,4 +1,6 @@
-"""What the client says to a service, written once for sync and async: generators that yield HTTP calls and pauses and return the result."""
+"""What the client says to a service, written once for sync and async: generators that yield HTTP
+calls and pauses and return the result.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ PLACE = re.compile(r"\b(images|texts)\[(\d+)\]")
 
 
 class RecoError(Exception):
-    """A refusal by the service, or no answer from it. status: the HTTP status, None where none came.  param: the item or option, if one."""
+    """A refusal by the service, or no answer from it.
+
+    status: the HTTP status, None where none came.  param: the item or option, if one.
+    """
 
     def __init__(
         self, message: str, *, status: int | None = None, code: str = "unreachable", param: str | None = None
@@ -35,9 +40,11 @@ class RecoError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much one request carries, and how long a service that is busy (429, 503) or not there is waited for.
+    """How much one request carries, and how long a service that is busy (429, 503) or not there is
+    waited for.
 
-    max_items, max_bytes: of one request; at most the service's own, which /info tells.  retries: further tries of one request.
+    max_items, max_bytes: of one request; at most the service's own, which /info tells.  retries:
+    further tries of one request.
     max_pause_s: the longest pause before one, whatever Retry-After says.
     """
 
@@ -49,7 +56,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One HTTP request. body: as httpx's `request` takes it (json, files, params).  again: whether sending it twice does no harm."""
+    """One HTTP request.
+
+    body: as httpx's `request` takes it (json, files, params).  again: whether sending it twice does
+    no harm.
+    """
 
     method: str
     path: str
@@ -132,7 +143,10 @@ def activate(name: str, version: str, dry_run: bool, wait_s: float | None, limit
 def _all(
     path: str, bodies: Iterator[tuple[int, int, Mapping[str, Any]]], limits: Limits, progress: Progress | None
 ) -> Flow[list[Any]]:
-    """The `data` of all requests, joined. bodies: (place of its first item, items, body) of each request."""
+    """The `data` of all requests, joined.
+
+    bodies: (place of its first item, items, body) of each request.
+    """
     data: list[Any] = []
     for at, count, body in bodies:
         reply = yield from _answered(Call("POST", path, body), limits, at)
@@ -143,7 +157,10 @@ def _all(
 
 
 def _answered(call: Call, limits: Limits, first: int = 0) -> Flow[httpx.Response]:
-    """A reply of 2xx, after as many tries as allowed. first: the place of the call's items in the caller's list, for messages."""
+    """A reply of 2xx, after as many tries as allowed.
+
+    first: the place of the call's items in the caller's list, for messages.
+    """
     for attempt in range(limits.retries + 1):
         outcome = yield call
         if isinstance(outcome, httpx.Response) and outcome.is_success:
@@ -191,7 +208,9 @@ def _moved(text: str, first: int) -> str:
 
 
 def _batches(items: Iterator[Item], limits: Limits) -> Iterator[tuple[int, list[Item]]]:
-    """(place of the first, items) of each request: as many as fit into both limits, one at the least."""
+    """(place of the first, items) of each request: as many as fit into both limits, one at the
+    least.
+    """
     at, some, size = 0, list[Item](), 0
     for item in items:
         length = len(item) if isinstance(item, bytes | str) else 0

@@ -21,7 +21,9 @@ CLASSES = 6
 
 
 def world(encoder: Encoder, folder: Path) -> tuple[Photos, Labels, Pairs, Pairs]:
-    """Photos that resemble those of their class in the memory, whose captions are the very prompts; another memory to learn from."""
+    """Photos that resemble those of their class in the memory, whose captions are the very prompts;
+    another memory to learn from.
+    """
     rng = np.random.default_rng(0)
     names = [f"thing {i}" for i in range(CLASSES)]
     labels = Labels(names, ["a photo of a {}."], encoder)

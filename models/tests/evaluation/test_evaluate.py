@@ -106,7 +106,9 @@ def test_the_four_figures_are_those_computed_by_hand(reco: Reco, tar: Path, phot
 
 
 def test_no_image_finds_itself_nor_its_double(reco: Reco, encoder: Encoder, tmp_path: Path) -> None:
-    """A memory of one photo with a misleading label, under its own id and as a copy under another: both leave the photo plain."""
+    """A memory of one photo with a misleading label, under its own id and as a copy under another:
+    both leave the photo plain.
+    """
     data = photo(0, 0)
     labels = Labels(LABELS, ["{}"], encoder)
     for name in ("self", "copy"):
@@ -164,7 +166,9 @@ def test_entities_are_counted_apart(encoder: Encoder, photos: Photos, snapshot: 
 
 @pytest.fixture
 def world(tmp_path: Path, encoder: Encoder) -> tuple[Captioned, Snapshot]:
-    """Photos whose captions say nothing but for what the memory ties them to: 12 subjects, a photo and two captions each."""
+    """Photos whose captions say nothing but for what the memory ties them to: 12 subjects, a photo
+    and two captions each.
+    """
     rng = np.random.default_rng(0)
     seen, said = (unit_rows(rng.standard_normal((12, encoder.dim))) for _ in range(2))
 
@@ -208,7 +212,9 @@ def test_retrieval_in_both_directions(encoder: Encoder, world: tuple[Captioned, 
 def test_only_the_papers_route_crosses_over(
     encoder: Encoder, world: tuple[Captioned, Snapshot], search: str, fuse: str, helps: bool
 ) -> None:
-    """Where images and texts share nothing, only a search on the query's own side that brings the other side can help."""
+    """Where images and texts share nothing, only a search on the query's own side that brings the
+    other side can help.
+    """
     asked, snapshot = world
     mode = RetrievalMode(search, fuse)  # type: ignore[arg-type]
     report = retrieve(ruled(encoder, 1.0), asked, snapshot, [Setting("image", 3, mode, image_limit=None)])

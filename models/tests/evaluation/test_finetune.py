@@ -37,7 +37,8 @@ def coloured(numbers: range) -> list[Sample]:
 
 
 def share_right(encoder: Encoder, samples: list[Sample]) -> float:
-    prompts = encoder.encode(encoder.tokenize([f"a photo of a {name}." for name in COLOURS]), "text").vectors  # (3, D)
+    # (3, D)
+    prompts = encoder.encode(encoder.tokenize([f"a photo of a {name}." for name in COLOURS]), "text").vectors
     photos = joined(list(encode_samples(samples, encoder, kinds={"image": "vector", "text": "vector"}))).image
     guesses = (photos.astype(np.float32) @ prompts.T).argmax(1)
     return float(np.mean([list(COLOURS)[guess] in sample.id for guess, sample in zip(guesses, samples, strict=True)]))

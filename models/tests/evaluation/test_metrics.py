@@ -85,7 +85,9 @@ def test_the_interval_of_a_paired_gain() -> None:
 
 
 def test_a_hub_loses_its_bias() -> None:
-    """Candidate 0 is near everything: it wins every query until its mean nearness to reference queries is taken away."""
+    """Candidate 0 is near everything: it wins every query until its mean nearness to reference
+    queries is taken away.
+    """
     scores = np.array([[0.8, 0.7, 0.1], [0.8, 0.1, 0.7]])
     reference = np.array([[0.9, 0.5, 0.2], [0.9, 0.3, 0.6], [0.7, 0.1, 0.1]])
     bias = hubness(reference, nearest=2)

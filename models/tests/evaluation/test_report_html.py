@@ -25,7 +25,8 @@ def test_the_recommendation_follows_the_figures() -> None:
     assert "(1-NN) reaches 70.0 %" in told
     assert "lose against plain: image, k 10 in top-1" in told
     lucky = report_of({"none": 0.2, "both, k 1": 0.2, "both, k 10": 0.2})
-    lucky.hits["both, k 10"]["top-1"][::2] = True  # right on the very half that chooses: worth nothing on the other
+    # right on the very half that chooses: worth nothing on the other
+    lucky.hits["both, k 10"]["top-1"][::2] = True
     assert best_line(lucky).method == "both, k 10"
     assert recommendation(lucky, SETTINGS).startswith("Do not enhance")
     bad = report_of({"none": 0.2, "both, k 1": 0.2, "both, k 10": 0.1})

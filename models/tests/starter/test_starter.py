@@ -158,7 +158,8 @@ def test_learning_aligns_both_towers(mobile: Encoder, configs: Path) -> None:
 
 def test_no_two_of_a_group_share_a_batch() -> None:
     source = Source(torch.randn(30, 1, 4), torch.arange(90).view(30, 3, 1), np.arange(30) % 5, share=4)
-    _, tokens = source.draw(np.random.default_rng(0))  # (4, 2, 1): item and caption of each, as 3 * item + caption
+    # (4, 2, 1): item and caption of each, as 3 * item + caption
+    _, tokens = source.draw(np.random.default_rng(0))
     one, another = tokens.squeeze(2).unbind(1)
     assert (one // 3 == another // 3).all()
     assert (one != another).all()

@@ -22,7 +22,9 @@ CLASSES = 12
 
 
 def strangers(rows: int, seed: int, dim: int, prefix: str) -> Pairs:
-    """Pairs whose text has nothing to do with their image but for the class: only a memory can tell which belong together."""
+    """Pairs whose text has nothing to do with their image but for the class: only a memory can tell
+    which belong together.
+    """
     rng, world = np.random.default_rng(seed), np.random.default_rng(7)
     seen, said = unit_rows(world.standard_normal((CLASSES, dim))), unit_rows(world.standard_normal((CLASSES, dim)))
     label = np.arange(rows) % CLASSES
@@ -56,7 +58,9 @@ def test_learning_turns_a_memory_into_knowledge(episode: Episode, reco: Reco) ->
 
 
 def dressed(rows: int, seed: int, dim: int, prefix: str, world: int) -> Pairs:
-    """As `strangers`, but a few directions, which say nothing of the class, rule every cosine.  world: decides the classes, not these."""
+    """As `strangers`, but a few directions, which say nothing of the class, rule every cosine.
+    world: decides the classes, not these.
+    """
     rng, classes, fashion = (np.random.default_rng(each) for each in (seed, world, 5))
     seen, said = unit_rows(classes.standard_normal((CLASSES, dim))), unit_rows(classes.standard_normal((CLASSES, dim)))
     label, loud = np.arange(rows) % CLASSES, fashion.standard_normal((2, 3, dim)) / dim**0.5

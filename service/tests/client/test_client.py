@@ -1,4 +1,6 @@
-"""The Python client against a real service, and its patience against a small real HTTP server that is busy at first."""
+"""The Python client against a real service, and its patience against a small real HTTP server that
+is busy at first.
+"""
 
 from __future__ import annotations
 
@@ -81,12 +83,14 @@ def test_the_async_client_says_the_same(reco: RecoClient, server: Server, photos
     assert memories == reco.memories()
 
 
-# --- patience -----------------------------------------------------------------------------------------------------------------
+# --- patience -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def busy() -> Iterator[Callable[..., tuple[str, list[float]]]]:
-    """busy(statuses, **headers): a server that answers with these statuses in turn, then with one vector; and when each request came."""
+    """busy(statuses, **headers): a server that answers with these statuses in turn, then with one
+    vector; and when each request came.
+    """
     servers: list[ThreadingHTTPServer] = []
 
     def start(statuses: list[int], port: int = 0, **headers: str) -> tuple[str, list[float]]:
