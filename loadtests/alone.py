@@ -67,7 +67,9 @@ def profile(visits: Sequence[Visit]) -> dict[str, float]:
 
 
 async def _spent(client: httpx.AsyncClient, route: str) -> tuple[float, float]:
-    """Seconds that the service has spent so far: on requests of this route, and on writing replies."""
+    """Seconds that the service has spent so far: on requests of this route, and on writing
+    replies.
+    """
     inside = serialize = 0.0
     for sample in await samples(client):
         if sample.name == "reco_request_duration_seconds_sum" and sample.labels["endpoint"] == f"/{route}":

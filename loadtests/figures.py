@@ -153,7 +153,9 @@ def by_concurrency(bench: Bench) -> Measured:
 
 
 def one_photo(bench: Bench) -> Measured:
-    """Latency of a caller who is alone, and what of it is neither decoding, encoding nor searching."""
+    """Latency of a caller who is alone, and what of it is neither decoding, encoding nor
+    searching.
+    """
     names = ("plain", "enhanced")
     calls = {name: [image_call([photo], **bench.options(name)) for photo in bench.photos[:ASKED]] for name in names}
     ratios: dict[str, list[float]] = {name: [] for name in names}

@@ -23,7 +23,9 @@ IMAGE_TOTALS = {
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """resident: bytes of the service's process.  alive: snapshots in it, of one memory or of all."""
+    """resident: bytes of the service's process.  alive: snapshots in it, of one memory or
+    of all.
+    """
 
     resident: float
     alive: float

@@ -41,7 +41,9 @@ async def watch(client: httpx.AsyncClient, every: float) -> list[tuple[float, He
 
 
 async def run(arguments: argparse.Namespace) -> tuple[list[Sample], list[tuple[float, Held]]]:
-    """Every request of the whole time, and the readings beside it, those of the warm-up left out."""
+    """Every request of the whole time, and the readings beside it, those of the warm-up
+    left out.
+    """
     calls, weights = prepare(photos_of(arguments), arguments.mix)
     moments = schedule(arguments.rate, arguments.warmup + 60 * arguments.minutes, arguments.arrivals, arguments.seed)
     async with open_client(arguments.url, timeout_s=arguments.timeout) as client:

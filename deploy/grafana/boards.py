@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """queries: (PromQL, legend).  limits: (colour, from this value on), the first from the bottom."""
+    """queries: (PromQL, legend).  limits: (colour, from this value on), the first from the
+    bottom.
+    """
 
     title: str
     queries: tuple[tuple[str, str], ...]

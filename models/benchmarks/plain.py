@@ -15,7 +15,9 @@ from models.training.trainer import WARM_UP, Learning
 
 
 class PlainLoop:
-    """The `default` preset on one episode, step after step, without checkpoints, curves or checks."""
+    """The `default` preset on one episode, step after step, without checkpoints, curves or
+    checks.
+    """
 
     def __init__(self, episode: Episode, learning: Learning) -> None:
         self.learning, self.step = learning, 0

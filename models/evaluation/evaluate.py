@@ -131,7 +131,9 @@ class Labels:
         self._prompts = Queries(encode_prompts(prompts, encoder), [()] * len(prompts))
 
     def vectors(self, reco: Reco, snapshot: Snapshot, setting: Setting) -> np.ndarray:
-        """(C, D) float32 unit: the mean of each label's prompts, refined where the setting says so."""
+        """(C, D) float32 unit: the mean of each label's prompts, refined where the setting
+        says so.
+        """
         refined = refine(reco, self._prompts, "text", snapshot, setting).vectors
         means = refined.reshape(len(self.labels), len(self.templates), -1).mean(1)  # (C, D)
         return np.asarray(means / np.linalg.norm(means, axis=1, keepdims=True), np.float32)
@@ -227,7 +229,9 @@ def entities(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Captioned:
-    """P photos and their captions, each encoded once.  photo: (N,) int, the photo of each caption."""
+    """P photos and their captions, each encoded once.  photo: (N,) int, the photo of each
+    caption.
+    """
 
     images: Queries
     texts: Queries

@@ -145,7 +145,9 @@ class Loop:
         return True
 
     def _forget_later(self) -> None:
-        """Cut the curve back to the checkpoint: the steps behind it will be made, and noted, again."""
+        """Cut the curve back to the checkpoint: the steps behind it will be made, and
+        noted, again.
+        """
         path = (self._folder or Path()) / "curve.jsonl"
         lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
         path.write_text("".join(lines[: self.progress.step]), "utf-8")

@@ -27,7 +27,9 @@ class QueueFull(BatcherError):
 
 
 class DeadlinePassed(BatcherError):
-    """The deadline came before the batch of the item started; a started batch is always finished."""
+    """The deadline came before the batch of the item started; a started batch is always
+    finished.
+    """
 
 
 class BatcherClosed(BatcherError):

@@ -1,1 +1,3 @@
-"""Label sets: storing them, embedding them once per memory version, and scoring items against them."""
+"""Label sets: storing them, embedding them once per memory version, and scoring items
+against them.
+"""

@@ -32,7 +32,9 @@ log = logging.getLogger("reco")
 
 
 class DamagedLabelSet(StoreError):
-    """The file of a label set does not hold a label set; other sets and memories are not affected."""
+    """The file of a label set does not hold a label set; other sets and memories are not
+    affected.
+    """
 
 
 class LabelSets:

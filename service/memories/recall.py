@@ -60,7 +60,9 @@ class RecallSampler:
                 self._set_gauge(name, side, snapshot.manifest.version, recall)
 
     def _current_snapshot(self, name: str, side: Side) -> Snapshot | None:
-        """The snapshot being served, None where it is gone; a gauge of another version is removed."""
+        """The snapshot being served, None where it is gone; a gauge of another version is
+        removed.
+        """
         try:
             snapshot = self._resolve(name)
         except (ServiceError, StoreError):  # deleted meanwhile

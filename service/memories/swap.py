@@ -1,4 +1,6 @@
-"""Swaps and compactions: replace the snapshot that a memory serves, after everything was checked."""
+"""Swaps and compactions: replace the snapshot that a memory serves, after everything was
+checked.
+"""
 
 from __future__ import annotations
 

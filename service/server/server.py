@@ -43,7 +43,9 @@ class DrainingServer(uvicorn.Server):
         self._drain: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Start draining; the listening socket stays open while the requests inside are answered."""
+        """Start draining; the listening socket stays open while the requests inside are
+        answered.
+        """
         if self._engine.draining or self._loop is None:
             super().handle_exit(sig, frame)
             return

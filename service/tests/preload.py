@@ -1,4 +1,6 @@
-"""Imported once by the fork server of `warm`: all that `reco serve` and the other commands import."""
+"""Imported once by the fork server of `warm`: all that `reco serve` and the other commands
+import.
+"""
 
 import pyarrow.parquet  # noqa: F401
 import uvloop  # noqa: F401

@@ -236,7 +236,9 @@ def test_a_csv_in_another_encoding_is_refused(tmp_path: Path) -> None:
 
 
 def test_reading_is_a_stream(tmp_path: Path) -> None:
-    """The first sample comes before the rest is read: a tar of a million pairs must not fill memory."""
+    """The first sample comes before the rest is read: a tar of a million pairs must not fill
+    memory.
+    """
     source = write_tar(
         tmp_path / "s.tar", [(f"{i}.{kind}", data) for i in range(3) for kind, data in (("jpg", JPG), ("txt", b"c"))]
     )

@@ -30,7 +30,9 @@ FEW = LabelSet(("a", "b"))
 
 
 class Held:
-    """An embedding of width 1, each row the label's length, which goes on only as far as it is let."""
+    """An embedding of width 1, each row the label's length, which goes on only as far as it
+    is let.
+    """
 
     def __init__(self) -> None:
         self.calls: list[int] = []

@@ -1,4 +1,6 @@
-"""Every failure can be traced: its request id is in the reply, in the metrics and in one log line."""
+"""Every failure can be traced: its request id is in the reply, in the metrics and in one
+log line.
+"""
 
 from __future__ import annotations
 

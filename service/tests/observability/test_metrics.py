@@ -1,4 +1,6 @@
-"""The exposition against a table copied by hand from the contract, and the two series of our own."""
+"""The exposition against a table copied by hand from the contract, and the two series of
+our own.
+"""
 
 import re
 from collections.abc import Iterable
