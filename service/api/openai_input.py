@@ -37,7 +37,7 @@ class MixedInput:
         return "mixed" if len(self.parts) > 1 else self.parts[0].side
 
     def join(self, results: Sequence[EmbedResult]) -> EmbedResult:
-        """Join the results of the parts in the order of `input`; a refusal names its place there."""
+        """Join the results in the order of `input`; a refusal names its place there."""
         rows: dict[int, EmbeddedItem | ItemRefused] = {}
         for places, result in zip(self.places, results, strict=True):
             rows.update((place, _rename_refusal(row, place)) for place, row in zip(places, result.rows, strict=True))
@@ -47,7 +47,7 @@ class MixedInput:
 
 
 async def read_input(request: Request, settings: Settings) -> MixedInput:
-    """Read `input`: a text, texts, data URIs (with modality=image), or objects {text} and {image}."""
+    """Read `input`: texts, data URIs (with modality=image), or objects {text} and {image}."""
     body = await read_json(request)
     if "input" not in body:
         raise BadRequest("send input: a string, a list of strings, or a list of {text} and {image} objects", "input")
