@@ -1,26 +1,25 @@
-"""One self-contained HTML page about one evaluation: what was gained, where, by which neighbours,
-and what to do about it.
+"""The HTML report of one evaluation: what was gained, where, by which neighbours, and what to do.
+
+`report.html` beside this module is the template; the page loads nothing from elsewhere.
 """
 
 import base64
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from io import BytesIO
+from typing import Literal
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from models.evaluation.evaluate import Figure, Line, Report, figure
 from models.evaluation.queries import Setting
 from models.evaluation.report_text import markdown
 
-HALVES = "The setting was chosen on one half of the queries; this gain is that of the other half. The table is of all of them."
-SIDE = 96  # pixels of an example's picture
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ddd;padding:.3rem .6rem;text-align:right;vertical-align:top}
-td:first-child,th:first-child{text-align:left}.good{color:#17703b}.bad{color:#a1260d}svg{margin:.5rem 1rem .5rem 0}
-.headline{font-size:1.6rem}.example td{text-align:left}"""
+THUMBNAIL_PIXELS = 96  # of an example's picture, the longer side
+TICKS = 4  # steps of a vertical axis, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,26 +35,64 @@ class Example:
     after: str
     neighbours: Sequence[tuple[str, float]]
 
+    @property
+    def picture_base64(self) -> str:
+        """The picture as a data URI holds it."""
+        return base64.b64encode(self.picture).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """One plot of the page. values: by place.  names: of places along the x axis, evenly spaced."""
+
+    kind: Literal["line", "bar"]
+    title: str
+    x_label: str
+    y_label: str
+    values: Sequence[float]
+    names: Sequence[str] = ()
+
+    def ticks(self) -> list[float]:
+        """Round numbers that cover all values; a bar plot includes zero."""
+        low, high = min(self.values), max(self.values)
+        if self.kind == "bar":
+            low, high = min(low, 0), max(high, 0)
+        step = _round_step((high - low) / TICKS or 1)
+        first, last = math.floor(low / step), math.ceil(high / step)
+        return [step * i for i in range(first, max(last, first + 1) + 1)]
+
+    def height(self, value: float) -> float:
+        """Where a value stands between the lowest (0) and the highest tick (1)."""
+        ticks = self.ticks()
+        return (value - ticks[0]) / (ticks[-1] - ticks[0])
+
 
 def page(report: Report, settings: Sequence[Setting], helped: Sequence[Example], hurt: Sequence[Example]) -> str:
-    """The page as text; nothing is loaded from elsewhere."""
+    """The page as text."""
+    environment = Environment(loader=PackageLoader("models.evaluation", ""), autoescape=True, undefined=StrictUndefined)
     best = best_line(report)
-    gain = measured(report, best)
-    tone = "good" if gain.low > 0 else "bad"
-    parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(report.task)}</title><style>{STYLE}</style>",
-        f"<h1>Does the memory help? {escape(report.task)} over {escape(report.memory)}</h1>",
-        f"<p class='headline {tone}'>{100 * gain.gain:+.1f} points of {escape(gain.name)} with “{escape(best.method)}” "
-        f"(95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f})</p>",
-        f"<p>{HALVES}</p>",
-        "".join(f"<p>{escape(note)}</p>" for note in report.notes),
-        html_table(markdown(report)),
-        *plots(report, settings, best),
-        examples("Helped", helped),
-        examples("Hurt", hurt),
-        f"<h2>Recommendation</h2><p>{escape(recommendation(report, settings))}</p></html>",
-    ]
-    return "\n".join(parts)
+    return environment.get_template("report.html").render(
+        report=report,
+        best=best,
+        gain=measured(report, best),
+        table=_table_rows(markdown(report)),
+        plots=build_plots(report, settings, best),
+        helped=helped,
+        hurt=hurt,
+        recommendation=recommendation(report, settings),
+    )
+
+
+def _round_step(step: float) -> float:
+    """The next of 1, 2, 5 × 10^n at or above `step`."""
+    power: float = 10.0 ** math.floor(math.log10(step))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * (1 - 1e-9))
+
+
+def _table_rows(text: str) -> list[list[str]]:
+    """The cells of a Markdown table, its header first."""
+    header, _, *rows = [line.strip("|").split("|") for line in text.splitlines()]
+    return [header, *rows]
 
 
 def best_line(report: Report) -> Line:
@@ -64,10 +101,10 @@ def best_line(report: Report) -> Line:
 
     A line that loses in any figure is passed over, unless all of them do.
     """
-    asked = [line for line in report.lines[1:] if not line.method.startswith("(")]
-    first, sound = report.lines[0].figures[0].name, [line for line in asked if not lost(line)]
+    tried = [line for line in report.lines[1:] if not line.method.startswith("(")]
+    first, sound = report.lines[0].figures[0].name, [line for line in tried if not lost(line)]
     return max(
-        sound or asked, key=lambda line: float(report.hits[line.method][first][::2].mean()), default=report.lines[0]
+        sound or tried, key=lambda line: float(report.hits[line.method][first][::2].mean()), default=report.lines[0]
     )
 
 
@@ -95,106 +132,54 @@ def recommendation(report: Report, settings: Sequence[Setting]) -> str:
         return f"Do not enhance (enhance=none): every setting tried loses somewhere, the best, {best.method}, in {', '.join(worse_in)}."
     setting = next(each for each in settings if str(each) == best.method)
     k = report.k if setting.k is None else setting.k
-    told = f"Enhance {setting.enhance} with k = {k}: {100 * first.gain:+.1f} points of {first.name}."
+    advice = f"Enhance {setting.enhance} with k = {k}: {100 * first.gain:+.1f} points of {first.name}."
     worse = [f"{line.method} in {', '.join(lost(line))}" for line in report.lines[1:] if lost(line)]
     rivals = [line for line in report.lines if line.method.startswith("(") and line.figures[0].share > first.share]
-    told += "".join(
+    advice += "".join(
         f" Where every memory item carries its label, {line.method} reaches {100 * line.figures[0].share:.1f} %."
         for line in rivals
     )
-    return told + (f" These lose against plain: {'; '.join(worse)}." if worse else "")
+    return advice + (f" These lose against plain: {'; '.join(worse)}." if worse else "")
 
 
-def plots(report: Report, settings: Sequence[Setting], best: Line) -> list[str]:
-    """Gain by k, by size of the memory, by class, and how near neighbours were where they helped
-    and hurt; each where it was measured.
-    """
-    found = list[str]()
-    shares = {line.method: line.figures[0].share for line in report.lines}
+def build_plots(report: Report, settings: Sequence[Setting], best: Line) -> list[Plot]:
+    """The plots of what was measured: by k, by size of the memory, by class, by nearest cosine."""
+    figure_name = report.lines[0].figures[0].name
+    shares = {line.method: 100 * line.figures[0].share for line in report.lines}
+    plots = list[Plot]()
     for enhance in ("image", "text", "both"):
         curve = sorted(
-            (each.k, 100 * shares[str(each)]) for each in settings if each.enhance == enhance and each.k is not None
+            (each.k, shares[str(each)]) for each in settings if each.enhance == enhance and each.k is not None
         )
         if len(curve) > 1:
-            found.append(line_plot(f"{report.lines[0].figures[0].name} by k, {enhance} enhanced", curve))
+            title = f"{figure_name} by k, {enhance} enhanced"
+            plots.append(line_plot(title, "k, neighbours", f"{figure_name}, %", curve))
     if report.memory_curve:
-        grown = [(pairs, 100 * share) for pairs, share in report.memory_curve]
-        found.append(line_plot(f"{report.lines[0].figures[0].name} by pairs in the memory, {best.method}", grown))
+        curve = [(pairs, 100 * share) for pairs, share in report.memory_curve]
+        title = f"{figure_name} by pairs in the memory, {best.method}"
+        plots.append(line_plot(title, "pairs in the memory", f"{figure_name}, %", curve))
     if report.details is not None:
         gains = sorted((100 * (after - before) for _, _, before, after in report.details.classes), reverse=True)
-        found.append(bar_plot("gain by class, in points, best class first", gains))
+        plots.append(Plot("bar", "gain by class", "classes, best first", "points", gains))
     if report.nearest is not None and best is not report.lines[0]:
-        name = report.lines[0].figures[0].name
-        before, after = report.hits["none"][name], report.hits[best.method][name]
-        for title, chosen in (("helped", ~before & after), ("hurt", before & ~after)):
-            counts, _ = np.histogram(report.nearest[chosen], bins=20, range=(0, 1))
-            found.append(
-                bar_plot(f"{int(chosen.sum())} {title}: cosine of the nearest neighbour, 0 to 1", counts.tolist())
-            )
-    return found
+        before, after = report.hits["none"][figure_name], report.hits[best.method][figure_name]
+        for name, chosen in (("helped", ~before & after), ("hurt", before & ~after)):
+            counts, edges = np.histogram(report.nearest[chosen], bins=20, range=(0, 1))
+            title = f"{int(chosen.sum())} {name}, by their nearest neighbour"
+            names = [f"{edge:.1f}" for edge in edges[2::4]]
+            plots.append(Plot("bar", title, "cosine of the nearest neighbour", "queries", counts.tolist(), names))
+    return plots
 
 
-def line_plot(title: str, points: Sequence[tuple[float, float]]) -> str:
-    """An inline SVG; x in the order given, evenly spaced."""
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    at = [
-        (40 + 300 * i / (len(points) - 1), 130 - 90 * (y - low) / max(high - low, 1e-9))
-        for i, (_, y) in enumerate(points)
-    ]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
-    marks = "".join(
-        f"<circle cx={x:.1f} cy={y:.1f} r=3 /><text x={x:.1f} y={y - 8:.1f} font-size=10 text-anchor=middle>{value:.1f}</text>"
-        f"<text x={x:.1f} y=150 font-size=10 text-anchor=middle>{name:g}</text>"
-        for (x, y), (name, value) in zip(at, points, strict=True)
-    )
-    return _svg(title, f"<polyline points='{path}' fill=none stroke=#17703b stroke-width=2 />{marks}")
-
-
-def bar_plot(title: str, values: Sequence[float]) -> str:
-    """An inline SVG of bars up and down from zero."""
-    most = max((abs(value) for value in values), default=0) or 1
-    wide = 300 / max(len(values), 1)
-    base = 85 if min(values, default=0) < 0 else 135
-    scale = (base - 30) / most
-    bars = "".join(
-        f"<rect x={40 + i * wide:.1f} y={base - max(value, 0) * scale:.1f} width={max(wide - 1, 0.5):.1f} height={abs(value) * scale:.1f} "
-        f"fill={'#17703b' if value >= 0 else '#a1260d'} />"
-        for i, value in enumerate(values)
-    )
-    return _svg(
-        title,
-        f"{bars}<line x1=40 x2=340 y1={base} y2={base} stroke=#888 /><text x=2 y=34 font-size=10>{most:.0f}</text>",
-    )
-
-
-def _svg(title: str, content: str) -> str:
-    return f"<svg width=380 height=165 role=img><text x=40 y=14 font-size=12>{escape(title)}</text>{content}</svg>"
-
-
-def examples(title: str, rows: Sequence[Example]) -> str:
-    """A table of queries, what they found, and the answer before and after."""
-    if not rows:
-        return f"<h2>{title}</h2><p>none</p>"
-    cells = "".join(
-        f"<tr><td><img src='data:image/jpeg;base64,{base64.b64encode(row.picture).decode()}' alt=''><br>{escape(row.label)}</td>"
-        f"<td>{escape(row.before)}</td><td>{escape(row.after)}</td>"
-        f"<td>{'<br>'.join(f'{score:.2f} {escape(caption)}' for caption, score in row.neighbours)}</td></tr>"
-        for row in rows
-    )
-    return f"<h2>{title}</h2><table class=example><tr><th>query<th>plain<th>enhanced<th>neighbours</tr>{cells}</table>"
-
-
-def html_table(text: str) -> str:
-    """A Markdown table as HTML."""
-    head, _, *rows = [[escape(cell) for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return "<table><tr>" + "".join(f"<th>{cell}</th>" for cell in head) + f"</tr>{body}</table>"
+def line_plot(title: str, x_label: str, y_label: str, points: Sequence[tuple[float, float]]) -> Plot:
+    """A line through the points, evenly spaced in their order."""
+    return Plot("line", title, x_label, y_label, [y for _, y in points], [f"{x:g}" for x, _ in points])
 
 
 def thumbnail(image: Image.Image) -> bytes:
     """A small JPEG."""
     small = image.copy()
-    small.thumbnail((SIDE, SIDE))
+    small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     buffer = BytesIO()
     small.save(buffer, "JPEG", quality=70)
     return buffer.getvalue()
