@@ -1,4 +1,4 @@
-"""Reading what people have: folders, tables, webdataset tars and embedding folders, as samples or as blocks of pairs.
+"""Readers of image folders, tables, webdataset tars and embedding folders, and their encoding.
 
-Nothing here changes a file that it reads; what cannot be read becomes a `Reject` with its reason.
+They never change a file; an item that cannot be read becomes a `Reject` with its reason.
 """

@@ -1,4 +1,9 @@
-"""Embeddings made elsewhere, in the layout of clip-retrieval: img_emb/*.npy, text_emb/*.npy and metadata/*.parquet, aligned by order."""
+"""Reader of precomputed embeddings in clip-retrieval's layout.
+
+    img_emb/*.npy   text_emb/*.npy   metadata/*.parquet     row i of each is one pair
+
+Alphabet: N pairs in a part, R rows in a block, D width.
+"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +17,20 @@ import numpy as np
 from index_store.build.source import Reject, SourceStep
 from index_store.types import SIDES, Id, Pairs, Side
 from models.data.encode import invalid_id_reason
-from models.data.tables import columns_of, count_rows, integer_column, parquet_rows
+from models.data.tables import column_names, count_rows, is_integer_column, parquet_rows
 from models.errors import DataError
 
 FOLDERS = {"image": ("img_emb", ".npy"), "text": ("text_emb", ".npy"), "metadata": ("metadata", ".parquet")}
-ID_COLUMNS = ("key", "image_path", "url")  # the first that is there names a pair, else its number
+ID_COLUMNS = ("key", "image_path", "url")  # the first that exists holds the ids, else the row number is the id
 BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One numbered part. files: {"image", "text", "metadata"}.  rows: in each of them."""
+class EmbeddingPart:
+    """The three files with one number.
+
+    files: by "image", "text" and "metadata".  rows: N, in each of them.  width: D.
+    """
 
     files: Mapping[str, Path]
     rows: int
@@ -31,75 +39,87 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingFolder:
-    """All parts of a folder, checked against each other by their headers. id_column: None = the number of the row."""
+    """All parts of a folder, whose headers agree.
+
+    id_column: of the metadata; None = the row number is the id.
+    integer_ids: whether the ids are integers, not strings.
+    """
 
     name: str
-    parts: Sequence[Part]
+    parts: Sequence[EmbeddingPart]
     id_column: str | None
-    whole_numbers: bool
+    integer_ids: bool
 
     @property
     def rows(self) -> int:
-        """Of all parts."""
+        """Rows of all parts."""
         return sum(part.rows for part in self.parts)
 
     @property
     def files(self) -> list[Path]:
-        """Every file read."""
+        """All files of all parts."""
         return [path for part in self.parts for path in part.files.values()]
 
 
 def is_embedding_folder(folder: Path) -> bool:
-    """True where a folder has any of the three that the layout is made of."""
+    """Whether a folder has any of the three subfolders of the layout."""
     return any((folder / name).is_dir() for name, _ in FOLDERS.values())
 
 
 def read_embedding_folder(folder: Path, *, dim: int, encoder: str, id_column: str | None = None) -> EmbeddingFolder:
-    """What lies in the folder, no row read yet; DataError where a part is missing, counts disagree, or the width is not the encoder's."""
-    found = {kind: _numbered(folder, name, suffix) for kind, (name, suffix) in FOLDERS.items()}
-    numbers = sorted(set().union(*found.values()))
+    """Read the headers of all files of a folder, and no row.
+
+    dim, encoder: the width and fingerprint of the encoder in use.  id_column: None = the first of
+    ID_COLUMNS.
+    Raises DataError where a file is missing, row counts disagree, or the width is not the
+    encoder's.
+    """
+    files = {kind: _files_by_number(folder, name, suffix) for kind, (name, suffix) in FOLDERS.items()}
+    numbers = sorted(set().union(*files.values()))
     for kind, (name, suffix) in FOLDERS.items():
-        missing = [number for number in numbers if number not in found[kind]]
+        missing = [number for number in numbers if number not in files[kind]]
         if missing or not numbers:
             which = f"part {missing[0]}" if missing else f"any *{suffix}"
             raise DataError(
-                f"{folder.name}/{name} lacks {which}, which img_emb, text_emb and metadata must all have: export it again"
+                f"{folder.name}/{name} lacks {which}, which img_emb, text_emb and metadata must all have: "
+                "export it again"
             )
-    parts = [_part({kind: found[kind][number] for kind in FOLDERS}) for number in numbers]
+    parts = [_read_part({kind: files[kind][number] for kind in FOLDERS}) for number in numbers]
     for part in parts:
         if part.width != dim:
             raise DataError(
-                f"{_shown(part.files['image'])} holds rows of width {part.width}, {encoder} gives {dim}: "
+                f"{_short_path(part.files['image'])} holds rows of width {part.width}, {encoder} gives {dim}: "
                 "name the encoder that made them with --model and --pretrained"
             )
     tables = [part.files["metadata"] for part in parts]
-    column = _id_column(tables, id_column)
-    return EmbeddingFolder(
-        folder.name, parts, column, column is None or all(integer_column(table, column) for table in tables)
-    )
+    column = _choose_id_column(tables, id_column)
+    integer_ids = column is None or all(is_integer_column(table, column) for table in tables)
+    return EmbeddingFolder(folder.name, parts, column, integer_ids)
 
 
 def embedding_steps(source: EmbeddingFolder, *, seen: set[Id], skip: int = 0) -> Iterator[SourceStep]:
-    """Every row as a pair of unit vectors, block by block; rows without a direction or an id of their own are rejected.
+    """The rows as pairs of unit vectors, block by block.
 
-    seen: ids taken so far, added to.  skip: rows passed over, of which only the ids are read.
+    Rows with a zero vector, without an id or with a duplicate one become rejects.
+    seen: the ids so far; those read are added.  skip: the number of first rows of which only the
+    ids are read.
     """
-    first = 0
+    part_start = 0
     for part in source.parts:
         rows = parquet_rows(part.files["metadata"], BLOCK_ROWS)
-        vectors: dict[Side, np.ndarray] = {side: _rows(part.files[side]) for side in SIDES}
+        vectors: dict[Side, np.ndarray] = {side: _map_vectors(part.files[side]) for side in SIDES}
         for start in range(0, part.rows, BLOCK_ROWS):
             fields = list(islice(rows, min(BLOCK_ROWS, part.rows - start)))
-            ids = [_id(source, row, first + start + i) for i, row in enumerate(fields)]
-            over = min(max(0, skip - first - start), len(fields))
-            seen.update(name for name in ids[:over] if name is not None)
-            if over < len(fields):
-                block = {side: rows[start + over : start + len(fields)] for side, rows in vectors.items()}
-                yield _step(source, fields[over:], ids[over:], block, first + start + over, seen)
-        first += part.rows
+            ids = [_row_id(source, row, part_start + start + i) for i, row in enumerate(fields)]
+            skipped = min(max(0, skip - part_start - start), len(fields))
+            seen.update(row_id for row_id in ids[:skipped] if row_id is not None)
+            if skipped < len(fields):
+                block = {side: array[start + skipped : start + len(fields)] for side, array in vectors.items()}
+                yield _build_step(source, fields[skipped:], ids[skipped:], block, part_start + start + skipped, seen)
+        part_start += part.rows
 
 
-def _step(
+def _build_step(
     source: EmbeddingFolder,
     fields: list[dict[str, Any]],
     ids: list[Id | None],
@@ -107,113 +127,120 @@ def _step(
     first: int,
     seen: set[Id],
 ) -> SourceStep:
-    """The usable rows of one block.  vectors: (R, D) any float.  first: the number of its first row."""
+    """The usable rows of one block as pairs, the others as rejects.
+
+    vectors: (R, D) of any float dtype.  first: the number of the block's first row.
+    """
     units: dict[Side, np.ndarray] = {}
     reasons: list[str | None] = [None] * len(ids)
     for side in SIDES:
-        units[side], lengths = _unit(vectors[side])
+        units[side], lengths = _normalize(vectors[side])
         for row in np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0))).tolist():
-            reasons[row] = reasons[row] or f"its {side} vector has length {lengths[row]:.3g}: it points nowhere"
-    for row, name in enumerate(ids):
-        reasons[row] = reasons[row] or _refused(name, seen)
-        if name is not None and reasons[row] is None:
-            seen.add(name)
+            reasons[row] = reasons[row] or f"its {side} vector has length {lengths[row]:.3g}: it has no direction"
+    for row, row_id in enumerate(ids):
+        reasons[row] = reasons[row] or _id_reject_reason(row_id, seen)
+        if row_id is not None and reasons[row] is None:
+            seen.add(row_id)
     rejects = [
-        Reject(str(first + row if ids[row] is None else ids[row]), why)
-        for row, why in enumerate(reasons)
-        if why is not None
+        Reject(str(first + row if ids[row] is None else ids[row]), reason)
+        for row, reason in enumerate(reasons)
+        if reason is not None
     ]
-    good = [row for row, why in enumerate(reasons) if why is None]
-    if not good:
+    usable = [row for row, reason in enumerate(reasons) if reason is None]
+    if not usable:
         return SourceStep(None, len(ids), rejects)
-    records = [_record(fields[row], source.id_column) for row in good]
-    names = np.array([ids[row] for row in good], np.int64 if source.whole_numbers else np.str_)
-    return SourceStep(Pairs(names, units["image"][good], units["text"][good], records), len(ids), rejects)
+    records = [_record(fields[row], source.id_column) for row in usable]
+    pair_ids = np.array([ids[row] for row in usable], np.int64 if source.integer_ids else np.str_)
+    return SourceStep(Pairs(pair_ids, units["image"][usable], units["text"][usable], records), len(ids), rejects)
 
 
-def _unit(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(R, D) float32 of unit length, and the lengths (R,) before, nan or 0 where there is no direction."""
+def _normalize(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(R, D) float32 unit, and the lengths before (R,): NaN, infinite or 0 for unusable rows."""
     rows = rows.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         lengths = np.linalg.norm(rows, axis=1)
         return rows / lengths[:, None], lengths
 
 
-def _refused(name: Id | None, seen: set[Id]) -> str | None:
-    if name is None:
+def _id_reject_reason(row_id: Id | None, seen: set[Id]) -> str | None:
+    if row_id is None:
         return "it has no id"
-    if isinstance(name, int):
-        return "its id came before: ids must be unique" if name in seen else None
-    return invalid_id_reason(name, seen)
+    if isinstance(row_id, int):
+        return "its id came before: ids must be unique" if row_id in seen else None
+    return invalid_id_reason(row_id, seen)
 
 
-def _id(source: EmbeddingFolder, row: Mapping[str, Any], number: int) -> Id | None:
+def _row_id(source: EmbeddingFolder, row: Mapping[str, Any], number: int) -> Id | None:
     if source.id_column is None:
         return number
     value = row[source.id_column]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return value if value is None or source.whole_numbers else str(value)
+    return value if value is None or source.integer_ids else str(value)
 
 
 def _record(row: dict[str, Any], id_column: str | None) -> dict[str, Any]:
-    """The caption and the user's own fields; a caption may be missing, since nothing has to be encoded."""
+    """The caption and the user's fields. The caption may be missing, since nothing is encoded."""
     caption = row.get("caption")
-    own = {
+    fields = {
         "source_id" if name == "id" else name: value
         for name, value in row.items()
         if name not in ("caption", id_column)
     }
-    return {**own, "caption": caption.strip() if isinstance(caption, str) else ""}
+    return {**fields, "caption": caption.strip() if isinstance(caption, str) else ""}
 
 
-def _numbered(folder: Path, name: str, suffix: str) -> dict[int, Path]:
-    """The files of one kind by the number in their name: part 2 comes before part 10."""
-    found: dict[int, Path] = {}
+def _files_by_number(folder: Path, name: str, suffix: str) -> dict[int, Path]:
+    """The files of one kind by the last number in their name. Raises DataError without one."""
+    files: dict[int, Path] = {}
     for path in (folder / name).glob(f"*{suffix}"):
         numbers = re.findall(r"\d+", path.stem)
-        if not numbers or int(numbers[-1]) in found:
+        if not numbers or int(numbers[-1]) in files:
             raise DataError(
-                f"{_shown(path)} has no number of its own, by which parts are put in order: rename or remove it"
+                f"{_short_path(path)} has no number of its own, by which parts are put in order: rename or remove it"
             )
-        found[int(numbers[-1])] = path
-    return found
+        files[int(numbers[-1])] = path
+    return files
 
 
-def _part(files: dict[str, Path]) -> Part:
-    image, text = _rows(files["image"]), _rows(files["text"])
+def _read_part(files: dict[str, Path]) -> EmbeddingPart:
+    image, text = _map_vectors(files["image"]), _map_vectors(files["text"])
     counts = {"image": len(image), "text": len(text), "metadata": count_rows(files["metadata"])}
     if len(set(counts.values())) > 1:
-        told = ", ".join(f"{_shown(files[kind])} {count}" for kind, count in counts.items())
-        raise DataError(f"the parts do not have the same rows ({told}): export them again")
+        listed = ", ".join(f"{_short_path(files[kind])} {count}" for kind, count in counts.items())
+        raise DataError(f"the parts do not have the same rows ({listed}): export them again")
     if image.shape != text.shape:
         raise DataError(
-            f"{_shown(files['image'])} and {_shown(files['text'])} have the widths {image.shape[1]} and {text.shape[1]}"
+            f"{_short_path(files['image'])} and {_short_path(files['text'])} have the widths "
+            f"{image.shape[1]} and {text.shape[1]}"
         )
-    return Part(files, len(image), image.shape[1])
+    return EmbeddingPart(files, len(image), image.shape[1])
 
 
-def _rows(path: Path) -> np.ndarray:
-    """(N, D) float, mapped."""
+def _map_vectors(path: Path) -> np.ndarray:
+    """(N, D) float, memory-mapped. Raises DataError."""
     try:
         rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{_shown(path)} is not a readable .npy file ({str(error)[:80]}): export it again") from error
+        raise DataError(
+            f"{_short_path(path)} is not a readable .npy file ({str(error)[:80]}): export it again"
+        ) from error
     if rows.ndim != 2 or rows.dtype.kind != "f":
-        raise DataError(f"{_shown(path)} holds {rows.dtype} of shape {rows.shape}: rows of floats are needed")
+        raise DataError(f"{_short_path(path)} holds {rows.dtype} of shape {rows.shape}: rows of floats are needed")
     return rows
 
 
-def _id_column(tables: Sequence[Path], asked: str | None) -> str | None:
-    names = [set(columns_of(table)) for table in tables]
-    common = set.intersection(*names)
-    if asked is not None and asked not in common:
-        lacking = next(table for table, columns in zip(tables, names, strict=True) if asked not in columns)
+def _choose_id_column(tables: Sequence[Path], wanted: str | None) -> str | None:
+    columns = [set(column_names(table)) for table in tables]
+    common = set.intersection(*columns)
+    if wanted is not None and wanted not in common:
+        lacking = next(table for table, names in zip(tables, columns, strict=True) if wanted not in names)
         raise DataError(
-            f"{_shown(lacking)} has no column {asked!r}, only {', '.join(columns_of(lacking))}: choose --id among these"
+            f"{_short_path(lacking)} has no column {wanted!r}, only {', '.join(column_names(lacking))}: "
+            "choose --id among these"
         )
-    return asked or next((column for column in ID_COLUMNS if column in common), None)
+    return wanted or next((column for column in ID_COLUMNS if column in common), None)
 
 
-def _shown(path: Path) -> str:
+def _short_path(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"

@@ -1,4 +1,7 @@
-"""Samples to pairs: decode in threads, encode in batches, reject what cannot be used, all in bounded memory."""
+"""Encoding of samples to pairs: images decoded in threads, encoded in batches, in bounded memory.
+
+Samples that cannot be used become rejects.
+"""
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -15,12 +18,14 @@ from models.encoder.encoder import Encoded, Encoder
 from models.encoder.image_io import MAX_PIXELS
 from models.errors import ImageError
 
-AHEAD = 2  # batches being decoded while one is encoded: enough to hide the decoding, and the bound on memory
+# Batches that are decoded while one is encoded: enough to hide the decoding, and the bound on
+# memory.
+BATCHES_AHEAD = 2
 
 T = TypeVar("T")
 OnReject = Callable[[Reject], object]
 OnProgress = Callable[[int], object]  # such as Meter.advance
-Decoding = tuple[Sample, "Future[np.ndarray]"]
+PendingSample = tuple[Sample, "Future[np.ndarray]"]  # with its pixels (3, H, W) uint8 to come
 
 
 def encode_samples(
@@ -35,10 +40,11 @@ def encode_samples(
     on_progress: OnProgress = lambda _: None,
     seen: set[Id] | None = None,
 ) -> Iterator[Pairs]:
-    """Blocks of encoded pairs in the order of the samples, their ids unique over all of them.
+    """Encode samples to blocks of pairs, in their order, with ids that are unique over all blocks.
 
-    kinds: what a search on each side will compare.  on_progress: told how many more samples were dealt with, rejects included.
-    seen: ids taken before, added to.
+    kinds: the search key of each side.  workers: decoding threads.
+    on_progress: called with the number of further items done, rejects included.
+    seen: the ids so far; those of the samples are added.
     """
     images = encode_images(
         reject_duplicate_ids(samples, seen),
@@ -49,15 +55,15 @@ def encode_samples(
         on_reject=on_reject,
         on_progress=on_progress,
     )
-    for kept, viewed in images:
-        read = encode_texts([sample.caption for sample in kept], encoder)
+    for kept, image in images:
+        text = encode_texts([sample.caption for sample in kept], encoder)
         yield Pairs(
             ids=np.array([sample.id for sample in kept]),
-            image=viewed.vectors,
-            text=read.vectors,
+            image=image.vectors,
+            text=text.vectors,
             records=[{**sample.metadata, "caption": sample.caption} for sample in kept],
-            image_key=viewed.key("trunk") if kinds["image"] == "trunk" else None,
-            text_key=read.key("trunk") if kinds["text"] == "trunk" else None,
+            image_key=image.key("trunk") if kinds["image"] == "trunk" else None,
+            text_key=text.key("trunk") if kinds["text"] == "trunk" else None,
         )
 
 
@@ -72,20 +78,31 @@ def encode_steps(
     workers: int = 2,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[SourceStep]:
-    """The same blocks as steps of a build.  skip: samples passed over, neither decoded nor encoded; their ids count as taken."""
+    """The blocks of `encode_samples` as steps of a build.
+
+    skip: the number of first samples that are neither decoded nor encoded; their ids are added to
+    `seen`.
+    """
     stream = iter(samples)
     seen.update(item.id for item in islice(stream, skip) if isinstance(item, Sample))
-    rejects, dealt = list[Reject](), list[int]()
+    rejects, done = list[Reject](), list[int]()
     blocks = encode_samples(
-        stream, encoder, kinds=kinds, batch=batch, workers=workers, max_pixels=max_pixels, on_reject=rejects.append,
-        on_progress=dealt.append, seen=seen,
-    )  # fmt: skip
+        stream,
+        encoder,
+        kinds=kinds,
+        batch=batch,
+        workers=workers,
+        max_pixels=max_pixels,
+        on_reject=rejects.append,
+        on_progress=done.append,
+        seen=seen,
+    )
     for pairs in blocks:
-        yield SourceStep(pairs, sum(dealt), tuple(rejects))
-        dealt.clear()
+        yield SourceStep(pairs, sum(done), tuple(rejects))
+        done.clear()
         rejects.clear()
-    if dealt:
-        yield SourceStep(None, sum(dealt), tuple(rejects))
+    if done:
+        yield SourceStep(None, sum(done), tuple(rejects))
 
 
 def encode_images(
@@ -98,22 +115,25 @@ def encode_images(
     on_reject: OnReject = lambda _: None,
     on_progress: OnProgress = lambda _: None,
 ) -> Iterator[tuple[list[Sample], Encoded]]:
-    """The readable samples of each batch with their encoded images; samples that share one bytes object are encoded once."""
+    """Decode and encode the images of each batch: the samples that decode, and a row for each.
+
+    Samples that share one bytes object are encoded once.
+    """
 
     def decode(data: bytes) -> np.ndarray:
         return encoder.read_image(data, max_pixels=max_pixels)
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
-        for chunk in _ahead((_submitted(chunk, pool, decode) for chunk in _chunks(samples, batch)), AHEAD):
+        chunks = (_submit_decoding(chunk, pool, decode) for chunk in _chunks(samples, batch))
+        for chunk in _run_ahead(chunks, BATCHES_AHEAD):
             rejects = [item for item in chunk if isinstance(item, Reject)]
-            kept, pixels, rows = _collect([item for item in chunk if not isinstance(item, Reject)], rejects)
+            kept, pixels, rows = _collect_decoded([item for item in chunk if not isinstance(item, Reject)], rejects)
             for reject in rejects:
                 on_reject(reject)
             encoded = encoder.encode(np.stack(pixels), "image").take(rows) if kept else None
-            on_progress(
-                len(chunk)
-            )  # before the batch is given out: whoever holds it knows how many items it stands for
+            # before the batch is yielded, so that its receiver knows how many items it stands for
+            on_progress(len(chunk))
             if encoded is not None:
                 yield kept, encoded
     finally:
@@ -121,14 +141,17 @@ def encode_images(
 
 
 def encode_texts(captions: list[str], encoder: Encoder) -> Encoded:
-    """The encoded captions (B, D); equal ones, common where the caption is a class, are encoded once."""
-    column = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-    read = encoder.encode(encoder.tokenize(list(column)), "text")
-    return read.take([column[caption] for caption in captions])
+    """Encode captions (B, D); equal ones, common where the caption is a class, are encoded once."""
+    row = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+    distinct = encoder.encode(encoder.tokenize(list(row)), "text")
+    return distinct.take([row[caption] for caption in captions])
 
 
 def reject_duplicate_ids(samples: Iterable[Sample | Reject], seen: set[Id] | None = None) -> Iterator[Sample | Reject]:
-    """The same stream, with each sample whose id came before, or cannot be stored, turned into a Reject.  seen: ids, added to."""
+    """The same stream, with samples whose id is a duplicate or invalid replaced by a Reject.
+
+    seen: the ids so far; those of the samples are added.
+    """
     seen = set() if seen is None else seen
     for item in samples:
         reason = invalid_id_reason(item.id, seen) if isinstance(item, Sample) else None
@@ -141,52 +164,55 @@ def reject_duplicate_ids(samples: Iterable[Sample | Reject], seen: set[Id] | Non
 
 
 def invalid_id_reason(name: str, seen: Collection[Id]) -> str | None:
-    """Why no pair can have this id, None where one can."""
+    """Why no pair can have this id, or None where one can."""
     if name in seen:
         return "its id came before: ids must be unique"
     try:
         size = len(name.encode("utf-8"))
     except UnicodeEncodeError:
         return "its id is not UTF-8"
-    return (
-        None
-        if 0 < size <= MAX_ID_BYTES and "\0" not in name
-        else f"its id has {size} bytes: 1 to {MAX_ID_BYTES} without NUL are needed"
-    )
+    if 0 < size <= MAX_ID_BYTES and "\0" not in name:
+        return None
+    return f"its id has {size} bytes: 1 to {MAX_ID_BYTES} without NUL are needed"
 
 
-def _submitted(
+def _submit_decoding(
     chunk: list[Sample | Reject], pool: ThreadPoolExecutor, decode: Callable[[bytes], np.ndarray]
-) -> list[Decoding | Reject]:
-    """The chunk with the decoding of each image begun, once where neighbours share their bytes."""
-    begun: list[Decoding | Reject] = []
-    last: Decoding | None = None
+) -> list[PendingSample | Reject]:
+    """Start decoding each image of a chunk, once for consecutive samples that share their bytes."""
+    pending: list[PendingSample | Reject] = []
+    last: PendingSample | None = None
     for item in chunk:
         if isinstance(item, Reject):
-            begun.append(item)
+            pending.append(item)
             continue
         shared = last is not None and last[0].image is item.image
         last = (item, last[1] if last is not None and shared else pool.submit(decode, item.image))
-        begun.append(last)
-    return begun
+        pending.append(last)
+    return pending
 
 
-def _collect(decodings: list[Decoding], rejects: list[Reject]) -> tuple[list[Sample], list[np.ndarray], list[int]]:
-    """The samples whose image decoded, the distinct pixels, and for each sample the row of its own; the others join the rejects."""
+def _collect_decoded(
+    pending: list[PendingSample], rejects: list[Reject]
+) -> tuple[list[Sample], list[np.ndarray], list[int]]:
+    """Wait for the images: (samples that decoded, distinct images, each sample's image number).
+
+    Samples that did not decode are added to `rejects`.
+    """
     kept: list[Sample] = []
-    pixels: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     rows: list[int] = []
-    for sample, future in decodings:
+    for sample, future in pending:
         try:
-            decoded = future.result()
+            pixels = future.result()
         except ImageError as error:
             rejects.append(Reject(sample.id, str(error)))
             continue
-        if not pixels or pixels[-1] is not decoded:
-            pixels.append(decoded)
+        if not images or images[-1] is not pixels:
+            images.append(pixels)
         kept.append(sample)
-        rows.append(len(pixels) - 1)
-    return kept, pixels, rows
+        rows.append(len(images) - 1)
+    return kept, images, rows
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -195,8 +221,8 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield chunk
 
 
-def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
-    """The same items, each given out only once `count` more have been begun."""
+def _run_ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """The same items, each yielded once `count` further ones have been taken from the source."""
     held: deque[T] = deque()
     for item in items:
         held.append(item)

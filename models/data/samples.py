@@ -1,4 +1,4 @@
-"""One image with one caption, and the rules that every source makes it by."""
+"""Sample: one image with one caption, and the parsing rules that all sources share."""
 
 import json
 import string
@@ -8,14 +8,14 @@ from typing import Any
 
 from models.errors import DataError
 
-MAX_BYTES = 256 << 20  # of one member or file; more is refused rather than read into memory
+MAX_BYTES = 256 << 20  # of one tar member or file; a larger one is not read into memory
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One image with one caption.
 
-    id: the user's own.  image: the file's bytes; none where a source was asked to pass the item over.
+    id: the user's own.  image: the bytes of the image file; b"" for a skipped item.
     metadata: the user's JSON fields, without the captions and the id.
     """
 
@@ -25,23 +25,26 @@ class Sample:
     metadata: Mapping[str, Any]
 
 
-class Unusable(Exception):
-    """Raised where an item is read and caught where its source is: the item becomes a Reject with this reason."""
+class UnusableItem(Exception):
+    """An item cannot be read; its source turns it into a Reject with this reason."""
 
 
-def parsed(data: bytes, what: str = "json") -> dict[str, Any]:
-    """One JSON object; NaN, which pandas writes and JSON does not know, is read as null."""
+def parse_json_object(data: bytes, what: str = "json") -> dict[str, Any]:
+    """Parse one JSON object; NaN, which pandas writes but JSON does not allow, becomes null.
+
+    what: the member in error messages.  Raises UnusableItem.
+    """
     try:
-        record = json.loads(utf8(data, what), parse_constant=lambda _: None)
+        record = json.loads(decode_utf8(data, what), parse_constant=lambda _: None)
     except (ValueError, RecursionError) as error:
-        raise Unusable(f"its {what} does not parse ({str(error)[:80]})") from error
+        raise UnusableItem(f"its {what} does not parse ({str(error)[:80]})") from error
     if not isinstance(record, dict):
-        raise Unusable(f"its {what} is not an object")
+        raise UnusableItem(f"its {what} is not an object")
     return record
 
 
-def metadata(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's own fields: captions are kept apart, and "id" is the pair's own, so the json's becomes "source_id"."""
+def user_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields without the captions; "id" becomes "source_id", since a pair has its own id."""
     return {
         "source_id" if name == "id" else name: value
         for name, value in record.items()
@@ -49,31 +52,31 @@ def metadata(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def utf8(data: bytes, what: str) -> str:
-    """The text of a member."""
+def decode_utf8(data: bytes, what: str) -> str:
+    """Decode the text of a member. Raises UnusableItem."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Unusable(f"its {what} is not UTF-8") from error
+        raise UnusableItem(f"its {what} is not UTF-8") from error
 
 
-def said(caption: object) -> str:
-    """The caption, trimmed; an empty or missing one describes nothing."""
+def clean_caption(caption: object) -> str:
+    """The stripped caption. Raises UnusableItem where it is empty or missing."""
     if not isinstance(caption, str) or not caption.strip():
-        raise Unusable("no caption")
+        raise UnusableItem("no caption")
     return caption.strip()
 
 
-def filled(template: str, fields: Mapping[str, Any]) -> str:
-    """A caption made of the item's own fields."""
+def fill_template(template: str, fields: Mapping[str, Any]) -> str:
+    """A caption from a template and the item's fields. Raises UnusableItem."""
     try:
-        return said(template.format_map(fields))
+        return clean_caption(template.format_map(fields))
     except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
-        raise Unusable(f"the caption {template!r} cannot be filled ({type(error).__name__}: {error})") from error
+        raise UnusableItem(f"the caption {template!r} cannot be filled ({type(error).__name__}: {error})") from error
 
 
 def check_template(template: str | None) -> None:
-    """DataError unless a template names fields and nothing of them."""
+    """Raise DataError unless the template's placeholders are plain field names."""
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None]
     except ValueError as error:

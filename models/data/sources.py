@@ -1,4 +1,4 @@
-"""Where samples come from: webdataset tars and folders with a table of captions, read as one stream of samples and rejects."""
+"""Sources of samples: webdataset tars, and folders with a table of captions."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -6,27 +6,29 @@ from pathlib import Path
 from index_store.build.source import Reject
 from models.data.folders import read_folder
 from models.data.samples import Sample, check_template
-from models.data.tables import TABLES, table_of
+from models.data.tables import TABLES, find_table
 from models.data.webdataset import read_tar
 from models.errors import DataError
 
 SIDECARS = (".parquet", "_stats.json")  # what img2dataset writes beside KEY.tar
-SKIP_ALL = 1 << 62  # more items than any source has: to count them all
+SKIP_ALL = 1 << 62  # more items than any source has, for counting them
 
 
 def read_samples(source: Path, *, caption: str | None = None, skip: int = 0) -> Iterator[Sample | Reject]:
-    """The samples of one webdataset .tar, or of one folder with a table of captions.
+    """Read the samples of one webdataset .tar, or of one folder with a table of captions.
 
-    The table is captions.csv, .jsonl or .parquet: file (or filepath), caption, optional id, any others.
-
-    caption: a template over the metadata, such as "a photo of {class}"; by default a tar gives its txt, else the json's "caption",
-    else one sample per entry of its "captions", with ids key#0, key#1…, all sharing one bytes object.
-    skip: so many items come without their image, which is not read then: for counting, and for going on where a build stopped.
-    Ids may repeat: `prepare` rejects the later ones.
+    The table is captions.csv, .jsonl or .parquet with the columns file (or filepath), caption,
+    optionally id, and any others.
+    caption: a template over the metadata, such as "a photo of {class}". Without one a tar's caption
+    is its txt, else the json's "caption", else each entry of the json's "captions": one sample per
+    entry with the ids key#0, key#1…, all sharing one bytes object.
+    skip: the first items come without their image, which is not read: for counting, and for
+    continuing an interrupted build.
+    Ids may repeat; `encode.reject_duplicate_ids` rejects the later ones. Raises DataError.
     """
     check_template(caption)
     if source.is_dir():
-        table = table_of(source)
+        table = find_table(source)
         if table is None:
             raise DataError(f"{source.resolve().name} holds no table of captions: put one of {', '.join(TABLES)} there")
         return read_folder(table, caption, skip)
@@ -38,7 +40,7 @@ def read_samples(source: Path, *, caption: str | None = None, skip: int = 0) -> 
 
 
 def read_all(sources: Iterable[Path], *, caption: str | None = None, skip: int = 0) -> Iterator[Sample | Reject]:
-    """The samples of several sources, one after the other."""
+    """Read the samples of several sources, one after the other. Arguments as in `read_samples`."""
     for source in sources:
         for item in read_samples(source, caption=caption, skip=max(0, skip)):
             skip -= 1
@@ -46,23 +48,23 @@ def read_all(sources: Iterable[Path], *, caption: str | None = None, skip: int =
 
 
 def expand_sources(sources: Iterable[Path]) -> list[Path]:
-    """The sources that hold samples: a folder of tars is its tars in order, and what img2dataset wrote beside a tar is left out."""
-    found: list[Path] = []
+    """Replace each folder of tars by its tars, and drop the files of img2dataset beside a tar."""
+    expanded: list[Path] = []
     for source in sources:
-        tars = sorted(source.glob("*.tar")) if source.is_dir() and table_of(source) is None else []
+        tars = sorted(source.glob("*.tar")) if source.is_dir() and find_table(source) is None else []
         if tars:
-            found += tars
-        elif not _beside_a_tar(source):
-            found.append(source)
-    return found
+            expanded += tars
+        elif not _is_sidecar(source):
+            expanded.append(source)
+    return expanded
 
 
-def files_of(source: Path) -> list[Path]:
-    """The files whose change makes a source another one: the tar, or the folder's table."""
-    return [(source.is_dir() and table_of(source)) or source]
+def identity_files(source: Path) -> list[Path]:
+    """The files by which a changed source is recognised: the tar, or the folder's table."""
+    return [(source.is_dir() and find_table(source)) or source]
 
 
-def _beside_a_tar(path: Path) -> bool:
+def _is_sidecar(path: Path) -> bool:
     return any(
         path.name.endswith(end) and path.with_name(path.name.removesuffix(end) + ".tar").is_file() for end in SIDECARS
     )

@@ -1,4 +1,7 @@
-"""What a build is made of, whatever it comes from: stretches of known length whose steps can be begun anywhere."""
+"""Build inputs as streams: each has a known number of items and can be resumed at any of them.
+
+A stream is a group of sample sources, a finished version, or a folder of embeddings.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +15,20 @@ from index_store.build.source import BuildProgress, SourceStep
 from index_store.types import Id, KeyKind, Side
 from models.data.clip_retrieval import EmbeddingFolder, embedding_steps
 from models.data.encode import encode_steps
-from models.data.sources import SKIP_ALL, files_of, read_all
+from models.data.sources import SKIP_ALL, identity_files, read_all
 from models.encoder.encoder import Encoder
 from models.encoder.image_io import MAX_PIXELS
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One stretch of input.
+    """One part of a build's input.
 
-    name: for people.  items: how many it has, rejects included.  identity: JSON that changes where its files do.
-    steps: (ids taken so far, items to pass over) -> what remains.  samples: the files to look into, none where nothing is encoded.
-    version: the name@version whose pairs they are, if any.
+    name: for display.  items: their number, rejects included.
+    identity: a JSON value that changes when the input files do.
+    steps: (ids so far, items to skip) -> the remaining steps.
+    samples: the sample sources, empty where nothing is encoded.
+    version: name@version of the version that is read, if it is one.
     """
 
     name: str
@@ -36,7 +41,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How samples become pairs. caption: a template or None, as in `read_samples`."""
+    """How samples are encoded to pairs. Fields as in `read_samples` and `encode_samples`."""
 
     encoder: Encoder
     kinds: Mapping[Side, KeyKind]
@@ -47,32 +52,43 @@ class Encoding:
 
 
 def count_items(sources: Iterable[Path], caption: str | None) -> int:
-    """How many items some sources of samples have; no image is read."""
+    """The number of items of sample sources, rejects included. No image is read."""
     return sum(1 for _ in read_all(sources, caption=caption, skip=SKIP_ALL))
 
 
 def build_streams(sources: Sequence[Path], encoding: Encoding, count: Callable[[Sequence[Path]], int]) -> list[Stream]:
-    """Neighbouring sources of samples as one stream, each version of our own as another.  count: items of sources of samples."""
-    found: list[Stream] = []
-    for ours, group in groupby(sources, is_version):
+    """One stream per group of consecutive sample sources, and one per finished version.
+
+    count: the number of items of sample sources, such as `count_items`.
+    """
+    streams: list[Stream] = []
+    for versions, group in groupby(sources, is_version):
         paths = list(group)
-        found += [version_stream(path, encoding.encoder.fingerprint, encoding.kinds) for path in paths] if ours else []
-        found += [] if ours else [sample_stream(paths, encoding, count(paths))]
-    return found
+        if versions:
+            streams += [version_stream(path, encoding.encoder.fingerprint, encoding.kinds) for path in paths]
+        else:
+            streams.append(sample_stream(paths, encoding, count(paths)))
+    return streams
 
 
 def sample_stream(sources: Sequence[Path], encoding: Encoding, items: int) -> Stream:
-    """Images and captions to encode."""
+    """A stream that encodes images and captions. items: their number."""
 
     def steps(seen: set[Id], skip: int) -> Iterator[SourceStep]:
         samples = read_all(sources, caption=encoding.caption, skip=skip)
         return encode_steps(
-            samples, encoding.encoder, kinds=encoding.kinds, seen=seen, skip=skip, batch=encoding.batch, workers=encoding.workers,
+            samples,
+            encoding.encoder,
+            kinds=encoding.kinds,
+            seen=seen,
+            skip=skip,
+            batch=encoding.batch,
+            workers=encoding.workers,
             max_pixels=encoding.max_pixels,
-        )  # fmt: skip
+        )
 
     identity = [
-        _stamps([file for source in sources for file in files_of(source)]),
+        _file_stamps([file for source in sources for file in identity_files(source)]),
         encoding.caption,
         encoding.max_pixels,
     ]
@@ -80,7 +96,7 @@ def sample_stream(sources: Sequence[Path], encoding: Encoding, items: int) -> St
 
 
 def version_stream(path: Path, encoder: str, kinds: Mapping[Side, KeyKind]) -> Stream:
-    """The pairs of a finished version."""
+    """A stream of the pairs of a finished version."""
     manifest = stored_manifest(path, encoder=encoder, kinds=kinds)
 
     def steps(seen: set[Id], skip: int) -> Iterator[SourceStep]:
@@ -90,32 +106,38 @@ def version_stream(path: Path, encoder: str, kinds: Mapping[Side, KeyKind]) -> S
 
 
 def embedding_stream(source: EmbeddingFolder) -> Stream:
-    """Embeddings made elsewhere."""
+    """A stream of precomputed embeddings."""
 
     def steps(seen: set[Id], skip: int) -> Iterator[SourceStep]:
         return embedding_steps(source, seen=seen, skip=skip)
 
-    return Stream(source.name, source.rows, [_stamps(source.files), source.id_column], steps)
+    return Stream(source.name, source.rows, [_file_stamps(source.files), source.id_column], steps)
 
 
 def chain_streams(
     streams: Iterable[Stream], done: BuildProgress, near: Deduplicator | None = None
 ) -> Iterator[SourceStep]:
-    """The steps of all streams that an earlier run has not done, near-duplicates dropped where asked."""
+    """The steps of all streams that an earlier run has not done.
+
+    near: drops near-duplicate pairs, None = all are kept.
+    """
     if near is None:
-        return _chained(streams, done.items)
+        return _remaining_steps(streams, done.items)
     near.restore(done.kept())
-    return near.filter(_chained(streams, done.items))
+    return near.filter(_remaining_steps(streams, done.items))
 
 
-def _chained(streams: Iterable[Stream], skip: int) -> Iterator[SourceStep]:
+def _remaining_steps(streams: Iterable[Stream], skip: int) -> Iterator[SourceStep]:
     seen = set[Id]()
     for stream in streams:
-        passed = min(skip, stream.items)
-        skip -= passed
-        yield from stream.steps(seen, passed)
+        skipped = min(skip, stream.items)
+        skip -= skipped
+        yield from stream.steps(seen, skipped)
 
 
-def _stamps(files: Iterable[Path]) -> list[list[str | int]]:
-    """Path, size and time of change: of a folder that is its table, since asking after every image would take minutes."""
+def _file_stamps(files: Iterable[Path]) -> list[list[str | int]]:
+    """Path, size and modification time of each file.
+
+    Of a folder only the table counts: a stat of every image would take minutes.
+    """
     return [[str(path.resolve()), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]

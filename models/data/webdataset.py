@@ -1,84 +1,97 @@
-"""A webdataset tar, as a stream of samples and rejects."""
+"""Reader of webdataset tar files."""
 
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from index_store.build.source import Reject
-from models.data.samples import MAX_BYTES, Sample, Unusable, filled, metadata, parsed, said, utf8
+from models.data.samples import (
+    MAX_BYTES,
+    Sample,
+    UnusableItem,
+    clean_caption,
+    decode_utf8,
+    fill_template,
+    parse_json_object,
+    user_metadata,
+)
 from models.errors import DataError
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
-Member = Callable[[], bytes]  # read when it is wanted: what is only counted is not
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+ReadMember = Callable[[], bytes]  # called only where the bytes are needed, so that counting reads no image
 
 
 def read_tar(path: Path, template: str | None, skip: int) -> Iterator[Sample | Reject]:
-    """Members are read as bytes and never extracted, so a name with .. or a leading / is only a name.
+    """Read the samples of a tar. Raises DataError where the file is not a plain tar.
 
-    skip: items passed over, their images unread.
+    Members are read as bytes and never extracted, so that a name with ".." or a leading "/" is
+    harmless.  template, skip: as in `sources.read_samples`.
     """
-    given = 0
-    with _opened(path) as tar:
-        for key, files in _groups(path, tar):
-            for item in _items(key, files, template, skip - given):
-                given += 1
+    items = 0
+    with _open_tar(path) as tar:
+        for key, files in _group_members(path, tar):
+            for item in _read_items(key, files, template, skip - items):
+                items += 1
                 yield item
 
 
-def _items(key: str, files: Mapping[str, Member] | str, template: str | None, skip: int) -> Sequence[Sample | Reject]:
+def _read_items(
+    key: str, files: Mapping[str, ReadMember] | str, template: str | None, skip: int
+) -> Sequence[Sample | Reject]:
     try:
-        return [Reject(key, files)] if isinstance(files, str) else _samples(key, files, template, skip)
-    except Unusable as error:
+        return [Reject(key, files)] if isinstance(files, str) else _read_samples(key, files, template, skip)
+    except UnusableItem as error:
         return [Reject(key, str(error))]
 
 
-def _samples(key: str, files: Mapping[str, Member], template: str | None, skip: int) -> list[Sample]:
-    """The samples of one key, all sharing one bytes object; the first `skip` of them without."""
-    image = next((files[kind] for kind in IMAGES if kind in files), None)
-    if image is None:
-        raise Unusable(
-            f"no image among its members ({', '.join(sorted(files)) or 'none'}): one of {', '.join(IMAGES)} is needed"
+def _read_samples(key: str, files: Mapping[str, ReadMember], template: str | None, skip: int) -> list[Sample]:
+    """The samples of one key. They share one bytes object; the first `skip` have no image."""
+    read_image = next((files[kind] for kind in IMAGE_EXTENSIONS if kind in files), None)
+    if read_image is None:
+        raise UnusableItem(
+            f"no image among its members ({', '.join(sorted(files)) or 'none'}): "
+            f"one of {', '.join(IMAGE_EXTENSIONS)} is needed"
         )
-    record = parsed(files["json"]()) if "json" in files else {}
-    said_of = _captions(key, files, record, template)
-    data = image() if skip < len(said_of) else b""
-    own = metadata(record)
-    return [Sample(name, data if i >= skip else b"", caption, own) for i, (name, caption) in enumerate(said_of)]
+    record = parse_json_object(files["json"]()) if "json" in files else {}
+    captions = _read_captions(key, files, record, template)
+    image = read_image() if skip < len(captions) else b""
+    metadata = user_metadata(record)
+    return [Sample(name, image if i >= skip else b"", caption, metadata) for i, (name, caption) in enumerate(captions)]
 
 
-def _captions(
-    key: str, files: Mapping[str, Member], record: Mapping[str, object], template: str | None
+def _read_captions(
+    key: str, files: Mapping[str, ReadMember], record: Mapping[str, object], template: str | None
 ) -> list[tuple[str, str]]:
-    """(id, caption) of every sample of one key."""
+    """(id, caption) of each sample of one key."""
     if template is not None:
-        return [(key, filled(template, record))]
-    own, captions = record.get("caption"), record.get("captions")
+        return [(key, fill_template(template, record))]
+    caption, captions = record.get("caption"), record.get("captions")
     if "txt" in files:
-        return [(key, said(utf8(files["txt"](), "txt")))]
-    if own is not None or not isinstance(captions, list) or not captions:
-        return [(key, said(own))]
-    return [(f"{key}#{i}", said(each)) for i, each in enumerate(captions)]
+        return [(key, clean_caption(decode_utf8(files["txt"](), "txt")))]
+    if caption is not None or not isinstance(captions, list) or not captions:
+        return [(key, clean_caption(caption))]
+    return [(f"{key}#{i}", clean_caption(each)) for i, each in enumerate(captions)]
 
 
-def _groups(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, Member] | str]]:
-    """Neighbouring members with one key, by extension; or, in their place, why an item cannot be read."""
-    key, files = "", dict[str, Member]()
-    for name, content in _members(path, tar):
+def _group_members(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, ReadMember] | str]]:
+    """Group consecutive members: (key, members by extension), or (name, why it is unreadable)."""
+    key, files = "", dict[str, ReadMember]()
+    for name, content in _iterate_members(path, tar):
         folder, _, base = name.rpartition("/")
         stem, _, kind = base.partition(".")
         if isinstance(content, str) or not stem or not kind:
             yield name, content if isinstance(content, str) else "its name is not KEY.EXTENSION"
             continue
-        found, kind = f"{folder}/{stem}" if folder else stem, kind.lower()
-        if files and (found != key or kind in files):  # an extension twice begins a second sample of the same key
+        member_key, kind = f"{folder}/{stem}" if folder else stem, kind.lower()
+        if files and (member_key != key or kind in files):  # a repeated extension starts another sample of the key
             yield key, files
             files = {}
-        key, files[kind] = found, content
+        key, files[kind] = member_key, content
     if files:
         yield key, files
 
 
-def _opened(path: Path) -> tarfile.TarFile:
+def _open_tar(path: Path) -> tarfile.TarFile:
     try:
         return tarfile.open(path, "r:")
     except (tarfile.TarError, OSError) as error:
@@ -86,34 +99,37 @@ def _opened(path: Path) -> tarfile.TarFile:
         raise DataError(f"{path.name} is not a plain .tar file ({reason}): unpack a compressed one first") from error
 
 
-def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, Member | str]]:
-    """Every member's name with how to read it, or with why it cannot be. A damaged archive ends with one line about what was lost."""
+def _iterate_members(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, ReadMember | str]]:
+    """Each member's name with a function that reads it, or with why it cannot be read.
+
+    A damaged archive ends with one such reason.
+    """
     size = path.stat().st_size
     try:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers every member it has seen: a gigabyte per million
-            if (
-                member.isreg() and member.offset_data + member.size > size
-            ):  # told without reading: a count finds what a build finds
+            # tarfile keeps every member that it has seen, a gigabyte per million
+            tar.members.clear()  # type: ignore[attr-defined]
+            # checked before reading, so that counting and building find the same items
+            if member.isreg() and member.offset_data + member.size > size:
                 yield path.name, f"the archive breaks off in {member.name}: what lay behind is lost"
                 return
             if not member.isdir():
-                yield member.name, _reader(tar, member)
+                yield member.name, _member_reader(tar, member)
     except (tarfile.TarError, OSError) as error:
         yield path.name, f"the archive breaks off ({error}): what lay behind is lost"
         return
-    if not _ends_at(path, tar.offset):
+    if not _has_end_mark(path, tar.offset):
         yield path.name, f"the archive breaks off at byte {tar.offset}: what lay behind, if anything, is lost"
 
 
-def _ends_at(path: Path, offset: int) -> bool:
-    """True where the end mark of a tar, a block of zeros, stands; tarfile itself takes damage for the end."""
+def _has_end_mark(path: Path, offset: int) -> bool:
+    """Whether a tar's end mark, a block of zeros, is at this offset. tarfile ends at damage too."""
     with path.open("rb") as file:
         file.seek(offset)
         return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
-def _reader(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Member | str:
+def _member_reader(tar: tarfile.TarFile, member: tarfile.TarInfo) -> ReadMember | str:
     if not member.isreg():
         return "not a plain file"
     if member.size > MAX_BYTES:

@@ -1,4 +1,4 @@
-"""Small real things shared by the tests: dual encoders with random weights, made once."""
+"""Fixtures: small encoders with random weights, images, and a training configuration."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -37,8 +37,8 @@ MOBILENET = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads, and a busy machine makes many threads slow."""
+def _single_thread() -> Iterator[None]:
+    """Run torch in one thread: small matrices gain nothing from more, least on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -69,6 +69,7 @@ def reco(encoder: Encoder) -> Reco:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
+    """A tar of 24 images of 8 classes, and one that does not decode."""
     members: list[tuple[str, bytes | Mapping[str, object]]] = []
     for row in range(24):
         members += [
@@ -82,7 +83,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe(photos: Path, encoder: Encoder, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A configuration on disk, its memory built."""
+    """A training configuration on disk, with the memory that it names."""
     samples = read_samples(photos, caption="a photo of {class}")
     block = joined(list(encode_samples(samples, encoder, kinds={"image": "vector", "text": "vector"})))
     store = Store(tmp_path / "store")

@@ -19,18 +19,18 @@ D = 16
 ENCODER = "tiny/test@0123456789ab"
 
 
-def rows_of(n: int, seed: int) -> np.ndarray:
+def random_rows(n: int, seed: int) -> np.ndarray:
     return unit_rows(np.random.default_rng(seed).standard_normal((n, D))).astype(np.float16)
 
 
-def part(
+def write_part(
     folder: Path, number: int, n: int, *, image: np.ndarray | None = None, columns: Mapping[str, Any] | None = None
 ) -> None:
-    """One numbered part, as clip-retrieval writes it."""
+    """Write the three files of one part, as clip-retrieval does."""
     for name in ("img_emb", "text_emb", "metadata"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    np.save(folder / "img_emb" / f"img_emb_{number}.npy", rows_of(n, number) if image is None else image)
-    np.save(folder / "text_emb" / f"text_emb_{number}.npy", rows_of(n, 100 + number))
+    np.save(folder / "img_emb" / f"img_emb_{number}.npy", random_rows(n, number) if image is None else image)
+    np.save(folder / "text_emb" / f"text_emb_{number}.npy", random_rows(n, 100 + number))
     names = [f"{number}-{i}" for i in range(n)]
     table = {
         "caption": [f"caption {name}" for name in names],
@@ -42,34 +42,34 @@ def part(
     )
 
 
-def steps(folder: Path, skip: int = 0, seen: set[Id] | None = None, **options: Any) -> list[SourceStep]:
-    layout = read_embedding_folder(folder, dim=D, encoder=ENCODER, **options)
-    return list(embedding_steps(layout, seen=set() if seen is None else seen, skip=skip))
+def read_steps(folder: Path, skip: int = 0, seen: set[Id] | None = None, **options: Any) -> list[SourceStep]:
+    source = read_embedding_folder(folder, dim=D, encoder=ENCODER, **options)
+    return list(embedding_steps(source, seen=set() if seen is None else seen, skip=skip))
 
 
-def ids(found: list[SourceStep]) -> list[Id]:
+def pair_ids(found: list[SourceStep]) -> list[Id]:
     return [name for step in found if step.pairs is not None for name in step.pairs.ids.tolist()]
 
 
-def test_parts_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_parts_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for number in (10, 2, 0):
-        part(tmp_path, number, 3)
+        write_part(tmp_path, number, 3)
     assert is_embedding_folder(tmp_path)
-    found = steps(tmp_path)
-    assert ids(found) == [f"{number}-{i}" for number in (0, 2, 10) for i in range(3)]
+    found = read_steps(tmp_path)
+    assert pair_ids(found) == [f"{number}-{i}" for number in (0, 2, 10) for i in range(3)]
     assert sum(step.items for step in found) == 9
     third = found[2].pairs
     assert third is not None
-    np.testing.assert_allclose(third.image, unit_rows(rows_of(3, 10).astype(np.float32)), atol=1e-6)
-    np.testing.assert_allclose(third.text, unit_rows(rows_of(3, 110).astype(np.float32)), atol=1e-6)
+    np.testing.assert_allclose(third.image, unit_rows(random_rows(3, 10).astype(np.float32)), atol=1e-6)
+    np.testing.assert_allclose(third.text, unit_rows(random_rows(3, 110).astype(np.float32)), atol=1e-6)
     assert third.records[1] == {"caption": "caption 10-1", "image_path": "/in/10-1.jpg"}
 
 
-def test_ids_are_a_column_or_the_number_of_the_row(tmp_path: Path) -> None:
+def test_ids_are_a_column_or_the_row_number(tmp_path: Path) -> None:
     table = {"caption": ["a", None], "url": ["u0", "u1"], "sku": [5, 9], "id": ["x", "y"]}
-    part(tmp_path, 0, 2, columns=table)
-    assert ids(steps(tmp_path)) == ["u0", "u1"]
-    (step,) = steps(tmp_path, id_column="sku")
+    write_part(tmp_path, 0, 2, columns=table)
+    assert pair_ids(read_steps(tmp_path)) == ["u0", "u1"]
+    (step,) = read_steps(tmp_path, id_column="sku")
     assert step.pairs is not None
     assert step.pairs.ids.dtype == np.int64
     assert step.pairs.ids.tolist() == [5, 9]
@@ -80,56 +80,56 @@ def test_ids_are_a_column_or_the_number_of_the_row(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"metadata/metadata_0\.parquet has no column 'isbn', only caption, url, sku, id"
     ):
-        steps(tmp_path, id_column="isbn")
-    part(tmp_path, 0, 2, columns={"caption": ["a", "b"]})
-    part(tmp_path, 1, 2, columns={"caption": ["c", "d"]})
-    assert ids(steps(tmp_path)) == [0, 1, 2, 3]
+        read_steps(tmp_path, id_column="isbn")
+    write_part(tmp_path, 0, 2, columns={"caption": ["a", "b"]})
+    write_part(tmp_path, 1, 2, columns={"caption": ["c", "d"]})
+    assert pair_ids(read_steps(tmp_path)) == [0, 1, 2, 3]
 
 
-def test_rows_are_normalised_and_those_without_a_direction_rejected(tmp_path: Path) -> None:
-    image = rows_of(6, 0).astype(np.float32)
+def test_rows_are_normalized_and_zero_or_infinite_ones_rejected(tmp_path: Path) -> None:
+    image = random_rows(6, 0).astype(np.float32)
     image[0] *= 17
     image[1] = 0
     image[2, 3] = np.nan
     image[3, 0] = np.inf
-    part(tmp_path, 0, 6, image=image, columns={"key": ["a", "b", "c", "d", None, "a"]})
-    (step,) = steps(tmp_path)
+    write_part(tmp_path, 0, 6, image=image, columns={"key": ["a", "b", "c", "d", None, "a"]})
+    (step,) = read_steps(tmp_path)
     assert step.pairs is not None
-    assert ids([step]) == ["a"]
+    assert pair_ids([step]) == ["a"]
     np.testing.assert_allclose(step.pairs.image[0], image[0] / 17, atol=1e-3)
     assert {reject.item: reject.reason for reject in step.rejects} == {
-        "b": "its image vector has length 0: it points nowhere",
-        "c": "its image vector has length nan: it points nowhere",
-        "d": "its image vector has length inf: it points nowhere",
+        "b": "its image vector has length 0: it has no direction",
+        "c": "its image vector has length nan: it has no direction",
+        "d": "its image vector has length inf: it has no direction",
         "4": "it has no id",
         "a": "its id came before: ids must be unique",
     }
 
 
 @pytest.mark.parametrize("skip", [0, 2, 3, 5, 7])
-def test_a_stopped_import_goes_on_in_the_middle_of_a_part(tmp_path: Path, skip: int) -> None:
+def test_an_interrupted_import_continues_within_a_part(tmp_path: Path, skip: int) -> None:
     for number in (0, 1):
-        part(tmp_path, number, 4, columns={"key": [f"{number}-{i}" if i else "same" for i in range(4)]})
-    whole, seen = steps(tmp_path), set[Id]()
-    rest = steps(tmp_path, skip, seen)
+        write_part(tmp_path, number, 4, columns={"key": [f"{number}-{i}" if i else "same" for i in range(4)]})
+    whole, seen = read_steps(tmp_path), set[Id]()
+    rest = read_steps(tmp_path, skip, seen)
     assert sum(step.items for step in rest) == 8 - skip
     accepted = ["same", "0-1", "0-2", "0-3", None, "1-1", "1-2", "1-3"]
-    assert ids(rest) == [name for name in accepted[skip:] if name]
+    assert pair_ids(rest) == [name for name in accepted[skip:] if name]
     assert seen == {name for name in accepted if name}
-    assert ids(whole) == [name for name in accepted if name]
+    assert pair_ids(whole) == [name for name in accepted if name]
 
 
-def changed(folder: Path, what: str) -> None:
+def damage(folder: Path, what: str) -> None:
     image = folder / "img_emb" / "img_emb_1.npy"
     if what == "a missing part":
         (folder / "text_emb" / "text_emb_1.npy").unlink()
     elif what == "another count":
-        np.save(image, rows_of(3, 0))
+        np.save(image, random_rows(3, 0))
     elif what == "a cut file":
         image.write_bytes(image.read_bytes()[:-20])
     elif what == "another width":
         np.save(image, np.ones((4, D + 1), np.float16))
-    elif what == "numbers that are no floats":
+    elif what == "integers":
         np.save(image, np.ones((4, D), np.int64))
     elif what == "a pickle":
         np.save(image, np.array([{}] * 4), allow_pickle=True)
@@ -142,12 +142,12 @@ def changed(folder: Path, what: str) -> None:
             path.unlink()
 
 
-HARM = {
+DAMAGES = {
     "a missing part": "text_emb lacks part 1",
     "another count": r"img_emb/img_emb_1\.npy 3, text_emb/text_emb_1\.npy 4, metadata/metadata_1\.parquet 4",
     "a cut file": r"img_emb/img_emb_1\.npy is not a readable \.npy file",
     "another width": "have the widths 17 and 16",
-    "numbers that are no floats": "holds int64",
+    "integers": "holds int64",
     "a pickle": "not a readable .npy file",
     "a broken table": r"metadata_1\.parquet of metadata is not a readable parquet file",
     "no number": r"img_emb/images\.npy has no number of its own",
@@ -155,35 +155,35 @@ HARM = {
 }
 
 
-@pytest.mark.parametrize("what", HARM)
-def test_a_folder_that_does_not_fit_together_is_refused_in_one_line(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("what", DAMAGES)
+def test_an_inconsistent_folder_is_refused_in_one_line(tmp_path: Path, what: str) -> None:
     for number in (0, 1):
-        part(tmp_path, number, 4)
-    changed(tmp_path, what)
-    with pytest.raises(DataError, match=HARM[what]) as refused:
-        steps(tmp_path)
+        write_part(tmp_path, number, 4)
+    damage(tmp_path, what)
+    with pytest.raises(DataError, match=DAMAGES[what]) as refused:
+        read_steps(tmp_path)
     assert "\n" not in str(refused.value)
     assert str(tmp_path.parent) not in str(refused.value)
 
 
-def test_the_width_must_be_the_encoders(tmp_path: Path) -> None:
-    part(tmp_path, 0, 4)
+def test_another_width_than_the_encoders_is_refused(tmp_path: Path) -> None:
+    write_part(tmp_path, 0, 4)
     with pytest.raises(
         DataError, match=r"img_emb/img_emb_0\.npy holds rows of width 16, tiny/test@0123456789ab gives 512"
     ):
         read_embedding_folder(tmp_path, dim=512, encoder=ENCODER)
 
 
-def test_a_memory_of_embeddings_answers_as_they_do(tmp_path: Path) -> None:
+def test_a_memory_of_embeddings_finds_their_nearest_rows(tmp_path: Path) -> None:
     for number in (0, 1):
-        part(tmp_path / "in", number, 50)
-    layout = read_embedding_folder(tmp_path / "in", dim=D, encoder=ENCODER)
-    job = BuildSource({}, lambda done: embedding_steps(layout, seen=set(), skip=done.items))
+        write_part(tmp_path / "in", number, 50)
+    source = read_embedding_folder(tmp_path / "in", dim=D, encoder=ENCODER)
+    steps = BuildSource({}, lambda done: embedding_steps(source, seen=set(), skip=done.items))
     store = Store(tmp_path / "store")
-    build_version(store, "m", "v1", job, encoder=ENCODER, kinds={"image": "vector", "text": "vector"})
-    image = np.concatenate([rows_of(50, 0), rows_of(50, 1)]).astype(np.float32)
-    asked = rows_of(5, 77).astype(np.float32)
-    expected = np.argsort(-(asked @ image.T), axis=1)[:, :3]
-    found = store.open("m", "v1", encoder=ENCODER).retrieve(asked, "image", 3)
+    build_version(store, "m", "v1", steps, encoder=ENCODER, kinds={"image": "vector", "text": "vector"})
+    image = np.concatenate([random_rows(50, 0), random_rows(50, 1)]).astype(np.float32)
+    queries = random_rows(5, 77).astype(np.float32)
+    expected = np.argsort(-(queries @ image.T), axis=1)[:, :3]
+    found = store.open("m", "v1", encoder=ENCODER).retrieve(queries, "image", 3)
     names = np.array([f"{number}-{i}" for number in (0, 1) for i in range(50)])
     np.testing.assert_array_equal(found.ids, names[expected])

@@ -6,7 +6,7 @@ import pytest
 
 from index_store.build.source import Reject
 from index_store.types import KeyKind, Side
-from models.data.encode import AHEAD, encode_images, encode_samples, encode_texts, reject_duplicate_ids
+from models.data.encode import BATCHES_AHEAD, encode_images, encode_samples, encode_texts, reject_duplicate_ids
 from models.data.samples import Sample
 from models.data.sources import read_samples
 from models.encoder.encoder import Encoder
@@ -16,26 +16,26 @@ from models.tests.small import build_memory, image_bytes, picture, write_tar
 KINDS: dict[Side, KeyKind] = {"image": "vector", "text": "vector"}
 
 
-def sample(i: int, **fields: object) -> Sample:
+def make_sample(i: int, **fields: object) -> Sample:
     return Sample(f"id{i}", image_bytes(picture(i), "PNG"), f"caption {i % 3}", fields)
 
 
 def test_pairs_are_the_encoded_samples_in_order(encoder: Encoder) -> None:
-    samples = [sample(i, price=i) for i in range(7)]
+    samples = [make_sample(i, price=i) for i in range(7)]
     blocks = list(encode_samples(samples, encoder, kinds={"image": "trunk", "text": "vector"}, batch=3))
     assert [len(block) for block in blocks] == [3, 3, 1]
     assert [name for block in blocks for name in block.ids] == [f"id{i}" for i in range(7)]
     assert blocks[1].records[0] == {"price": 3, "caption": "caption 0"}
     pixels = np.stack([encoder.preprocess(picture(i)) for i in range(7)])
-    seen = encoder.encode(pixels, "image")
-    read = encoder.encode(encoder.tokenize([each.caption for each in samples]), "text")
-    for field, expected in (("image", seen.vectors), ("image_key", seen.key("trunk")), ("text", read.vectors)):
+    image = encoder.encode(pixels, "image")
+    text = encoder.encode(encoder.tokenize([each.caption for each in samples]), "text")
+    for field, expected in (("image", image.vectors), ("image_key", image.key("trunk")), ("text", text.vectors)):
         np.testing.assert_allclose(np.concatenate([getattr(block, field) for block in blocks]), expected, atol=1e-6)
     assert blocks[0].text_key is None
 
 
-def test_rejects_are_counted_and_never_stop_the_rest(encoder: Encoder) -> None:
-    good, bomb = sample(0), image_bytes(picture(1, 100, 100), "PNG")
+def test_rejects_are_counted_and_the_other_samples_encoded(encoder: Encoder) -> None:
+    good, bomb = make_sample(0), image_bytes(picture(1, 100, 100), "PNG")
     samples: list[Sample | Reject] = [
         Reject("earlier", "no caption"),
         good,
@@ -46,7 +46,7 @@ def test_rejects_are_counted_and_never_stop_the_rest(encoder: Encoder) -> None:
         Sample("i" * 300, good.image, "c", {}),
         Sample("\udcff", good.image, "c", {}),
         Sample("", good.image, "c", {}),
-        sample(1),
+        make_sample(1),
     ]
     rejects: list[Reject] = []
     progress: list[int] = []
@@ -78,7 +78,7 @@ def test_duplicate_keys_of_a_tar_are_rejected(encoder: Encoder, tmp_path: Path) 
     assert [reject.item for reject in rejects] == ["a", "b", "b"]
 
 
-def test_five_captions_of_a_photo_are_five_pairs_with_one_vector(encoder: Encoder, tmp_path: Path) -> None:
+def test_five_captions_of_one_image_are_five_pairs_with_one_image_vector(encoder: Encoder, tmp_path: Path) -> None:
     captions = {"captions": [f"saying {i}" for i in range(5)]}
     members: list[tuple[str, bytes | dict[str, list[str]]]] = []
     for i in range(3):
@@ -91,41 +91,41 @@ def test_five_captions_of_a_photo_are_five_pairs_with_one_vector(encoder: Encode
         np.testing.assert_allclose(image[5 * i : 5 * i + 5], np.repeat(expected, 5, 0), atol=1e-6)
 
 
-def test_equal_captions_are_encoded_once_and_given_to_all(encoder: Encoder) -> None:
+def test_equal_captions_get_equal_vectors(encoder: Encoder) -> None:
     captions = ["a", "b", "a", "c", "b"]
     expected = encoder.encode(encoder.tokenize(captions), "text").vectors
     np.testing.assert_allclose(encode_texts(captions, encoder).vectors, expected, atol=1e-6)
 
 
-def test_no_more_is_read_than_a_few_batches_ahead(encoder: Encoder) -> None:
-    read: list[int] = []
+def test_only_a_few_batches_are_read_ahead(encoder: Encoder) -> None:
+    taken: list[int] = []
 
     def endless() -> Iterator[Sample]:
         for i in range(1_000_000):
-            read.append(i)
-            yield sample(i)
+            taken.append(i)
+            yield make_sample(i)
 
     stream = encode_images(endless(), encoder, batch=2)
     for _ in range(3):
         next(stream)
-    assert len(read) <= 2 * (3 + AHEAD)
-    stream.close()  # type: ignore[attr-defined]  # Ctrl-C in the middle leaves no thread behind
+    assert len(taken) <= 2 * (3 + BATCHES_AHEAD)
+    stream.close()  # type: ignore[attr-defined]  # as Ctrl-C does: no thread is left
 
 
-def test_unique_keeps_rejects_as_they_are() -> None:
-    items: list[Sample | Reject] = [Reject("x", "why"), sample(1), Reject("x", "again"), sample(1)]
+def test_reject_duplicate_ids_keeps_earlier_rejects() -> None:
+    items: list[Sample | Reject] = [Reject("x", "why"), make_sample(1), Reject("x", "again"), make_sample(1)]
     assert list(reject_duplicate_ids(items))[:3] == items[:3]
     assert isinstance(list(reject_duplicate_ids(items))[3], Reject)
 
 
-def test_a_memory_is_built_from_the_blocks(encoder: Encoder, tmp_path: Path) -> None:
-    (block,) = encode_samples([sample(i) for i in range(5)], encoder, kinds=KINDS)
+def test_encoded_blocks_build_a_memory(encoder: Encoder, tmp_path: Path) -> None:
+    (block,) = encode_samples([make_sample(i) for i in range(5)], encoder, kinds=KINDS)
     snapshot = build_memory(tmp_path, block, encoder.fingerprint)
     found = snapshot.retrieve(block.image, "image", 1)
     np.testing.assert_array_equal(found.ids[:, 0], block.ids)
     assert found.records(2) == [{"id": "id2", "caption": "caption 2"}]
 
 
-def test_trunk_keys_need_a_trunk(encoder: Encoder) -> None:
+def test_trunk_keys_of_texts_are_refused(encoder: Encoder) -> None:
     with pytest.raises(ConfigError, match="vector keys"):
-        list(encode_samples([sample(0)], encoder, kinds={"image": "vector", "text": "trunk"}))
+        list(encode_samples([make_sample(0)], encoder, kinds={"image": "vector", "text": "trunk"}))

@@ -16,21 +16,21 @@ JPG = image_bytes(picture(0), "JPEG")
 PNG = image_bytes(picture(1), "PNG")
 
 
-def read(source: Path, caption: str | None = None) -> list[Sample | Reject]:
+def read_items(source: Path, caption: str | None = None) -> list[Sample | Reject]:
     return list(read_samples(source, caption=caption))
 
 
-def samples(source: Path, caption: str | None = None) -> list[Sample]:
-    found = read(source, caption)
+def read_valid(source: Path, caption: str | None = None) -> list[Sample]:
+    found = read_items(source, caption)
     assert not [item for item in found if isinstance(item, Reject)]
     return [item for item in found if isinstance(item, Sample)]
 
 
-def rejects(source: Path, caption: str | None = None) -> dict[str, str]:
-    return {item.item: item.reason for item in read(source, caption) if isinstance(item, Reject)}
+def reject_reasons(source: Path, caption: str | None = None) -> dict[str, str]:
+    return {item.item: item.reason for item in read_items(source, caption) if isinstance(item, Reject)}
 
 
-def test_a_caption_is_the_txt_else_the_json_else_one_of_many(tmp_path: Path) -> None:
+def test_the_caption_is_the_txt_else_the_json_caption_else_each_of_several(tmp_path: Path) -> None:
     members: list[tuple[str, bytes | dict[str, object]]] = [
         ("d/0.jpg", JPG),
         ("d/0.txt", b" from the txt \n"),
@@ -40,7 +40,7 @@ def test_a_caption_is_the_txt_else_the_json_else_one_of_many(tmp_path: Path) -> 
         ("2.json", {"captions": ["one", "two"], "class": "c"}),
         ("2.JPEG", JPG),
     ]
-    assert samples(write_tar(tmp_path / "s.tar", members)) == [
+    assert read_valid(write_tar(tmp_path / "s.tar", members)) == [
         Sample("d/0", JPG, "from the txt", {"url": "u"}),
         Sample("1", PNG, "from the json", {"source_id": 7, "width": 3}),
         Sample("2#0", JPG, "one", {"class": "c"}),
@@ -48,12 +48,12 @@ def test_a_caption_is_the_txt_else_the_json_else_one_of_many(tmp_path: Path) -> 
     ]
 
 
-def test_captions_of_one_photo_share_its_bytes(tmp_path: Path) -> None:
-    one, two = samples(write_tar(tmp_path / "s.tar", [("2.jpg", JPG), ("2.json", {"captions": ["one", "two"]})]))
+def test_samples_of_one_image_share_its_bytes(tmp_path: Path) -> None:
+    one, two = read_valid(write_tar(tmp_path / "s.tar", [("2.jpg", JPG), ("2.json", {"captions": ["one", "two"]})]))
     assert one.image is two.image
 
 
-def test_a_template_makes_the_caption(tmp_path: Path) -> None:
+def test_a_template_fills_the_caption(tmp_path: Path) -> None:
     members: list[tuple[str, bytes | dict[str, object]]] = [
         ("0.jpg", JPG),
         ("0.json", {"class": "Granny-Smith", "n": 3, "caption": "another"}),
@@ -61,13 +61,13 @@ def test_a_template_makes_the_caption(tmp_path: Path) -> None:
         ("1.json", {"n": 3}),
     ]
     source = write_tar(tmp_path / "s.tar", members)
-    found = read(source, "a photo of {class}, {n}")
+    found = read_items(source, "a photo of {class}, {n}")
     assert found[0] == Sample("0", JPG, "a photo of Granny-Smith, 3", {"class": "Granny-Smith", "n": 3})
     assert found[1] == Reject("1", "the caption 'a photo of {class}, {n}' cannot be filled (KeyError: 'class')")
 
 
 @pytest.mark.parametrize("template", ["a {", "a {class.__init__}", "a {0}", "a {}", "{class[0]}"])
-def test_a_template_may_only_name_fields(tmp_path: Path, template: str) -> None:
+def test_a_template_with_anything_but_field_names_is_refused(tmp_path: Path, template: str) -> None:
     with pytest.raises(DataError, match="caption template"):
         read_samples(write_tar(tmp_path / "s.tar", []), caption=template)
 
@@ -92,7 +92,7 @@ def test_unusable_items_are_rejected_with_their_reason(tmp_path: Path) -> None:
         ("good.txt", b"fine"),
     ]
     source = write_tar(tmp_path / "s.tar", members)
-    reasons = rejects(source)
+    reasons = reject_reasons(source)
     assert {key: reason.split(" (")[0] for key, reason in reasons.items()} == {
         "noimage": "no image among its members",
         "nocaption": "no caption",
@@ -104,20 +104,20 @@ def test_unusable_items_are_rejected_with_their_reason(tmp_path: Path) -> None:
         "noextension": "its name is not KEY.EXTENSION",
         "empty": "no caption",
     }
-    assert [item.id for item in read(source) if isinstance(item, Sample)] == ["good"]
+    assert [item.id for item in read_items(source) if isinstance(item, Sample)] == ["good"]
 
 
 def test_nan_is_read_as_null(tmp_path: Path) -> None:
     source = write_tar(tmp_path / "s.tar", [("0.jpg", JPG), ("0.json", b'{"caption": "c", "score": NaN}')])
-    assert samples(source)[0].metadata == {"score": None}
+    assert read_valid(source)[0].metadata == {"score": None}
 
 
-def test_names_with_path_tricks_are_only_names(tmp_path: Path) -> None:
+def test_member_names_with_paths_are_not_extracted(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     names = ["../../evil", "/etc/evil", "a/../../evil"]
     members = [(f"{name}.{kind}", data) for name in names for kind, data in (("jpg", JPG), ("txt", b"c"))]
-    assert [sample.id for sample in samples(write_tar(folder / "s.tar", members))] == names
+    assert [sample.id for sample in read_valid(write_tar(folder / "s.tar", members))] == names
     assert [path.name for path in tmp_path.rglob("*")] == ["in", "s.tar"]
 
 
@@ -129,18 +129,18 @@ def test_links_in_a_tar_are_not_followed(tmp_path: Path) -> None:
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, str(secret)
             tar.addfile(member)
-        tar.addfile(_directory("folder"))
-    assert rejects(tmp_path / "s.tar") == dict.fromkeys(["sym.jpg", "hard.jpg", "fifo.jpg"], "not a plain file")
+        tar.addfile(directory_member("folder"))
+    assert reject_reasons(tmp_path / "s.tar") == dict.fromkeys(["sym.jpg", "hard.jpg", "fifo.jpg"], "not a plain file")
 
 
-def _directory(name: str) -> tarfile.TarInfo:
+def directory_member(name: str) -> tarfile.TarInfo:
     member = tarfile.TarInfo(name)
     member.type = tarfile.DIRTYPE
     return member
 
 
 @pytest.mark.parametrize("lost", ["the last third", "the end mark", "a header in the middle"])
-def test_a_damaged_tar_gives_what_it_has_and_says_so(tmp_path: Path, lost: str) -> None:
+def test_a_damaged_tar_is_read_up_to_the_damage_and_reported(tmp_path: Path, lost: str) -> None:
     members = [(f"{i}.{kind}", data) for i in range(30) for kind, data in (("jpg", JPG), ("txt", b"c"))]
     source = write_tar(tmp_path / "s.tar", members)
     data = bytearray(source.read_bytes())
@@ -153,20 +153,20 @@ def test_a_damaged_tar_gives_what_it_has_and_says_so(tmp_path: Path, lost: str) 
     else:
         data[middle.offset : middle.offset + 512] = b"x" * 512
     source.write_bytes(data)
-    found = read(source)
+    found = read_items(source)
     whole = [item.id for item in found if isinstance(item, Sample)]
     assert whole == [str(i) for i in range(len(whole))]
     assert len(whole) == (30 if lost == "the end mark" else 20 if lost == "a header in the middle" else len(whole))
     assert len(whole) >= 15
-    assert "s.tar" in rejects(source)
-    assert "the archive breaks off" in rejects(source)["s.tar"]
+    assert "s.tar" in reject_reasons(source)
+    assert "the archive breaks off" in reject_reasons(source)["s.tar"]
 
 
 @pytest.mark.parametrize("data", [b"", b"hello" * 300, JPG])
-def test_what_is_no_tar_is_refused(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_is_no_tar_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "s.tar").write_bytes(data)
     with pytest.raises(DataError, match=r"^s\.tar is not a plain \.tar file"):
-        read(tmp_path / "s.tar")
+        read_items(tmp_path / "s.tar")
 
 
 def test_other_sources_are_refused(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_other_sources_are_refused(tmp_path: Path) -> None:
 # --- folders
 
 
-def folder_of(path: Path, lines: str, **files: bytes) -> Path:
+def write_folder(path: Path, lines: str, **files: bytes) -> Path:
     path.mkdir()
     (path / "captions.csv").write_text(lines, encoding="utf-8")
     for name, data in files.items():
@@ -188,57 +188,55 @@ def folder_of(path: Path, lines: str, **files: bytes) -> Path:
 
 def test_a_folder_is_read_by_its_captions_csv(tmp_path: Path) -> None:
     lines = '\ufefffile,caption,price\na.jpg,"red, ripe",3\nb.jpg,grün,\n'
-    assert samples(folder_of(tmp_path / "f", lines, a=JPG, b=PNG)) == [
+    assert read_valid(write_folder(tmp_path / "f", lines, a=JPG, b=PNG)) == [
         Sample("a.jpg", JPG, "red, ripe", {"price": "3"}),
         Sample("b.jpg", PNG, "grün", {"price": ""}),
     ]
 
 
 def test_ids_and_templates_come_from_columns(tmp_path: Path) -> None:
-    source = folder_of(tmp_path / "f", "filepath,id,class\na.jpg,sku-1,pear\n", a=JPG)
-    assert samples(source, "a photo of a {class}") == [
+    source = write_folder(tmp_path / "f", "filepath,id,class\na.jpg,sku-1,pear\n", a=JPG)
+    assert read_valid(source, "a photo of a {class}") == [
         Sample("sku-1", JPG, "a photo of a pear", {"filepath": "a.jpg", "class": "pear"})
     ]
 
 
 def test_a_csv_without_its_columns_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"file \(or filepath\) and caption are needed"):
-        read(folder_of(tmp_path / "f", "name,text\na.jpg,c\n"))
+        read_items(write_folder(tmp_path / "f", "name,text\na.jpg,c\n"))
     with pytest.raises(DataError, match="no table of captions"):
         (tmp_path / "empty").mkdir()
-        read(tmp_path / "empty")
+        read_items(tmp_path / "empty")
 
 
 def test_files_outside_the_folder_are_never_opened(tmp_path: Path) -> None:
     (tmp_path / "secret.jpg").write_bytes(JPG)
     lines = f"file,caption\n../secret.jpg,c\n{tmp_path}/secret.jpg,c\nlink.jpg,c\nup/secret.jpg,c\ninside.jpg,c\n"
-    source = folder_of(tmp_path / "f", lines, real=JPG)
+    source = write_folder(tmp_path / "f", lines, real=JPG)
     (source / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     (source / "up").symlink_to(tmp_path)
-    (source / "inside.jpg").symlink_to(source / "real.jpg")  # a link that stays inside is fine
-    assert [item.id for item in read(source) if isinstance(item, Sample)] == ["inside.jpg"]
-    assert set(rejects(source).values()) == {"it is not a file within the folder"}
+    (source / "inside.jpg").symlink_to(source / "real.jpg")  # a link within the folder is allowed
+    assert [item.id for item in read_items(source) if isinstance(item, Sample)] == ["inside.jpg"]
+    assert set(reject_reasons(source).values()) == {"it is not a file within the folder"}
 
 
-def test_bad_lines_are_rejected_and_the_rest_read(tmp_path: Path) -> None:
+def test_bad_lines_are_rejected_and_the_others_read(tmp_path: Path) -> None:
     lines = "file,caption\ngone.jpg,c\n,c\na.jpg,\n.,c\nn\0ul.jpg,c\nshort.jpg\na.jpg,good,surplus\n"
-    source = folder_of(tmp_path / "f", lines, a=JPG)
-    found = read(source)
+    source = write_folder(tmp_path / "f", lines, a=JPG)
+    found = read_items(source)
     assert [item.caption for item in found if isinstance(item, Sample)] == ["good"]
     assert len(found) == 7
 
 
 def test_a_csv_in_another_encoding_is_refused(tmp_path: Path) -> None:
-    source = folder_of(tmp_path / "f", "", a=JPG)
+    source = write_folder(tmp_path / "f", "", a=JPG)
     (source / "captions.csv").write_bytes("file,caption\na.jpg,café\n".encode("latin-1"))
     with pytest.raises(DataError, match="UTF-8"):
-        read(source)
+        read_items(source)
 
 
-def test_reading_is_a_stream(tmp_path: Path) -> None:
-    """The first sample comes before the rest is read: a tar of a million pairs must not fill
-    memory.
-    """
+def test_samples_are_read_one_by_one(tmp_path: Path) -> None:
+    """The first sample is returned before the others are read, so that memory stays bounded."""
     source = write_tar(
         tmp_path / "s.tar", [(f"{i}.{kind}", data) for i in range(3) for kind, data in (("jpg", JPG), ("txt", b"c"))]
     )
@@ -247,7 +245,7 @@ def test_reading_is_a_stream(tmp_path: Path) -> None:
     assert not isinstance(stream, list | io.IOBase)
 
 
-# --- real photos, where they are
+# --- real data sets, where they are available
 
 DATA = Path(os.environ.get("RECO_DATA", Path(__file__).parents[4] / "shared" / "data"))
 
@@ -260,10 +258,10 @@ TARS = [
 
 
 @pytest.mark.parametrize(("tar", "caption", "count"), TARS)
-def test_real_tars_are_read_whole(tar: str, caption: str | None, count: int) -> None:
+def test_real_tars_are_read_completely(tar: str, caption: str | None, count: int) -> None:
     if not (DATA / tar).is_file():
         pytest.skip(f"{tar} is not under RECO_DATA or ../shared/data")
-    found = samples(DATA / tar, caption)
+    found = read_valid(DATA / tar, caption)
     assert len(found) == len({sample.id for sample in found}) == count
     assert read_image(found[0].image).mode == "RGB"
     assert all(sample.caption for sample in found)

@@ -19,28 +19,28 @@ JPG = image_bytes(picture(0), "JPEG")
 PNG = image_bytes(picture(1), "PNG")
 
 
-def folder_of(path: Path) -> Path:
+def write_images(path: Path) -> Path:
     path.mkdir()
     (path / "a.jpg").write_bytes(JPG)
     (path / "b.jpg").write_bytes(PNG)
     return path
 
 
-def jsonl_of(path: Path, *lines: object) -> Path:
+def write_jsonl(path: Path, *lines: object) -> Path:
     text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
-    (folder_of(path) / "captions.jsonl").write_text(text)
+    (write_images(path) / "captions.jsonl").write_text(text)
     return path
 
 
-def parquet_of(path: Path, columns: dict[str, Any]) -> Path:
-    parquet.write_table(pa.table(columns), folder_of(path) / "captions.parquet")
+def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
+    parquet.write_table(pa.table(columns), write_images(path) / "captions.parquet")
     return path
 
 
-def test_json_lines(tmp_path: Path) -> None:
+def test_json_lines_are_read(tmp_path: Path) -> None:
     found = list(
         read_samples(
-            jsonl_of(
+            write_jsonl(
                 tmp_path / "f",
                 {"file": "a.jpg", "caption": " red ", "price": 3, "tags": ["x"], "score": float("nan")},
                 "",
@@ -67,7 +67,7 @@ def test_json_lines(tmp_path: Path) -> None:
     ]
 
 
-def test_parquet_becomes_plain_json(tmp_path: Path) -> None:
+def test_parquet_values_become_json_values(tmp_path: Path) -> None:
     noon = datetime.datetime(2026, 11, 22, 12, tzinfo=datetime.UTC)
     columns = {
         "file": ["a.jpg", "b.jpg"],
@@ -82,7 +82,7 @@ def test_parquet_becomes_plain_json(tmp_path: Path) -> None:
         "bytes": [b"\xff\xfe", b"text"],
         "__index_level_0__": [5, 6],
     }
-    found = list(read_samples(parquet_of(tmp_path / "f", columns)))
+    found = list(read_samples(write_parquet(tmp_path / "f", columns)))
     assert found[1] == Reject("b.jpg", "no caption")
     assert isinstance(found[0], Sample)
     assert found[0].id == "7"
@@ -99,12 +99,12 @@ def test_parquet_becomes_plain_json(tmp_path: Path) -> None:
     json.dumps(found[0].metadata, allow_nan=False)
 
 
-def test_tables_that_cannot_be_read_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_unreadable_tables_are_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"captions\.parquet of f has the columns \['name'\]: file \(or filepath\) and caption"
     ):
-        list(read_samples(parquet_of(tmp_path / "f", {"name": ["a"]})))
-    (folder_of(tmp_path / "g") / "captions.parquet").write_bytes(b"PAR1 and no more")
+        list(read_samples(write_parquet(tmp_path / "f", {"name": ["a"]})))
+    (write_images(tmp_path / "g") / "captions.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(DataError, match="not a readable parquet file") as refused:
         list(read_samples(tmp_path / "g"))
     assert "\n" not in str(refused.value)
@@ -114,7 +114,7 @@ def test_tables_that_cannot_be_read_are_refused_in_one_line(tmp_path: Path) -> N
         read_samples(tmp_path / "g")
 
 
-def test_what_img2dataset_writes_is_read_by_folder_or_by_glob(tmp_path: Path) -> None:
+def test_the_output_of_img2dataset_is_read_by_folder_or_by_glob(tmp_path: Path) -> None:
     record = {
         "url": "https://x/1.jpg",
         "key": "000000000",
@@ -147,7 +147,7 @@ def test_what_img2dataset_writes_is_read_by_folder_or_by_glob(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("skip", [0, 1, 4, 7, 11, SKIP_ALL])
-def test_items_passed_over_are_the_same_items_without_their_images(tmp_path: Path, skip: int) -> None:
+def test_skipped_items_are_the_same_items_without_their_images(tmp_path: Path, skip: int) -> None:
     tar = write_tar(
         tmp_path / "s.tar",
         [
@@ -162,10 +162,10 @@ def test_items_passed_over_are_the_same_items_without_their_images(tmp_path: Pat
     )
     with tarfile.open(tar) as whole_tar:
         end = whole_tar.getmembers()[-1].offset_data
-    os.truncate(tar, end + 512)  # the archive breaks off after its last member
+    os.truncate(tar, end + 512)  # the end mark is missing
     sources = [
         tar,
-        jsonl_of(tmp_path / "f", {"file": "a.jpg", "caption": "c"}, "[]", {"file": "b.jpg", "caption": "d"}),
+        write_jsonl(tmp_path / "f", {"file": "a.jpg", "caption": "c"}, "[]", {"file": "b.jpg", "caption": "d"}),
     ]
     whole, rest = list(read_all(sources)), list(read_all(sources, skip=skip))
     assert len(whole) >= 9
