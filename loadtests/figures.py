@@ -26,7 +26,7 @@ from loadtests.calls import Call, image_call, open_client, run_to_end, text_call
 from loadtests.closed_loop import closed_loop
 from loadtests.report import ROOT, Goal, quantiles, table
 from loadtests.serving import service
-from loadtests.steady import Sample, drive, schedule
+from loadtests.steady import TimedRequest, drive, schedule
 from loadtests.yardstick import Yardstick
 
 __all__ = [
@@ -305,7 +305,7 @@ def middle(values: Sequence[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
 
 
-async def _flooded(url: str, calls: Sequence[Call], moments: Sequence[float]) -> list[Sample]:
+async def _flooded(url: str, calls: Sequence[Call], moments: Sequence[float]) -> list[TimedRequest]:
     async with open_client(url, timeout_s=300.0) as client:
         return await drive(client, calls, [1.0] * len(calls), moments, seed=0)
 

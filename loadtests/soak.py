@@ -22,7 +22,7 @@ from loadtests.calls import open_client, run_to_end
 from loadtests.gauges import Held, growth, held
 from loadtests.picture import draw_soak
 from loadtests.report import Goal, environment, judged, quantiles, told, write
-from loadtests.steady import Sample, add_load, drive, photos_of, prepare, schedule, show, summarise
+from loadtests.steady import TimedRequest, add_load, drive, photos_of, prepare, schedule, show, summarise
 
 GROWTH = 0.03
 SLOWER = 1.5
@@ -40,7 +40,7 @@ async def watch(client: httpx.AsyncClient, every: float) -> list[tuple[float, He
         return readings
 
 
-async def run(arguments: argparse.Namespace) -> tuple[list[Sample], list[tuple[float, Held]]]:
+async def run(arguments: argparse.Namespace) -> tuple[list[TimedRequest], list[tuple[float, Held]]]:
     """Every request of the whole time, and the readings beside it, those of the warm-up
     left out.
     """
@@ -55,7 +55,7 @@ async def run(arguments: argparse.Namespace) -> tuple[list[Sample], list[tuple[f
     return samples, [(at, reading) for at, reading in readings if at >= arguments.warmup]
 
 
-def fifths(samples: Sequence[Sample], warmup: float) -> list[dict[str, float]]:
+def fifths(samples: Sequence[TimedRequest], warmup: float) -> list[dict[str, float]]:
     """Latency quantiles of each fifth of the time after the warm-up."""
     counted = sorted(
         (sample for sample in samples if sample.due >= warmup and sample.status == 200), key=lambda sample: sample.due

@@ -37,8 +37,8 @@ TEXTS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One request.
+class TimedRequest:
+    """The times and status of one request.
 
     due, sent, done: seconds since the start; stages: the service's own account of it.
     """
@@ -86,16 +86,16 @@ def schedule(rate: float, seconds: float, arrivals: str, seed: int) -> list[floa
 
 async def drive(
     client: httpx.AsyncClient, calls: Sequence[Call], weights: Sequence[float], moments: Sequence[float], seed: int
-) -> list[Sample]:
+) -> list[TimedRequest]:
     """Send one call at each moment, whatever has become of the ones before."""
     chance = random.Random(seed)
-    samples: list[Sample] = []
+    samples: list[TimedRequest] = []
     start = time.perf_counter()
 
     async def fire(call: Call, due: float) -> None:
         sent = time.perf_counter() - start
         reply = await send(client, call)
-        samples.append(Sample(call.route, due, sent, time.perf_counter() - start, reply.status, reply.stages))
+        samples.append(TimedRequest(call.route, due, sent, time.perf_counter() - start, reply.status, reply.stages))
 
     async with asyncio.TaskGroup() as tasks:
         for due in moments:
@@ -104,7 +104,7 @@ async def drive(
     return samples
 
 
-def summarise(samples: Sequence[Sample], warmup: float) -> dict[str, Any]:
+def summarise(samples: Sequence[TimedRequest], warmup: float) -> dict[str, Any]:
     """Per route and for all: counts, failures by status, latency from the due time, stages.
 
     Requests due in the warm-up do not count.
@@ -114,7 +114,7 @@ def summarise(samples: Sequence[Sample], warmup: float) -> dict[str, Any]:
     return {route: _of([s for s in counted if route in ("all", s.route)]) for route in ["all", *routes]}
 
 
-def _of(samples: Sequence[Sample]) -> dict[str, Any]:
+def _of(samples: Sequence[TimedRequest]) -> dict[str, Any]:
     good = [s for s in samples if s.status == 200]
     span = max((s.done for s in samples), default=0.0) - min((s.due for s in samples), default=0.0)
     names = {name for s in good for name in s.stages}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from loadtests import ramp, soak
-from loadtests.steady import Sample
+from loadtests.steady import TimedRequest
 from loadtests.tests.conftest import Scripted
 
 
@@ -106,7 +106,7 @@ def test_a_soak_tells_of_memory_that_grows(
 
 
 def test_fifths_are_of_the_time_after_the_warm_up() -> None:
-    samples = [Sample("embed/text", due, due, due + (1 if due < 8 else 3), 200, {}) for due in range(2, 12)]
+    samples = [TimedRequest("embed/text", due, due, due + (1 if due < 8 else 3), 200, {}) for due in range(2, 12)]
     assert [fifth["p50"] for fifth in soak.fifths(samples, warmup=2)] == [1000, 1000, 1000, 3000, 3000]
 
 

@@ -7,14 +7,14 @@ from itertools import pairwise
 import pytest
 
 from loadtests.calls import open_client
-from loadtests.steady import Sample, drive, prepare, schedule, show, summarise
+from loadtests.steady import TimedRequest, drive, prepare, schedule, show, summarise
 from loadtests.tests.conftest import Scripted, Stall
 
 PHOTOS = [b"one", b"two"]
 
 
-def run(url: str, moments: list[float], mix: str = "embed/image") -> list[Sample]:
-    async def go() -> list[Sample]:
+def run(url: str, moments: list[float], mix: str = "embed/image") -> list[TimedRequest]:
+    async def go() -> list[TimedRequest]:
         calls, weights = prepare(PHOTOS, mix)
         async with open_client(url) as client:
             return await drive(client, calls, weights, moments, seed=0)
@@ -61,7 +61,7 @@ def test_a_service_that_is_gone_is_a_failure_not_a_traceback(nowhere: str) -> No
 
 
 def test_warm_up_does_not_count() -> None:
-    samples = [Sample("embed/image", due, due, due + 1, 200, {}) for due in (0.0, 1.0, 2.0, 3.0)]
+    samples = [TimedRequest("embed/image", due, due, due + 1, 200, {}) for due in (0.0, 1.0, 2.0, 3.0)]
     assert summarise(samples, 2)["all"]["sent"] == 2
 
 
