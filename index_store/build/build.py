@@ -1,4 +1,6 @@
-"""Pairs in, a finished version out: everything beside the store's eyes, the manifest last, then one rename."""
+"""Pairs in, a finished version out: everything beside the store's eyes, the manifest last, then one
+rename.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -33,13 +35,16 @@ def build_version(
     parent: str | None = None,
     source: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
 ) -> Manifest:
-    """Write the pairs of all blocks as one new version of a memory, and return its manifest; it is not activated.
+    """Write the pairs of all blocks as one new version of a memory, and return its manifest; it is
+    not activated.
 
-    blocks: the pairs, or a Job: then a second run of the same job goes on where this one was stopped, and what was left out is listed
-    in rejects-VERSION.jsonl beside the version.  version: None takes the next free name of today, or the one that the job was building.
+    blocks: the pairs, or a Job: then a second run of the same job goes on where this one was
+    stopped, and what was left out is listed in rejects-VERSION.jsonl beside the version.  version:
+    None takes the next free name of today, or the one that the job was building.
     kinds: what each side's search compares.  index: "auto" or a faiss factory string.
-    source: free JSON for the manifest; a callable is asked once all blocks are read, when the counts are known.
-    Whatever stops it, a kill included, leaves no version: neither listed nor openable, and a second run succeeds.
+    source: free JSON for the manifest; a callable is asked once all blocks are read, when the
+    counts are known. Whatever stops it, a kill included, leaves no version: neither listed nor
+    openable, and a second run succeeds.
     """
     job = (
         blocks.digest(encoder=encoder, kinds=dict(kinds), shard_pairs=shard_pairs)
@@ -66,7 +71,9 @@ def build_version(
 
 
 def _chosen(store: Store, name: str, version: str | None, job: str) -> str:
-    """The version asked for, else the one that an interrupted run of this job was building, else the next name; free of deleted ones."""
+    """The version asked for, else the one that an interrupted run of this job was building, else
+    the next name; free of deleted ones.
+    """
     store.remove_deleted(name)
     if version is not None:
         return check_version_name(version)
@@ -74,7 +81,8 @@ def _chosen(store: Store, name: str, version: str | None, job: str) -> str:
 
 
 def _published(work: Path, indexed: Manifest, written: Iterable[str]) -> Manifest:
-    """Everything onto the disk, the manifest last, then the one rename that makes the version exist.
+    """Everything onto the disk, the manifest last, then the one rename that makes the version
+    exist.
 
     written: the files that came after those of the shards.
     """

@@ -1,4 +1,6 @@
-"""A builder's notes: how much of what lies on the disk counts, so that a killed or stopped build goes on instead of beginning anew."""
+"""A builder's notes: how much of what lies on the disk counts, so that a killed or stopped build
+goes on instead of beginning anew.
+"""
 
 import json
 import logging
@@ -27,7 +29,8 @@ KEPT_ROWS = 8192  # rows of one block given back to a source that goes on
 class Progress:
     """What counts. Everything on the disk beyond it is cut off by the next run.
 
-    job: digest.  items, rejected: of the source.  dim, keys, id_kind: as in the manifest.  shards: the finished ones.
+    job: digest.  items, rejected: of the source.  dim, keys, id_kind: as in the manifest.  shards:
+    the finished ones.
     files: theirs.  filled: rows of the shard after them, 0 where none was begun.
     """
 
@@ -59,7 +62,9 @@ class Progress:
 
 
 def earlier_progress(work: Path, job: BuildSource, digest: str) -> Progress | None:
-    """How far an earlier run of this job came in this folder; None where the build begins anew, which is logged where work is lost."""
+    """How far an earlier run of this job came in this folder; None where the build begins anew,
+    which is logged where work is lost.
+    """
     if not (work / PROGRESS).exists():
         return None
     found = _read(work)
@@ -101,7 +106,10 @@ def keep_only(work: Path, progress: Progress) -> None:
 
 
 class BuildCheckpoint:
-    """The notes of one run. `note` after every step is cheap; `save` waits for the disk, and is what a kill leaves."""
+    """The notes of one run.
+
+    `note` after every step is cheap; `save` waits for the disk, and is what a kill leaves.
+    """
 
     def __init__(self, work: Path, job: BuildSource, digest: str, earlier: Progress | None) -> None:
         self._work, self._job, self._digest = work, job, digest
@@ -122,7 +130,9 @@ class BuildCheckpoint:
         self._rejected += len(step.rejects)
 
     def settle(self, **stored: Any) -> None:
-        """From here on a run may go on after this step.  stored: the fields of Progress that the shards answer for."""
+        """From here on a run may go on after this step.  stored: the fields of Progress that the
+        shards answer for.
+        """
         self._settled = Progress(job=self._digest, items=self._items, rejected=self._rejected, **stored)
 
     def due(self) -> bool:
@@ -135,7 +145,10 @@ class BuildCheckpoint:
         return enough or waited >= self._job.every_s or len(self._settled.shards) > shards
 
     def save(self) -> None:
-        """Sync everything that is settled, then say so in one step. The shard's own rows must have been flushed."""
+        """Sync everything that is settled, then say so in one step.
+
+        The shard's own rows must have been flushed.
+        """
         if self._settled is None or self._settled == self._saved:
             return
         with translate_write_errors(self._work.parent.name):
@@ -149,7 +162,9 @@ class BuildCheckpoint:
         self._saved, self._saved_at = self._settled, time.monotonic()
 
     def publish_rejects(self, target: Path) -> None:
-        """Put the list of rejects, whole, where people look for it; none where nothing was rejected."""
+        """Put the list of rejects, whole, where people look for it; none where nothing was
+        rejected.
+        """
         with translate_write_errors(target.name):
             self._rejects.flush()
             if not self._rejected:
@@ -216,7 +231,9 @@ def _kept(work: Path, progress: Progress) -> Iterator[Kept]:
 
 
 def _line(reject: Reject) -> bytes:
-    """For people to read; half a surrogate pair, as in a name that was not UTF-8, becomes its JSON escape."""
+    """For people to read; half a surrogate pair, as in a name that was not UTF-8, becomes its JSON
+    escape.
+    """
     return json.dumps(asdict(reject), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
@@ -233,7 +250,9 @@ def _row_files(keys: dict[Side, dict[str, Any]]) -> list[str]:
 
 
 def _whole(work: Path, progress: Progress) -> bool:
-    """True where every row that counts is really there: a disk that lost power may have lost more than the notes know."""
+    """True where every row that counts is really there: a disk that lost power may have lost more
+    than the notes know.
+    """
     try:
         for folder, rows in progress.rows():
             for side in SIDES:

@@ -1,4 +1,6 @@
-"""Near-duplicates dropped on the way into a memory: a pair whose image and text both come close to an earlier one adds nothing."""
+"""Near-duplicates dropped on the way into a memory: a pair whose image and text both come close to
+an earlier one adds nothing.
+"""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -12,7 +14,8 @@ from index_store.build.source import Kept, Reject, SourceStep
 from index_store.errors import PairsRefused
 from index_store.types import Id, Pairs
 
-EXACT_PAIRS = 32_768  # up to here every kept pair is compared; beyond, those in the PROBES nearest of LISTS lists
+# up to here every kept pair is compared; beyond, those in the PROBES nearest of LISTS lists
+EXACT_PAIRS = 32_768
 LISTS = 512
 PROBES = 16
 ROUNDING = 1e-6  # float32 products of equal rows come out this much below 1
@@ -21,10 +24,11 @@ ROUNDING = 1e-6  # float32 products of equal rows come out this much below 1
 class Deduplicator:
     """What was kept so far, searched by image, judged by both sides.
 
-    Holds 6·D bytes per kept pair (3 KB at D = 512). Exact while at most EXACT_PAIRS are kept. Beyond that, an inverted file over the
-    images' vectors finds the candidates, trained once on the first EXACT_PAIRS. Measured
-    on 80,000 clustered pairs × 512: of 1,000 planted twins each at cosines 0.95, 0.98 and 0.999 none was missed (with half the PROBES,
-    0.1 % of those at 0.95). Whatever is dropped has been compared exactly.
+    Holds 6·D bytes per kept pair (3 KB at D = 512). Exact while at most EXACT_PAIRS are kept.
+    Beyond that, an inverted file over the images' vectors finds the candidates, trained once on the
+    first EXACT_PAIRS. Measured on 80,000 clustered pairs × 512: of 1,000 planted twins each at
+    cosines 0.95, 0.98 and 0.999 none was missed (with half the PROBES, 0.1 % of those at 0.95).
+    Whatever is dropped has been compared exactly.
     """
 
     def __init__(self, cosine: float) -> None:
@@ -45,7 +49,9 @@ class Deduplicator:
             self._keep(block.ids.tolist(), _unit(block.image), block.text)
 
     def filter(self, steps: Iterable[SourceStep]) -> Iterator[SourceStep]:
-        """The same steps, with every near-duplicate of an earlier pair turned into a reject that names it."""
+        """The same steps, with every near-duplicate of an earlier pair turned into a reject that
+        names it.
+        """
         for step in steps:
             yield step if step.pairs is None or not len(step.pairs) else self._filtered(step, step.pairs)
 
@@ -77,7 +83,9 @@ class Deduplicator:
         return replace(step, pairs=kept if good else None, rejects=(*step.rejects, *rejects))
 
     def _among_kept(self, image: np.ndarray, text: np.ndarray) -> list[tuple[float, Id]]:
-        """For each row the lesser cosine to its best twin among the kept, and that one's id; -1 where there is none."""
+        """For each row the lesser cosine to its best twin among the kept, and that one's id; -1
+        where there is none.
+        """
         found: list[tuple[float, Id]] = [(-1.0, "")] * len(image)
         if self._index is None:
             return found
@@ -120,10 +128,13 @@ class Deduplicator:
 
 
 def _twins(image: np.ndarray, text: np.ndarray, least: float) -> dict[int, list[tuple[int, float]]]:
-    """For each row of a block that has any, the earlier rows of it that both sides come close to, with the lesser cosine."""
+    """For each row of a block that has any, the earlier rows of it that both sides come close to,
+    with the lesser cosine.
+    """
     near = np.argwhere(np.tril(image @ image.T, -1) >= least)  # (M, 2) row, earlier row
     rows, others = near.T
-    both = np.minimum(*(np.einsum("md,md->m", side[rows], side[others]) for side in (image, text)))  # (M,)
+    # (M,)
+    both = np.minimum(*(np.einsum("md,md->m", side[rows], side[others]) for side in (image, text)))
     found: dict[int, list[tuple[int, float]]] = {}
     for row, other, cosine in zip(rows.tolist(), others.tolist(), both.tolist(), strict=True):
         if cosine >= least:

@@ -1,4 +1,6 @@
-"""The pairs of a finished version read back, block by block, so that another version is made of them without encoding anything."""
+"""The pairs of a finished version read back, block by block, so that another version is made of
+them without encoding anything.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -24,7 +26,8 @@ def is_version(path: Path) -> bool:
 
 
 def stored_manifest(path: Path, *, encoder: str, kinds: Mapping[Side, KeyKind]) -> Manifest:
-    """The manifest of a version whose pairs may go into one of this encoder and these keys; refused before anything is built.
+    """The manifest of a version whose pairs may go into one of this encoder and these keys; refused
+    before anything is built.
 
     Edits made on it online are no part of it; that they are left out is logged.
     """
@@ -50,9 +53,11 @@ def stored_manifest(path: Path, *, encoder: str, kinds: Mapping[Side, KeyKind]) 
 def stored_steps(
     path: Path, manifest: Manifest, *, kinds: Mapping[Side, KeyKind], seen: set[Id], skip: int = 0
 ) -> Iterator[SourceStep]:
-    """Every pair of a verified version in the order of its rows, edits made online apart: fold those in by compacting first.
+    """Every pair of a verified version in the order of its rows, edits made online apart: fold
+    those in by compacting first.
 
-    seen: ids taken so far, added to; a pair whose id is among them is rejected.  skip: rows passed over, of which only the ids are read.
+    seen: ids taken so far, added to; a pair whose id is among them is rejected.  skip: rows passed
+    over, of which only the ids are read.
     """
     verify(path, manifest)
     for shard in manifest.shards:

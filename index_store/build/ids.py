@@ -6,16 +6,20 @@ from index_store.errors import PairsRefused
 
 
 class SeenIds:
-    """The ids of a build so far, as sorted runs of growing length; a set of a million strings would take ten times the room.
+    """The ids of a build so far, as sorted runs of growing length; a set of a million strings would
+    take ten times the room.
 
-    State: the runs, each more than twice as long as the next, so that an id is moved log2(N) times at most.
+    State: the runs, each more than twice as long as the next, so that an id is moved log2(N) times
+    at most.
     """
 
     def __init__(self) -> None:
         self._runs: list[np.ndarray] = []
 
     def add(self, ids: np.ndarray) -> None:
-        """Remember the ids of a block, or PairsRefused where one came before.  ids: (R,) int64, str, or bytes as stored."""
+        """Remember the ids of a block, or PairsRefused where one came before.  ids: (R,) int64,
+        str, or bytes as stored.
+        """
         if not len(ids):
             return
         block = np.sort(np.char.encode(ids, "utf-8") if ids.dtype.kind == "U" else ids)

@@ -21,20 +21,27 @@ from index_store.storage.manifest import Manifest, index_file
 from index_store.types import SIDES, Side
 
 AUTO, FLAT = "auto", "Flat"
-FLAT_PAIRS = 50_000  # up to here an exact search of 512-wide rows stays within a few milliseconds of a core
-FLAT_MOST = 2_000_000  # flat rows are float32 in memory: beyond this, lists are kept even where they are no faster
+# up to here an exact search of 512-wide rows stays within a few milliseconds of a core
+FLAT_PAIRS = 50_000
+# flat rows are float32 in memory: beyond this, lists are kept even where they are no faster
+FLAT_MOST = 2_000_000
 SMALL_SHARD = 5_000  # a last shard this short is not worth lists of its own
 REMEDY = "try auto, Flat, SQfp16 or IVF1024,SQfp16"
 TRAIN_ROWS_PER_LIST = 64  # faiss warns below 39 and gains little above
-TRAIN_ROWS = 1 << 14  # at least, for what else is learned: the 256 codes of a product quantizer want 39 rows each
+# at least, for what else is learned: the 256 codes of a product quantizer want 39 rows each
+TRAIN_ROWS = 1 << 14
 CHEAP = (
-    16  # lists this many times faster than a flat search need no finer ones, which take several times as long to build
+    # lists this many times faster than a flat search need no finer ones, which take several times
+    # as long to build
+    16
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Indexed:
-    """Indexes as they stand on disk, and what was measured of them: `best` is the setting that serves."""
+    """Indexes as they stand on disk, and what was measured of them: `best` is the setting that
+    serves.
+    """
 
     recipe: str
     files: list[str]
@@ -44,10 +51,12 @@ class Indexed:
 
 
 def candidates(asked: str, shard: int, memory: int) -> list[str]:
-    """Faiss factory strings to try, the cheapest to build first: what is asked for or, for "auto", by the pairs of shard and memory.
+    """Faiss factory strings to try, the cheapest to build first: what is asked for or, for "auto",
+    by the pairs of shard and memory.
 
-    Exact, or about sqrt(N) lists, and four times as many. Their rows are float16 as stored: the same scores as "IVF…,Flat" from half
-    the bytes and, since a search waits for memory, in half the time.
+    Exact, or about sqrt(N) lists, and four times as many. Their rows are float16 as stored: the
+    same scores as "IVF…,Flat" from half the bytes and, since a search waits for memory, in half the
+    time.
     """
     if asked != AUTO:
         return [asked]
@@ -64,12 +73,15 @@ def check_recipe(asked: str, widths: Sequence[int]) -> None:
 
 
 def index_version(work: Path, draft: Manifest) -> tuple[Manifest, list[str]]:
-    """Index every shard under `work` and store probe queries; the draft with `index` and `recall` as measured, and the files written."""
+    """Index every shard under `work` and store probe queries; the draft with `index` and `recall`
+    as measured, and the files written.
+    """
     try:
         done = _first_shard(work, draft)
         if len(draft.shards) > 1:
             done = _other_shards(work, draft, done)
-    except RuntimeError as error:  # a recipe that faiss makes, and then does not add to or search as others
+    # a recipe that faiss makes, and then does not add to or search as others
+    except RuntimeError as error:
         raise RecipeRefused(
             f"{draft.index['asked']} cannot be filled or searched ({faiss_message(error)}): {REMEDY}"
         ) from error
@@ -93,7 +105,9 @@ def index_version(work: Path, draft: Manifest) -> tuple[Manifest, list[str]]:
 
 
 def _first_shard(work: Path, draft: Manifest) -> Indexed:
-    """Try the candidates on the first shard until one is cheap; leave the faster one there, or none where a flat search is no slower."""
+    """Try the candidates on the first shard until one is cheap; leave the faster one there, or none
+    where a flat search is no slower.
+    """
     floor, shard = draft.recall["floor"], draft.shards[0]
     recipe, *finer = candidates(draft.index["asked"], shard["pairs"], draft.pairs)
     files = _write_indexes(work, draft, shard, recipe)
@@ -112,7 +126,9 @@ def _first_shard(work: Path, draft: Manifest) -> Indexed:
 
 
 def _finer(work: Path, draft: Manifest, coarse: Indexed, clock: Clock, recipe: str, limit_ms: float) -> Indexed:
-    """Try more lists on the first shard, and go back to the fewer where these are not the faster."""
+    """Try more lists on the first shard, and go back to the fewer where these are not the
+    faster.
+    """
     shard, floor = draft.shards[0], draft.recall["floor"]
     files = _write_indexes(work, draft, shard, recipe)
     best, points = settle(
@@ -121,7 +137,8 @@ def _finer(work: Path, draft: Manifest, coarse: Indexed, clock: Clock, recipe: s
     fine = Indexed(recipe, files, coarse.questions, best, points)
     faster = min(coarse, fine, key=lambda tried: (tried.best.sure < floor, tried.best.ms))
     if faster is coarse:
-        _write_indexes(work, draft, shard, coarse.recipe)  # training is seeded: the same index as before
+        # training is seeded: the same index as before
+        _write_indexes(work, draft, shard, coarse.recipe)
     return dataclasses.replace(faster, curve=[*coarse.curve, *points])
 
 
@@ -133,7 +150,9 @@ def _flat(work: Path, done: Indexed) -> Indexed:
 
 
 def _other_shards(work: Path, draft: Manifest, first: Indexed) -> Indexed:
-    """The first shard's recipe for the others, and the whole memory measured: the curve is then of all shards together."""
+    """The first shard's recipe for the others, and the whole memory measured: the curve is then of
+    all shards together.
+    """
     files = list(first.files)
     for shard in draft.shards[1:]:
         recipe = _likewise(draft, shard, first.recipe)
@@ -184,7 +203,8 @@ def _write_indexes(
 def _write_index(path: Path, side: Side, keys: np.ndarray, recipe: str, *, may_stay_flat: bool) -> list[str]:
     """Train and write one index; the names written, none where the rows are searched flat.
 
-    keys: (N, Dk) float16.  may_stay_flat: a last, short shard with too few rows to train on is left flat.
+    keys: (N, Dk) float16.  may_stay_flat: a last, short shard with too few rows to train on is left
+    flat.
     """
     if recipe == FLAT:
         return []
@@ -217,7 +237,8 @@ def empty_index(recipe: str, width: int) -> faiss.Index:
     lists = faiss.try_extract_index_ivf(index)
     inner = None if lists is None else faiss.downcast_index(lists)
     if isinstance(inner, faiss.IndexIVFScalarQuantizer) and inner.sq.qtype == faiss.ScalarQuantizer.QT_fp16:
-        inner.by_residual = False  # the rows are float16 already: less a centroid, they would be rounded once more
+        # the rows are float16 already: less a centroid, they would be rounded once more
+        inner.by_residual = False
     return index
 
 

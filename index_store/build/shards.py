@@ -1,4 +1,6 @@
-"""Blocks in, shards on disk: rows are streamed into files as they come, and with a Job so that a killed builder goes on."""
+"""Blocks in, shards on disk: rows are streamed into files as they come, and with a Job so that a
+killed builder goes on.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -167,7 +169,9 @@ def _take(step: SourceStep, filling: VersionWriter, ledger: BuildCheckpoint) -> 
 
 
 def _finished(filling: VersionWriter, ledger: BuildCheckpoint, rejects: Path) -> Content:
-    """The last shard closed, all of it kept for a next run should making the indexes fail, and the rejects published."""
+    """The last shard closed, all of it kept for a next run should making the indexes fail, and the
+    rejects published.
+    """
     ledger.publish_rejects(rejects)
     if filling.stored() is None:
         first = ledger.first_reject()

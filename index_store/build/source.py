@@ -1,4 +1,6 @@
-"""What a build reads: blocks of pairs with what was left out between them, and how a stopped build goes on."""
+"""What a build reads: blocks of pairs with what was left out between them, and how a stopped build
+goes on.
+"""
 
 import hashlib
 import json
@@ -23,7 +25,8 @@ class Reject:
 class SourceStep:
     """What a source gives at once.
 
-    pairs: the next block, None where all was rejected.  items: how many of the source's items this step deals with, rejects included.
+    pairs: the next block, None where all was rejected.  items: how many of the source's items this
+    step deals with, rejects included.
     """
 
     pairs: Pairs | None
@@ -44,7 +47,8 @@ class Kept:
 class BuildProgress:
     """How far an earlier run of the same job came.
 
-    items: of the source, dealt with.  pairs: stored.  rejects: read from the disk when called.  kept: the rows stored, block by block.
+    items: of the source, dealt with.  pairs: stored.  rejects: read from the disk when called.
+    kept: the rows stored, block by block.
     """
 
     items: int = 0
@@ -57,9 +61,10 @@ class BuildProgress:
 class BuildSource:
     """A source that can be read on from where an earlier run stopped.
 
-    identity: JSON; two runs with the same are one job.  steps: told how far the earlier run came, the steps that remain.
-    fresh: forget the earlier run.  every_pairs, every_s: how much work a kill may cost; the first is not kept more often than
-    every second, since a checkpoint waits for the disk.
+    identity: JSON; two runs with the same are one job.  steps: told how far the earlier run came,
+    the steps that remain.
+    fresh: forget the earlier run.  every_pairs, every_s: how much work a kill may cost; the first
+    is not kept more often than every second, since a checkpoint waits for the disk.
     """
 
     identity: Mapping[str, Any]

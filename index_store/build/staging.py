@@ -1,4 +1,6 @@
-"""The hidden folder in which one builder works: owned by a lock, cleared, discarded, or left for the next run to go on from."""
+"""The hidden folder in which one builder works: owned by a lock, cleared, discarded, or left for
+the next run to go on from.
+"""
 
 import fcntl
 import os
@@ -11,7 +13,9 @@ from index_store.errors import PairsRefused, StoreBusy, StoreUnwritable, Version
 from index_store.storage.atomic import make_folder, translate_write_errors
 from index_store.storage.layout import partial_folder
 
-LOCK = ".lock"  # held by the living builder; the kernel lets go when it dies, so a dead one's leftover is told apart
+# held by the living builder; the kernel lets go when it dies, so a dead one's leftover is told
+# apart
+LOCK = ".lock"
 PROGRESS = ".progress.json"  # how much of the rest counts
 IDS = ".ids.jsonl"  # one line per pair stored
 REJECTS = ".rejects.jsonl"  # one line per item left out
@@ -22,12 +26,14 @@ NOTES = (LOCK, PROGRESS, IDS, REJECTS)  # the builder's own, no part of a versio
 def workplace(memory: Path, version: str) -> Iterator[Path]:
     """The hidden folder that this builder alone owns, with whatever an earlier one left in it.
 
-    Gone afterwards unless it was renamed into a version, or holds progress that a next run can go on from.
+    Gone afterwards unless it was renamed into a version, or holds progress that a next run can go
+    on from.
     """
     work = partial_folder(memory, version)
     with translate_write_errors(f"{memory.name}/{version}"):
         make_folder(memory)
-        work.mkdir(parents=True, exist_ok=True)  # a builder that gives up may take the folder away in between
+        # a builder that gives up may take the folder away in between
+        work.mkdir(parents=True, exist_ok=True)
         lock = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _own(lock, work, f"{memory.name}@{version}")
@@ -59,14 +65,18 @@ def clear(work: Path) -> None:
 
 
 def forget_notes(folder: Path) -> None:
-    """Remove the builder's own files from a finished version; where that fails they may as well stay."""
+    """Remove the builder's own files from a finished version; where that fails they may as well
+    stay.
+    """
     for name in NOTES:
         with suppress(OSError):
             (folder / name).unlink(missing_ok=True)
 
 
 def _own(lock: int, work: Path, ref: str) -> None:
-    """Take the lock, or StoreBusy; a lock file that is no longer in its place belonged to a builder that has just finished."""
+    """Take the lock, or StoreBusy; a lock file that is no longer in its place belonged to a builder
+    that has just finished.
+    """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(lock).st_ino == (work / LOCK).stat().st_ino:

@@ -1,4 +1,6 @@
-"""What a search costs and what it finds: one point per number of lists visited, and the cheapest that is good enough."""
+"""What a search costs and what it finds: one point per number of lists visited, and the cheapest
+that is good enough.
+"""
 
 import math
 import statistics
@@ -18,7 +20,9 @@ from index_store.types import SIDES, Side
 
 BATCH = 32  # queries timed together, as a busy service asks them
 TIMED = 4  # batches of the probe queries that are timed
-FINENESS = 4  # the search for the fewest lists ends within a quarter of them: their recall is known no better than that
+# the search for the fewest lists ends within a quarter of them: their recall is known no better
+# than that
+FINENESS = 4
 BLOCK = 1 << 15  # rows that the cost of a flat search is taken from
 
 Search = Callable[[np.ndarray], object]
@@ -28,7 +32,8 @@ Search = Callable[[np.ndarray], object]
 class Point:
     """One setting, measured on the probe queries.
 
-    recall: share of the exact answers found, per side.  sure: recall less one standard error, the worse side: what other queries will find.
+    recall: share of the exact answers found, per side.  sure: recall less one standard error, the
+    worse side: what other queries will find.
     ms: milliseconds per query in batches of 32, all threads, the mean of both sides.
     """
 
@@ -49,10 +54,12 @@ class Point:
 
 
 class Clock:
-    """What a search costs, told against a flat search of one block of rows that takes turns with it.
+    """What a search costs, told against a flat search of one block of rows that takes turns with
+    it.
 
-    A machine that others share is twice as fast in one minute as in the next: recipes measured minutes apart could not be compared by
-    the wall clock. Milliseconds are those that the block took when the clock was made.
+    A machine that others share is twice as fast in one minute as in the next: recipes measured
+    minutes apart could not be compared by the wall clock. Milliseconds are those that the block
+    took when the clock was made.
     """
 
     def __init__(self, fans: Mapping[Side, ShardedIndex], questions: Mapping[Side, ProbeQueries]) -> None:
@@ -75,7 +82,9 @@ class Clock:
         return statistics.median(ratios) * self._block_ms[side]
 
     def flat_ms(self, side: Side, pairs: int) -> float:
-        """What searching so many rows one by one would cost; converting all would take the memory that lists are to save."""
+        """What searching so many rows one by one would cost; converting all would take the memory
+        that lists are to save.
+        """
         return self._block_ms[side] * pairs / self._rows[side]
 
     def _batches(self, side: Side) -> Iterator[np.ndarray]:
@@ -87,8 +96,11 @@ class Clock:
 def measure(
     fans: Mapping[Side, ShardedIndex], questions: Mapping[Side, ProbeQueries], clock: Clock, recipe: str, probes: int
 ) -> Point:
-    """Answer the probe queries visiting `probes` lists, for their recall and then once more for the time."""
-    shares = {side: questions[side].recall_per_query(fans[side], probes) for side in SIDES}  # (P,) each
+    """Answer the probe queries visiting `probes` lists, for their recall and then once more for the
+    time.
+    """
+    # (P,) each
+    shares = {side: questions[side].recall_per_query(fans[side], probes) for side in SIDES}
     recall = {side: float(share.mean()) for side, share in shares.items()}
     sure = min(float(share.mean() - share.std() / math.sqrt(len(share))) for share in shares.values())
     times = [clock.ms(side, partial(fans[side].search, k=questions[side].k, probes=probes)) for side in SIDES]
@@ -104,9 +116,11 @@ def settle(
     floor: float,
     limit_ms: float = math.inf,
 ) -> tuple[Point, list[Point]]:
-    """The fewest lists whose recall surely reaches the floor, or what came nearest to it; and every point that was measured.
+    """The fewest lists whose recall surely reaches the floor, or what came nearest to it; and every
+    point that was measured.
 
-    Lists visited are doubled until they suffice, or cost `limit_ms` a query; then the last step is halved again and again.
+    Lists visited are doubled until they suffice, or cost `limit_ms` a query; then the last step is
+    halved again and again.
     """
     points: list[Point] = []
     for probes in _doubling(max(_lists(fans[side]) for side in SIDES)):
@@ -134,7 +148,9 @@ def flat_point(fans: Mapping[Side, ShardedIndex], clock: Clock, recipe: str) -> 
 
 
 def _fewest(points: Sequence[Point], floor: float) -> Point:
-    """The first point that surely reaches the floor; else the first that does on the probes; else the one of the best recall."""
+    """The first point that surely reaches the floor; else the first that does on the probes; else
+    the one of the best recall.
+    """
     for good in (lambda point: point.sure >= floor, lambda point: point.worst >= floor):
         found = next(filter(good, points), None)
         if found is not None:

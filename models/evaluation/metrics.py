@@ -46,7 +46,8 @@ def recall_at_k(scores: np.ndarray, relevant: np.ndarray, k: int) -> float:
 
     scores: (B, N) float.  relevant: (B, N) bool; a photo with five captions has five relevant
     columns.
-    >>> recall_at_k(np.array([[.9, .5, .1], [.9, .5, .1]]), np.array([[False, True, True], [False, False, True]]), k=2)
+    >>> relevant = np.array([[False, True, True], [False, False, True]])
+    >>> recall_at_k(np.array([[.9, .5, .1], [.9, .5, .1]]), relevant, k=2)
     0.5
     """
     return float(recall_hits(scores, relevant, k).mean())

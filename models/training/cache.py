@@ -1,10 +1,12 @@
-"""Training pairs and their neighbours on disk: made once, block by block, gone on with after a kill, mapped by the loop.
+"""Training pairs and their neighbours on disk: made once, block by block, gone on with after a
+kill, mapped by the loop.
 
-    prepared/pairs/DIGEST/       ids, records and float16 vectors, laid out as a shard of a memory, without an index
+    prepared/pairs/DIGEST/       ids, records and float16 vectors, as a shard without an index
     prepared/neighbours/DIGEST/  {side}_rows, _scores, _known .npy, the arrays of a `Lookup`
 
-A digest names what a folder was made of, so another learning rate makes nothing anew and another memory searches anew. A folder has
-its name once it is whole; until then it is hidden, and the next run goes on in it. All of it may be deleted at any time.
+A digest names what a folder was made of, so another learning rate makes nothing anew and another
+memory searches anew. A folder has its name once it is whole; until then it is hidden, and the next
+run goes on in it. All of it may be deleted at any time.
 
 Alphabet: M training pairs, K neighbours, U vectors that they found, D width.
 """
@@ -48,7 +50,8 @@ SHARD = "shard-0000"  # a set of training pairs is one shard of any size
 class Prepared:
     """M training pairs as they lie on the disk.
 
-    ids: (M,) int64 or str.  captions: (M,) int64, equal where the captions are.  vectors: per side (M, D) float16, mapped.
+    ids: (M,) int64 or str.  captions: (M,) int64, equal where the captions are.  vectors: per side
+    (M, D) float16, mapped.
     trunk: per side (M, Dk) float16, mapped, None where a search compares the vectors.
     """
 
@@ -68,7 +71,9 @@ class Prepared:
 
 
 def prepare_pairs(folder: Path, sources: Sequence[Path], encoding: Encoding) -> Prepared:
-    """The pairs of all sources, encoded unless they lie in the folder already; DataError where no source holds any."""
+    """The pairs of all sources, encoded unless they lie in the folder already; DataError where no
+    source holds any.
+    """
     sources = expand_sources(sources)
     names = ", ".join(source.name for source in sources)
     identity = {"streams": [stream.identity for stream in build_streams(sources, encoding, lambda _: SKIP_ALL)]}
@@ -127,7 +132,9 @@ def _opened(path: Path, kinds: Mapping[Side, KeyKind]) -> Prepared:
 
 
 def look_up_prepared(folder: Path, pairs: Prepared, asking: Asking) -> Episode:
-    """The pairs with their neighbours, searched for unless they lie in the folder already; what a pair finds is as in `look_up`."""
+    """The pairs with their neighbours, searched for unless they lie in the folder already; what a
+    pair finds is as in `look_up`.
+    """
     snapshot = asking.snapshot
     made_of = [pairs.digest, snapshot.manifest.to_json(), snapshot.ref, asking.k, dict(asking.limits)]
     path = folder / "neighbours" / hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
@@ -139,7 +146,9 @@ def look_up_prepared(folder: Path, pairs: Prepared, asking: Asking) -> Episode:
 
 
 def _search(path: Path, pairs: Prepared, own: Sequence[Sequence[Id]], asking: Asking) -> int:
-    """Each block's hits into a file of its own, then all of them into the arrays of a `Lookup`; how many an earlier run had found."""
+    """Each block's hits into a file of its own, then all of them into the arrays of a `Lookup`; how
+    many an earlier run had found.
+    """
     work = unfinished(path.parent, path.name)
     work.mkdir(parents=True, exist_ok=True)
     with lock_folder(work):
@@ -199,7 +208,9 @@ def _names(side: Side) -> list[str]:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    """An array whose pages the system reads when they are touched, and drops when it needs the room."""
+    """An array whose pages the system reads when they are touched, and drops when it needs the
+    room.
+    """
     return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
 

@@ -113,7 +113,9 @@ def test_the_leftover_of_a_dead_builder_is_cleared(tmp_path: Path) -> None:
 def test_every_new_name_on_the_way_to_a_version_is_synced_before_the_build_returns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A power cut may otherwise take away the folder of a memory, and with it a version that was reported as built."""
+    """A power cut may otherwise take away the folder of a memory, and with it a version that was
+    reported as built.
+    """
     synced: list[int] = []
     real = os.fsync
 
@@ -148,7 +150,9 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("recipe", ["Flat", "IVF8,Flat"])
 def test_a_full_disk(full_disk: Path, recipe: str) -> None:
-    """Flat fills it with rows, the lists fit their rows and fill it with the index that faiss writes."""
+    """Flat fills it with rows, the lists fit their rows and fill it with the index that faiss
+    writes.
+    """
     rows = 5000 if recipe == "Flat" else 1800
     with pytest.raises(StoreUnwritable, match=r"cannot write .*free some room") as refused:
         build_memory(full_disk, some_pairs(rows, 32), index=recipe)

@@ -12,7 +12,9 @@ from index_store.types import Pairs
 
 
 def clustered(n: int, width: int = 16, seed: int = 0) -> Pairs:
-    """Pairs of which many have twins: both sides lie near one of n/4 centres, or only one side does."""
+    """Pairs of which many have twins: both sides lie near one of n/4 centres, or only one side
+    does.
+    """
     rng = np.random.default_rng(seed)
     pairs = some_pairs(n, width)
     centres = unit_rows(n // 4, width, seed + 1), unit_rows(n // 4, width, seed + 2)

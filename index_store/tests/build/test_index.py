@@ -60,7 +60,9 @@ def clustered(n: int, width: int = 32) -> Pairs:
 
 @pytest.fixture
 def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`auto` tries lists from a thousand pairs on; a flat search is said to be slow, since a thousand rows tell nothing of that."""
+    """`auto` tries lists from a thousand pairs on; a flat search is said to be slow, since a
+    thousand rows tell nothing of that.
+    """
     monkeypatch.setattr(indexing, "FLAT_PAIRS", 1000)
     monkeypatch.setattr(indexing, "SMALL_SHARD", 100)
     monkeypatch.setattr(indexing, "flat_point", lambda *_: Point("Flat", 0, {"image": 1.0, "text": 1.0}, 1.0, 1e6))
@@ -119,7 +121,9 @@ def test_finer_lists_are_tried_where_the_first_are_dear_and_kept_where_faster(
 
 
 def test_a_slower_minute_makes_no_search_dearer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that slows down five times after the block was timed: a search of three blocks' work still costs three blocks."""
+    """A machine that slows down five times after the block was timed: a search of three blocks'
+    work still costs three blocks.
+    """
     manifest = build_memory(tmp_path, clustered(2000))
     fan = ShardedIndex([Shard(tmp_path / "things" / "v1", "shard-0000", 2000, manifest)], "image")
     questions = ProbeQueries.sample(fan)

@@ -1,4 +1,6 @@
-"""A build that is stopped, killed or runs out of room goes on where it was: real processes, and the whole build as the oracle."""
+"""A build that is stopped, killed or runs out of room goes on where it was: real processes, and the
+whole build as the oracle.
+"""
 
 import fcntl
 import json
@@ -30,7 +32,9 @@ BLOCK = 50  # items of one step, one of them a reject
 
 
 class Source:
-    """Numbered items, every BLOCK-th a reject; remembers where each run began and how many items it was made to encode."""
+    """Numbered items, every BLOCK-th a reject; remembers where each run began and how many items it
+    was made to encode.
+    """
 
     def __init__(self, items: int = 1500, *, key_width: int = 0, ints: bool = False, pause_s: float = 0.0) -> None:
         self.items, self.began, self.encoded = items, list[BuildProgress](), 0
@@ -77,7 +81,8 @@ def same(one: Path, two: Path, version: str = "v1") -> None:
     first, second = Store(one).manifest("things", version), Store(two).manifest("things", version)
     assert first.files == second.files
     assert first.index["recipe"] == second.index["recipe"]
-    assert replace(first, created=second.created, index=second.index) == second  # the index tells milliseconds too
+    # the index tells milliseconds too
+    assert replace(first, created=second.created, index=second.index) == second
     assert rejects(one, version) == rejects(two, version)
     left = {path.name for path in (two / "things" / version).iterdir()}
     assert left - set(NOTES) == {
