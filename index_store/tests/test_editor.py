@@ -1,5 +1,6 @@
 """Online edits: random sequences against an oracle, concurrency, other processes, failures."""
 
+import errno
 import logging
 import shutil
 import threading
@@ -316,16 +317,21 @@ def test_a_compaction_that_is_stopped_changes_nothing(tmp_path: Path) -> None:
     assert editor.compact("v2").ref == "things@v2"
 
 
-def test_a_pointer_that_cannot_be_written_leaves_the_old_version_serving(tmp_path: Path) -> None:
+def test_a_pointer_that_cannot_be_written_leaves_the_old_version_serving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     editor, store = open_editor(tmp_path), Store(tmp_path)
     editor.put(some_pairs(5, first=100))
     compacted = editor.compact_build("v2")
-    (tmp_path / "things" / ".CURRENT.fresh").mkdir()  # where the new pointer would be written
-    with pytest.raises(StoreUnwritable, match="CURRENT"):
+
+    def refuse(*_: object, prefix: str, **__: object) -> tuple[int, str]:
+        raise OSError(errno.ENOSPC, "No space left on device", prefix)
+
+    with monkeypatch.context() as patch, pytest.raises(StoreUnwritable, match="cannot write"):
+        patch.setattr("index_store.storage.atomic.tempfile.mkstemp", refuse)
         editor.switch(compacted)
     assert (store.current("things"), editor.snapshot.ref) == ("v1", "things@v1+1")
     assert not (tmp_path / "things" / "v2.journal").exists()
-    (tmp_path / "things" / ".CURRENT.fresh").rmdir()
     assert editor.put(some_pairs(5, first=200)).ref == "things@v1+2"
     assert editor.switch(compacted).ref == "things@v2+1"
 
