@@ -10,16 +10,15 @@ from index_store.tests.support.small import open_memory, some_pairs, unit_rows
 from index_store.types import Pairs
 
 
-def marked(root: Path, version: str, sign: int) -> Snapshot:
+def marked(root: Path, version: str, sign: int, name: str = "things") -> Snapshot:
     """A version with the same ids and images, texts times `sign`, and its name as captions.
 
     A result that mixes two versions shows in the texts and captions.
     """
     pairs = some_pairs(200)
     records = [{"caption": version} for _ in range(200)]
-    return open_memory(
-        root, Pairs(pairs.ids, pairs.image, (sign * pairs.text).astype(np.float32), records), version, shard_pairs=70
-    )
+    texts = (sign * pairs.text).astype(np.float32)
+    return open_memory(root, Pairs(pairs.ids, pairs.image, texts, records), version, name, shard_pairs=70)
 
 
 def test_swap_returns_the_retired_snapshot(tmp_path: Path) -> None:
@@ -31,15 +30,15 @@ def test_swap_returns_the_retired_snapshot(tmp_path: Path) -> None:
 
 
 def test_the_retired_snapshot_is_freed_with_its_last_reference(tmp_path: Path) -> None:
-    memory = Memory(marked(tmp_path, "v1", 1))
+    memory = Memory(marked(tmp_path, "v1", 1, "retired"))
     batch, watch = memory.current, weakref.ref(memory.current)
-    retired = memory.swap(marked(tmp_path, "v2", -1))
-    assert Snapshot.count_open()["things"] == 2
+    retired = memory.swap(marked(tmp_path, "v2", -1, "retired"))
+    assert Snapshot.count_open()["retired"] == 2
     del retired
     assert watch() is batch
     del batch
     assert watch() is None
-    assert Snapshot.count_open()["things"] == 1
+    assert Snapshot.count_open()["retired"] == 1
 
 
 def test_searches_during_swaps_never_mix_versions(tmp_path: Path) -> None:
@@ -81,14 +80,14 @@ def test_many_swaps_leave_one_snapshot_and_no_mapped_files(tmp_path: Path) -> No
     from index_store.store import Store
     from index_store.tests.support.small import ENCODER
 
-    marked(tmp_path, "v1", 1)
-    marked(tmp_path, "v2", -1)
+    marked(tmp_path, "v1", 1, "swapped")
+    marked(tmp_path, "v2", -1, "swapped")
     store, queries = Store(tmp_path), unit_rows(2, 16, 1)
-    memory = Memory(store.open("things", "v1", encoder=ENCODER))
+    memory = Memory(store.open("swapped", "v1", encoder=ENCODER))
     mapped = Path("/proc/self/maps")
     before = mapped.read_text().count(str(tmp_path)) if mapped.exists() else 0
     for turn in range(40):
-        memory.swap(store.open("things", f"v{turn % 2 + 1}", encoder=ENCODER))
+        memory.swap(store.open("swapped", f"v{turn % 2 + 1}", encoder=ENCODER))
         memory.current.retrieve(queries, "text", 3)
-    assert Snapshot.count_open()["things"] == 1
+    assert Snapshot.count_open()["swapped"] == 1
     assert (mapped.read_text().count(str(tmp_path)) if mapped.exists() else 0) == before

@@ -45,15 +45,18 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Start draining; the listening socket stays open while the requests inside are
         answered.
+
+        A signal handler may interrupt a write to the log, and a second write inside it raises
+        RuntimeError: so it writes nothing, and the event loop does.
         """
         if self._engine.draining or self._loop is None:
             super().handle_exit(sig, frame)
             return
         self._engine.draining = True
-        log.info("%s: draining, %d requests inside", signal.Signals(sig).name, self._engine.inside)
-        self._loop.call_soon_threadsafe(self._start_draining)
+        self._loop.call_soon_threadsafe(self._start_draining, signal.Signals(sig).name)
 
-    def _start_draining(self) -> None:
+    def _start_draining(self, signal_name: str) -> None:
+        log.info("%s: draining, %d requests inside", signal_name, self._engine.inside)
         self._drain = asyncio.ensure_future(self._stop_when_empty())
 
     async def _stop_when_empty(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 import socket
 import threading
@@ -21,6 +23,7 @@ from index_store import Pairs, Store
 from index_store.build.build import build_version
 from index_store.tests.support.small import unit_rows
 from models.starter import install_starter
+from service.tests import warm
 from service.tests.conftest import Server, one_line, reco, serving
 
 KEYS = {"RECO_API_KEYS": "alpha-key,beta-key", "RECO_ADMIN_KEY": "gamma-key"}
@@ -275,6 +278,34 @@ def test_sigterm_does_not_wait_for_a_compaction(tmp_path: Path) -> None:
         assert server.process.wait(60) == 0  # training alone would take minutes
     assert store.versions("large") == ["v1"]
     assert len(store.open("large", encoder=encoder)) == 39_999
+
+
+def test_sigterm_amid_a_write_to_the_log_still_drains(tmp_path: Path) -> None:
+    """The log is a pipe that nobody reads until the signal was handled inside a blocked write."""
+    output = tmp_path / "output"
+    os.mkfifo(output)
+    process = warm.Forked(("serve", "--port", "0", "--store", str(tmp_path / "store")), os.environ, output, output)
+    rest = None
+    try:
+        with output.open("rb", buffering=0) as stream:
+            fcntl.fcntl(stream, fcntl.F_SETPIPE_SZ, 4096)
+            head = b""
+            while b"Ctrl-C" not in head:
+                more = stream.read(4096)
+                assert more, head
+                head += more
+            url = head.decode().split("answers on ")[1].split()[0]
+            with pytest.raises(httpx.TimeoutException), httpx.Client(base_url=url, timeout=2) as client:
+                for _ in range(200):
+                    client.get("/jobs/none")
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            rest = threading.Thread(target=stream.readall, daemon=True)
+            rest.start()
+            assert process.wait(30) == 0
+            rest.join(10)
+    finally:
+        process.kill()
 
 
 def _inside(server: Server) -> str:
