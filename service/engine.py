@@ -22,7 +22,7 @@ from service.batching.batcher import DeadlinePassed
 from service.errors import InvalidValue, ItemRefused
 from service.labels.cache import rank_candidates
 from service.labels.label_set import LabelSet
-from service.labels.scoring import Ranked
+from service.labels.scoring import Ranked, ScoreFunction
 from service.labels.store import LabelSets
 from service.memories.budget import allowed_bytes
 from service.memories.drift import measure_drift
@@ -57,10 +57,11 @@ class Engine:
             devices=settings.search_devices,
             metrics=metrics,
         )
+        self.score_function = ScoreFunction(reco.encoder.logit_scale, reco.encoder.logit_bias)
         self.label_sets = LabelSets(
             store.root / ".label-sets",
             reco.embed_labels,
-            scale=reco.encoder.logit_scale,
+            function=self.score_function,
             max_texts=settings.max_labels,
             max_stored=settings.max_stored_labels,
             max_sets=settings.max_label_sets,
@@ -169,8 +170,7 @@ class Engine:
     async def rank(
         self, rows: Sequence[EmbeddedItem], labels: LabelSet, snapshot: Snapshot | None, top_k: int, deadline: float
     ) -> Ranked:
-        """The best labels of each row; scores are a softmax over all labels at the model's
-        temperature.
+        """The best labels of each row, scored as the model was trained.
 
         snapshot: what enhances the labels, None = nothing.  Raises DeadlinePassed.
         """
@@ -183,7 +183,7 @@ class Engine:
                 f"{done} of {len(labels.labels)} labels are embedded: ask again, what is done stays done"
             ) from error
         vectors = np.stack([row.vector for row in rows])
-        return await asyncio.to_thread(rank_candidates, vectors, candidates, self.reco.encoder.logit_scale, top_k)
+        return await asyncio.to_thread(rank_candidates, vectors, candidates, self.score_function, top_k)
 
     async def _embed_plain(
         self, images: Sequence[bytes | ItemRefused], texts: Sequence[str], deadline: float

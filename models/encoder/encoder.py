@@ -93,6 +93,7 @@ class Encoder:
     "cuda[:n]".
     image_size: (H, W).  context_length: L.  dim: D.  trunk_dim: Dt or None.
     logit_scale: the model's inverse softmax temperature.
+    logit_bias: of a model trained with a sigmoid loss (SigLIP), else None.
     trims_texts: whether texts are encoded without their padding (`text_tower`).
     """
 
@@ -101,6 +102,8 @@ class Encoder:
         self.fingerprint = fingerprint
         self.device = _resolve_device(spec.device)
         self.logit_scale = math.exp(model.logit_scale.item())  # before any rounding to half precision
+        bias = getattr(model, "logit_bias", None)
+        self.logit_bias = None if bias is None else float(bias)
         self._model = _freeze(model, self.device, spec.precision)
         self._tokenizer = tokenizer
         self._crop = build_crop(model.visual.preprocess_cfg)

@@ -102,7 +102,10 @@ class ClassifyOptions(Options):
         default_factory=lambda: ["a photo of a {}."], min_length=1, description="each with one {}"
     )
     top_k: int = Field(
-        5, ge=1, description="labels returned per item; scores are a softmax over all labels, returned or not"
+        5,
+        ge=1,
+        description="labels returned per item; scores are a softmax over all labels, returned or not, or with "
+        "a model trained by sigmoids (SigLIP) independent probabilities; `scores` of the reply says which",
     )
 
     @model_validator(mode="after")

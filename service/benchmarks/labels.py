@@ -21,7 +21,7 @@ import numpy as np
 from index_store.benchmarks.synthetic import SyntheticPairs
 from models.encoder.encoder import Encoder, EncoderSpec
 from service.labels.index import QUERY_COSINE, LabelIndex
-from service.labels.scoring import Ranked, rank
+from service.labels.scoring import Ranked, ScoreFunction, rank
 
 TOP_K = 5
 ASKED = 16  # images of each repeat
@@ -49,24 +49,25 @@ def seconds(work: Callable[[int], object]) -> float:
 
 def measured(encoder: Encoder, rows: np.ndarray, repeats: int) -> dict[str, Any]:
     """Encoding, ranking by the index and ranking by all rows, in turns."""
-    scale, begun = 100.0, time.perf_counter()  # CLIP's own; random weights have another
-    index = LabelIndex.build(rows, scale)
+    # CLIP's own scale; random weights have another
+    function, begun = ScoreFunction(100.0), time.perf_counter()
+    index = LabelIndex.build(rows, function.scale)
     built = time.perf_counter() - begun
     asked, photo = questions(rows, CHECKED), np.zeros((1, 3, *encoder.image_size), np.uint8)
 
     def find(vectors: np.ndarray) -> Ranked:
-        return rank(vectors, rows, scale, TOP_K) if index is None else index.rank(vectors, scale, TOP_K)
+        return rank(vectors, rows, function, TOP_K) if index is None else index.rank(vectors, function, TOP_K)
 
     encoder.encode(photo, "image")
     rounds = [
         (
             seconds(lambda _: encoder.encode(photo, "image")),
             seconds(lambda turn: find(asked[turn : turn + 1])),
-            seconds(lambda turn: rank(asked[turn : turn + 1], rows, scale, TOP_K)),
+            seconds(lambda turn: rank(asked[turn : turn + 1], rows, function, TOP_K)),
         )
         for _ in range(repeats)
     ]
-    exact, found = rank(asked, rows, scale, TOP_K), find(asked)
+    exact, found = rank(asked, rows, function, TOP_K), find(asked)
     same = exact.labels == found.labels
     return {
         "build_s": round(built, 1),

@@ -76,7 +76,8 @@ class RecoClient:
     ) -> list[list[dict[str, Any]]]:
         """[{label, score}] of each image, or of each text with texts=True, best first.
 
-        options: labels or label_set, templates, top_k…
+        score: of a softmax over all labels, or with a SigLIP model a probability of each label by
+        itself.  options: labels or label_set, templates, top_k…
         """
         return self._run(flows.classify(items, texts, options, self._limits, progress))
 

@@ -19,7 +19,7 @@ from service.batching.executors import IdleThreads, low_priority_threads
 from service.errors import NotFound, NotServing
 from service.labels.index import LabelIndex
 from service.labels.label_set import LabelSet
-from service.labels.scoring import Ranked, rank
+from service.labels.scoring import Ranked, ScoreFunction, rank
 from service.observability.metrics import Metrics
 
 CACHED_LISTS = 64
@@ -62,13 +62,13 @@ class _Entry:
 class LabelVectors:
     """The cache; all callers of one list wait for one computation. Used on the event loop only.
 
-    embed: `Reco.embed_labels`, blocking.  scale: the model's logit scale.
+    embed: `Reco.embed_labels`, blocking.  function: of the model's scores.
     large: lists of more labels are embedded one after the other in a low-priority thread, so that
     neither a list sent with a request nor the requests themselves wait behind an hour's work.
     """
 
-    def __init__(self, embed: Embed, *, scale: float, large: int, metrics: Metrics) -> None:
-        self._embed, self._scale, self._large, self._metrics = embed, scale, large, metrics
+    def __init__(self, embed: Embed, *, function: ScoreFunction, large: int, metrics: Metrics) -> None:
+        self._embed, self._function, self._large, self._metrics = embed, function, large, metrics
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
         self._quick, self._slow = IdleThreads(SHORT_LIST_THREADS, "short-labels"), low_priority_threads(1, "labels")
 
@@ -120,7 +120,7 @@ class LabelVectors:
     def _embed_list(self, labels: LabelSet, snapshot: Snapshot | None, progress: _EmbeddingState) -> Candidates:
         """In a thread: embed the list, and index it where it is long."""
         rows = self._embed_in_steps(labels, snapshot, progress)
-        index = LabelIndex.build(rows, self._scale) if len(rows) > INDEXED_LABELS else None
+        index = LabelIndex.build(rows, self._function.scale) if len(rows) > INDEXED_LABELS else None
         return rows if index is None else index
 
     def _embed_in_steps(self, labels: LabelSet, snapshot: Snapshot | None, progress: _EmbeddingState) -> np.ndarray:
@@ -149,12 +149,12 @@ class LabelVectors:
             self._entries.popitem(last=False)
 
 
-def rank_candidates(vectors: np.ndarray, candidates: Candidates, scale: float, top_k: int) -> Ranked:
+def rank_candidates(vectors: np.ndarray, candidates: Candidates, function: ScoreFunction, top_k: int) -> Ranked:
     """Return the best top_k labels of each row, as `scoring.rank`, from rows or from an index."""
     return (
-        candidates.rank(vectors, scale, top_k)
+        candidates.rank(vectors, function, top_k)
         if isinstance(candidates, LabelIndex)
-        else rank(vectors, candidates, scale, top_k)
+        else rank(vectors, candidates, function, top_k)
     )
 
 

@@ -1,6 +1,7 @@
 """A FAISS index over a long list of labels, with an estimate of the softmax over all of them.
 
-The nearest labels count with their own scores; a random sample stands for the rest. Shapes: B
+The nearest labels count with their own scores; a random sample stands for the rest. The scores of
+a sigmoid need no sum over the labels. Shapes: B
 batch, C labels, D width, F found, S sampled.
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from service.labels.scoring import Ranked
+from service.labels.scoring import Ranked, ScoreFunction, sigmoid
 
 __all__ = ["LabelIndex"]
 
@@ -60,31 +61,34 @@ class LabelIndex:
         """Bytes held in memory, without the bookkeeping of the lists."""
         return int(self._index.ntotal * (2 * self._index.d + 8)) + self._rows.nbytes
 
-    def rank(self, vectors: np.ndarray, scale: float, top_k: int) -> Ranked:
-        """Return the best top_k labels of each row; scores estimate the softmax over all labels.
+    def rank(self, vectors: np.ndarray, function: ScoreFunction, top_k: int) -> Ranked:
+        """Return the best top_k labels of each row; a softmax over all labels is estimated.
 
         vectors: (B, D) float32 unit.  With top_k above MIN_FOUND every list is searched.
         """
         blocks = [
-            self._rank_block(vectors[at : at + BLOCK_ROWS], scale, min(top_k, self._index.ntotal))
+            self._rank_block(vectors[at : at + BLOCK_ROWS], function, min(top_k, self._index.ntotal))
             for at in range(0, len(vectors), BLOCK_ROWS)
         ]
         return Ranked(
             np.concatenate([block.labels for block in blocks]), np.concatenate([block.scores for block in blocks])
         )
 
-    def _rank_block(self, vectors: np.ndarray, scale: float, k: int) -> Ranked:
+    def _rank_block(self, vectors: np.ndarray, function: ScoreFunction, k: int) -> Ranked:
         depth = min(max(MIN_FOUND, k), self._index.ntotal)
         similarities, found = _search(
             self._index, vectors, depth, self._index.nlist if k > MIN_FOUND else self.lists
         )  # (B, F) each
-        logits = scale * np.where(found >= 0, similarities, -np.inf)
-        best = logits[:, :1]  # (B, 1)
-        total = np.exp(logits - best).sum(axis=1, dtype=np.float64) + self._estimate_rest(
-            vectors, found, scale, best
-        )  # (B,)
+        logits = function.scale * np.where(found >= 0, similarities, -np.inf)
         # equal scores stay in the order of the labels
         order = np.lexsort((found, -logits), axis=1)[:, :k]
+        if function.bias is not None:
+            chosen = np.take_along_axis(logits, order, axis=1)  # (B, k)
+            return Ranked(np.take_along_axis(found, order, axis=1), sigmoid(chosen + function.bias))
+        best = logits[:, :1]  # (B, 1)
+        total = np.exp(logits - best).sum(axis=1, dtype=np.float64) + self._estimate_rest(
+            vectors, found, function.scale, best
+        )  # (B,)
         scores = np.exp(np.take_along_axis(logits, order, axis=1) - best) / total[:, None]
         return Ranked(np.take_along_axis(found, order, axis=1), np.asarray(scores, np.float32))
 

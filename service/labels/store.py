@@ -24,6 +24,7 @@ from index_store.store import check_name
 from service.errors import InvalidValue, NotFound, RetiredVersion, TooLarge
 from service.labels.cache import Embed, LabelVectors
 from service.labels.label_set import LabelSet
+from service.labels.scoring import ScoreFunction
 from service.observability.metrics import Metrics
 
 EARLIER_VERSIONS = 3  # kept beside the current one
@@ -51,7 +52,7 @@ class LabelSets:
         folder: Path,
         embed: Embed,
         *,
-        scale: float,
+        function: ScoreFunction,
         max_texts: int,
         max_stored: int,
         max_sets: int,
@@ -60,7 +61,7 @@ class LabelSets:
         self._folder, self._max_texts, self._max_stored, self._max_sets = folder, max_texts, max_stored, max_sets
         self._cached: dict[str, tuple[tuple[int, int], LabelSet]] = {}
         self._writer = threading.Lock()
-        self.vectors = LabelVectors(embed, scale=scale, large=max_texts, metrics=metrics)
+        self.vectors = LabelVectors(embed, function=function, large=max_texts, metrics=metrics)
 
     def check(self, labels: Sequence[str], templates: Sequence[str], *, stored: bool = False) -> LabelSet:
         """Make a LabelSet within the operator's limits.

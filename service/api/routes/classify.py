@@ -32,6 +32,8 @@ async def classify(request: Request, engine: EngineDep) -> Response:
     """Score images or texts against labels.
 
     `enhance` says which side the memory refines: image (the items), text (the labels), both, none.
+    `scores` of the reply says how the model was trained: "softmax" over all labels, or "sigmoid",
+    a probability of each label by itself.
     """
     parsed = await read_images_or_texts(request, ClassifyOptions, engine.settings)
     request.state.modality = parsed.items.side
@@ -58,6 +60,7 @@ async def _classify(
     body: dict[str, Any] = {**reply_head(engine, snapshot)}
     if options.label_set is not None:
         body["label_set"] = f"{options.label_set.partition('@')[0]}@{labels.version}"
+    body["scores"] = engine.score_function.name
     body["data"] = [None if isinstance(row, ItemRefused) else next(scores) for row in rows]
     if options.neighbors:
         body["neighbors"] = [[] if isinstance(row, ItemRefused) else row.neighbors for row in rows]

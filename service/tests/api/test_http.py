@@ -163,6 +163,7 @@ def test_classify_scores_are_a_softmax_in_order(http: httpx.Client, photos: dict
         assert reply.status_code == 200, reply.text
         ranked = reply.json()["data"][0]
         assert {row["label"] for row in ranked} == set(LABELS)
+        assert reply.json()["scores"] == "softmax"
         assert sum(row["score"] for row in ranked) == pytest.approx(1, abs=1e-4)
         assert [row["score"] for row in ranked] == sorted((row["score"] for row in ranked), reverse=True)
         assert reply.json()["memory"] == (None if mode == "none" else "grocery@all")

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from service.labels.index import MIN_FOUND, LabelIndex
-from service.labels.scoring import rank
+from service.labels.scoring import ScoreFunction, rank
 
 D, SCALE, COUNT = 192, 60.0, 20_000
+SOFTMAX, SIGMOID = ScoreFunction(SCALE), ScoreFunction(SCALE, -20.0)
 rng = np.random.default_rng(5)
 
 
@@ -47,7 +48,7 @@ def questions(labels: np.ndarray) -> np.ndarray:
 def test_the_best_labels_are_the_exact_ones_and_their_scores_are_calibrated(
     index: LabelIndex, labels: np.ndarray, questions: np.ndarray
 ) -> None:
-    found, exact = index.rank(questions, SCALE, 5), rank(questions, labels, SCALE, 5)
+    found, exact = index.rank(questions, SOFTMAX, 5), rank(questions, labels, SOFTMAX, 5)
     assert found.labels.shape == found.scores.shape == (60, 5)
     assert (found.labels[:, 0] == exact.labels[:, 0]).mean() >= 0.97
     same = found.labels == exact.labels
@@ -57,12 +58,21 @@ def test_the_best_labels_are_the_exact_ones_and_their_scores_are_calibrated(
     assert (np.diff(found.scores, axis=1) <= 0).all()
 
 
+def test_sigmoids_are_those_of_an_exact_ranking(index: LabelIndex, labels: np.ndarray, questions: np.ndarray) -> None:
+    found, exact = index.rank(questions, SIGMOID, 5), rank(questions, labels, SIGMOID, 5)
+    same = found.labels == exact.labels
+    assert same.mean() >= 0.95
+    np.testing.assert_allclose(found.scores[same], exact.scores[same], rtol=0.05)  # vectors at half precision
+    assert found.scores[:, 0].max() > 0.5
+
+
 def test_the_rest_has_its_share_where_nothing_is_near(index: LabelIndex, labels: np.ndarray) -> None:
     """A flat softmax lies mostly outside of what is found: leaving that out would make scores
     tenfold.
     """
     questions = unit(rng.standard_normal((20, D)))
-    found, exact = index.rank(questions, 5.0, 3), rank(questions, labels, 5.0, 3)
+    flat = ScoreFunction(5.0)
+    found, exact = index.rank(questions, flat, 3), rank(questions, labels, flat, 3)
     same = found.labels == exact.labels
     assert same.any()
     np.testing.assert_allclose(found.scores[same], exact.scores[same], rtol=0.05)
@@ -73,7 +83,7 @@ def test_more_labels_than_are_looked_at_by_default(
     index: LabelIndex, labels: np.ndarray, questions: np.ndarray
 ) -> None:
     for top_k in (MIN_FOUND + 1, 40_000):
-        found, exact = index.rank(questions[:2], SCALE, top_k), rank(questions[:2], labels, SCALE, top_k)
+        found, exact = index.rank(questions[:2], SOFTMAX, top_k), rank(questions[:2], labels, SOFTMAX, top_k)
         assert found.labels.shape == exact.labels.shape
         np.testing.assert_allclose(found.scores[:, :50], exact.scores[:, :50], rtol=0.03)
     assert sorted(found.labels[0].tolist()) == list(range(COUNT))

@@ -20,13 +20,14 @@ from service.labels import cache as label_vectors
 from service.labels.cache import LabelVectors
 from service.labels.index import LabelIndex
 from service.labels.label_set import LabelSet
-from service.labels.scoring import rank
+from service.labels.scoring import ScoreFunction, rank
 from service.labels.store import DamagedLabelSet, LabelSets
 from service.observability.metrics import Metrics
 from service.tests.inside import scenario
 
 LARGE = tuple(f"label {i}" for i in range(2000))
 FEW = LabelSet(("a", "b"))
+SOFTMAX = ScoreFunction(20.0)
 
 
 class Held:
@@ -57,7 +58,9 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 def sets(tmp_path: Path, held: Held, metrics: Metrics) -> LabelSets:
-    return LabelSets(tmp_path, held, scale=100.0, max_texts=10, max_stored=2000, max_sets=3, metrics=metrics)
+    return LabelSets(
+        tmp_path, held, function=ScoreFunction(100.0), max_texts=10, max_stored=2000, max_sets=3, metrics=metrics
+    )
 
 
 async def until(sets: LabelSets, labels: LabelSet, done: int) -> None:
@@ -125,7 +128,7 @@ def test_many_labels_are_kept_as_an_index_that_ranks_as_their_rows_do(
         return rows[[int(label) for label in labels]]
 
     async def made(count: int) -> np.ndarray | LabelIndex:
-        vectors = LabelVectors(embed, scale=20.0, large=100, metrics=metrics)
+        vectors = LabelVectors(embed, function=SOFTMAX, large=100, metrics=metrics)
         try:
             return await vectors.get(LabelSet(tuple(map(str, range(count)))), None)
         finally:
@@ -134,7 +137,7 @@ def test_many_labels_are_kept_as_an_index_that_ranks_as_their_rows_do(
     assert isinstance(asyncio.run(made(3000)), np.ndarray)
     index = asyncio.run(made(4000))
     assert isinstance(index, LabelIndex)
-    found, exact = index.rank(rows[::100], 20.0, 1), rank(rows[::100], rows, 20.0, 1)
+    found, exact = index.rank(rows[::100], SOFTMAX, 1), rank(rows[::100], rows, SOFTMAX, 1)
     np.testing.assert_array_equal(found.labels, exact.labels)
     np.testing.assert_allclose(found.scores, exact.scores, rtol=0.05)
 
