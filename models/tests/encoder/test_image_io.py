@@ -33,7 +33,7 @@ def test_lossless_formats_keep_all_pixels(kind: str) -> None:
     np.testing.assert_array_equal(np.asarray(read), np.asarray(image))
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "GIF", "AVIF"])
+@pytest.mark.parametrize("kind", ["JPEG", "GIF", "AVIF", "HEIF"])
 def test_lossy_formats_are_read(kind: str) -> None:
     if kind == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow was built without AVIF")
@@ -189,3 +189,22 @@ def test_a_jpeg_decoded_at_a_smaller_scale_is_turned_upright() -> None:
 def test_the_pixel_limit_applies_to_the_full_size_of_the_header() -> None:
     with pytest.raises(ImageTooLarge, match="1600x1400"):
         read_image(image_bytes(picture(5, 1600, 1400), "JPEG"), max_pixels=2_000_000, target_size=(224, 224))
+
+
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+def test_a_photo_of_a_phone_is_read_upright(turn: int) -> None:
+    photo, exif = picture(1), Image.Exif()
+    exif[0x0112] = turn
+    photo.info["exif"] = exif.tobytes()  # from which the writer makes HEIF's own property of rotation
+    upright = {1: picture(1), 3: picture(1).rotate(180), 6: picture(1).rotate(270, expand=True)}
+    expected = upright.get(turn) or picture(1).rotate(90, expand=True)
+    read = read_image(image_bytes(photo, "HEIF", quality=95))
+    assert read.size == expected.size
+    assert np.abs(np.asarray(read).astype(int) - np.asarray(expected).astype(int)).mean() < 12
+
+
+def test_a_damaged_photo_of_a_phone_is_broken() -> None:
+    data = image_bytes(picture(1), "HEIF")
+    for damaged in (data[:64], data[: len(data) // 2], data[:100] + b"\xff" * (len(data) - 100)):
+        with pytest.raises(BrokenImage):
+            read_image(damaged)
