@@ -9,6 +9,7 @@
     └── ImageError              one image is refused, the others of its batch are not
         ├── UnsupportedImage    not one of the accepted image formats
         ├── ImageTooLarge       more pixels than allowed, according to its header
+        ├── CostlyImage         takes more time or memory than its size explains
         └── BrokenImage         an accepted format that does not decode
 
 Every message is one line with the value, the limit and the remedy; it names files, never whole
@@ -50,6 +51,10 @@ class UnsupportedImage(ImageError):
 
 class ImageTooLarge(ImageError):
     """The image's header states more pixels than the limit."""
+
+
+class CostlyImage(ImageError):
+    """Decoding takes more time, memory or parts than an image of its size needs."""
 
 
 class BrokenImage(ImageError):

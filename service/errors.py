@@ -107,6 +107,7 @@ STATUS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (model.ImageTooLarge, 413, "invalid_request_error", "too_large"),
     (UnsupportedType, 415, "invalid_request_error", "unsupported_type"),
     (model.UnsupportedImage, 415, "invalid_request_error", "unsupported_image"),
+    (model.CostlyImage, 422, "invalid_request_error", "costly_image"),
     (model.BrokenImage, 422, "invalid_request_error", "undecodable_image"),
     (store.PairsRefused, 422, "invalid_request_error", "invalid_value"),
     (store.QueryRefused, 422, "invalid_request_error", "invalid_value"),

@@ -91,6 +91,7 @@ class Encoder:
 
     fingerprint: MODEL/TAG@DIGEST, the digest being that of the weights.  device: "cpu" or
     "cuda[:n]".
+    crop: the resizing of images.
     image_size: (H, W).  context_length: L.  dim: D.  trunk_dim: Dt or None.
     logit_scale: the model's inverse softmax temperature.
     logit_bias: of a model trained with a sigmoid loss (SigLIP), else None.
@@ -106,8 +107,8 @@ class Encoder:
         self.logit_bias = None if bias is None else float(bias)
         self._model = _freeze(model, self.device, spec.precision)
         self._tokenizer = tokenizer
-        self._crop = build_crop(model.visual.preprocess_cfg)
-        self.image_size = self._crop.size
+        self.crop = build_crop(model.visual.preprocess_cfg)
+        self.image_size = self.crop.size
         self.context_length = int(self.tokenize([""]).shape[1])
         towers = self._optimize()
         self.dim, self.trunk_dim = towers.dim, towers.trunk_dim
@@ -134,7 +135,7 @@ class Encoder:
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """(3, H, W) uint8, resized and cropped as by open_clip; not yet normalized."""
-        return np.ascontiguousarray(np.asarray(self._crop(image)).transpose(2, 0, 1))
+        return self.crop.pixels(image)
 
     def read_image(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Decode and preprocess untrusted image bytes: (3, H, W) uint8. Raises ImageError."""

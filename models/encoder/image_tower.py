@@ -20,13 +20,11 @@ def build_crop(preprocess: Mapping[str, Any]) -> Crop:
     preprocess: a model's `visual.preprocess_cfg`.  `normalize_pixels` is the other half, ToTensor
     and Normalize.
     """
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-    from torchvision.transforms import Compose
+    from open_clip.transform import PreprocessCfg
 
     config = PreprocessCfg(**preprocess)
     height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
-    *resizing, _to_tensor, _normalize = image_transform_v2(config, is_train=False).transforms
-    return Crop((height, width), config.resize_mode, config.interpolation, Compose(resizing))
+    return Crop((height, width), config.resize_mode, config.interpolation, config.fill_color)
 
 
 def normalize_pixels(pixels: "Tensor", preprocess: Mapping[str, Any]) -> "Tensor":

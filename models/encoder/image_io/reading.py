@@ -3,14 +3,15 @@
 This module does not import torch.
 """
 
-import io
 import struct
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import pillow_heif
 from PIL import Image, UnidentifiedImageError
 
+from models.encoder.image_io.structure import MAX_READS, CountedReads, check_structure
 from models.errors import BrokenImage, ImageTooLarge, UnsupportedImage
 
 # The image formats that are accepted. Each further decoder is one more that hostile bytes can
@@ -32,6 +33,7 @@ _FAILURES = (
     EOFError,
     OverflowError,
     MemoryError,
+    RuntimeError,  # libavif
     struct.error,
     zlib.error,
     UserWarning,  # a damaged tag, where warnings are errors
@@ -54,6 +56,32 @@ Image.MAX_IMAGE_PIXELS = None
 pillow_heif.register_heif_opener()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingImage:
+    """An image whose header is parsed and within the limits; no pixel is decoded yet.
+
+    pixels: that decoding it holds in memory: fewer than the header's where a JPEG is read smaller.
+    """
+
+    pixels: int
+    _image: Image.Image
+    _file: CountedReads
+
+    def decode(self) -> Image.Image:
+        """The first frame, turned upright, as RGB. Raises an ImageError."""
+        self._file.allowed = MAX_READS
+        try:
+            self._image.load()
+            orientation = _exif_orientation(self._image)
+            rgb = _convert_to_rgb(self._image)
+        except _FAILURES as error:
+            raise BrokenImage(
+                f"the {self._image.format} image does not decode ({_short_reason(error)}): it is cut or damaged, "
+                "send it again"
+            ) from error
+        return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
 def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS, target_size: tuple[int, int] | None = None) -> Image.Image:
     """Decode the first frame of an image, turned upright, as RGB. Raises an ImageError.
 
@@ -62,25 +90,32 @@ def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS, target_size: tuple[
     a photo of 12 megapixels. The alpha channel is dropped, as by open_clip's convert("RGB"). 16-bit
     grey is scaled to 8 bits, where Pillow alone would clip it to white.
     """
-    image = _open_image(data)
+    return open_image(data, max_pixels=max_pixels, target_size=target_size).decode()
+
+
+def open_image(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, target_size: tuple[int, int] | None = None
+) -> PendingImage:
+    """Parse an image and check its limits, for `read_image` in two steps. Raises an ImageError."""
+    scans = check_structure(data, max_pixels)
+    file = CountedReads(data)
+    image = _open_with_pillow(file, data)
     _check_size(image, max_pixels)
-    try:
-        if target_size is not None:
+    width, height = image.size
+    if target_size is not None:
+        try:
             # no effect on other formats, or where half the size would be below MIN_DRAFT_SCALE
             image.draft(None, (MIN_DRAFT_SCALE * target_size[1], MIN_DRAFT_SCALE * target_size[0]))
-        image.load()
-        orientation = _exif_orientation(image)
-        rgb = _convert_to_rgb(image)
-    except _FAILURES as error:
-        raise BrokenImage(
-            f"the {image.format} image does not decode ({_short_reason(error)}): it is cut or damaged, send it again"
-        ) from error
-    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+        except _FAILURES as error:
+            raise BrokenImage("the image's header does not decode: it is cut or damaged, send it again") from error
+    # libjpeg holds an image of several scans at its full size, whatever the scale
+    held = width * height if scans > 1 else image.width * image.height
+    return PendingImage(held, image, file)
 
 
 def check_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
     """Raise the ImageError that `read_image` would raise, as far as the header alone shows it."""
-    _check_size(_open_image(data), max_pixels)
+    open_image(data, max_pixels=max_pixels)
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
@@ -89,10 +124,10 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         raise ImageTooLarge(f"the image has {width}x{height} pixels, the limit is {max_pixels}: send a smaller one")
 
 
-def _open_image(data: bytes) -> Image.Image:
+def _open_with_pillow(file: CountedReads, data: bytes) -> Image.Image:
     """Parse the header; no pixel is decoded."""
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(file, formats=FORMATS)
     except (UnidentifiedImageError, *_FAILURES) as error:
         if data.startswith(_MAGIC_BYTES) or data[8:12] == b"WEBP" or data[4:12] in _BOXES:
             raise BrokenImage("the image's header does not decode: it is cut or damaged, send it again") from error
