@@ -46,6 +46,7 @@ def create_app(engine: Engine) -> FastAPI:
     app.state.engine = engine
     for family in (embed, openai, classify, label_sets, memories, health):
         app.include_router(family.router)
+    app.include_router(label_sets.admin_router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.add_api_route("/", _index, include_in_schema=False)
     for kind in (ServiceError, StoreError, ModelError, BatcherError):

@@ -92,6 +92,9 @@ class Settings(BaseSettings):
     )
 
     max_body_bytes: int = Field(default=64 * 2**20, ge=1024, description="bytes of one request's body")
+    max_json_values: int = Field(
+        default=2_000_000, ge=1000, description="values of one JSON body, counted by its commas and brackets"
+    )
     max_image_bytes: int = Field(default=20 * 2**20, ge=1024, description="bytes of one encoded image")
     max_pixels: int = Field(default=64_000_000, ge=1, description="pixels of one image, by its header")
     max_items: int = Field(default=256, ge=1, description="images or texts of one request")

@@ -11,7 +11,8 @@ from typing import Any
 from starlette.requests import Request
 
 from index_store import Side
-from service.api.requests import check_count, read_image, read_json, read_text
+from service.api.json_body import read_json
+from service.api.requests import check_count, read_image, read_text
 from service.api.schemas import OpenAIOptions
 from service.errors import BadRequest, InvalidValue, ItemRefused
 from service.observability.metrics import Modality
@@ -48,7 +49,7 @@ class MixedInput:
 
 async def read_input(request: Request, settings: Settings) -> MixedInput:
     """Read `input`: texts, data URIs (with modality=image), or objects {text} and {image}."""
-    body = await read_json(request)
+    body = await read_json(request, settings)
     if "input" not in body:
         raise BadRequest("send input: a string, a list of strings, or a list of {text} and {image} objects", "input")
     rest = {
@@ -56,8 +57,9 @@ async def read_input(request: Request, settings: Settings) -> MixedInput:
     }  # clients send null for "not given"
     options = OpenAIOptions.read(request.query_params.multi_items(), rest)
     items = body["input"] if isinstance(body["input"], list) else [body["input"]]
-    sides = [_side_of(item, i, options.modality) for i, item in enumerate(items)]
+    _side_of(next(iter(items), ""), 0, options.modality)  # a list of token ids has a message of its own
     check_count(items, "input", settings)
+    sides = [_side_of(item, i, options.modality) for i, item in enumerate(items)]
     parts, places = [], []
     for side in dict.fromkeys(sides):
         own_places = [i for i, each in enumerate(sides) if each == side]

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import orjson
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from service.api.json_body import content_type, read_json
 from service.api.schemas import Options, PairsBody
 from service.errors import BadRequest, InvalidValue, ItemRefused, ServiceError, TooLarge, UnsupportedType
 from service.memories.edits import NewPair
@@ -40,11 +40,11 @@ async def read_images(request: Request, options: type[O], settings: Settings) ->
     """Read images of a form (field `file`), a raw image body, or JSON {"images": [base64 | data
     URI]}.
     """
-    kind = _content_type(request)
+    kind = content_type(request)
     if kind == "multipart/form-data":
         found = await _read_form(request, options, settings)
     elif kind == "application/json":
-        body = await read_json(request)
+        body = await read_json(request, settings)
         found = _read_json_items(body, options, request, settings, allowed={"images"})
     elif kind.startswith("image/") or kind == "application/octet-stream":
         image = _check_image_bytes(await request.body(), 0, settings)
@@ -58,31 +58,16 @@ async def read_images(request: Request, options: type[O], settings: Settings) ->
 
 async def read_texts(request: Request, options: type[O], settings: Settings) -> ParsedRequest[O]:
     """Read texts of JSON {"texts": […]} or {"inputs": …}."""
-    return _read_json_items(await read_json(request), options, request, settings, allowed={"texts", "inputs"})
+    return _read_json_items(await read_json(request, settings), options, request, settings, allowed={"texts", "inputs"})
 
 
 async def read_images_or_texts(request: Request, options: type[O], settings: Settings) -> ParsedRequest[O]:
     """Read images in any shape, or texts of JSON."""
-    if _content_type(request) != "application/json":
+    if content_type(request) != "application/json":
         return await read_images(request, options, settings)
-    return _read_json_items(await read_json(request), options, request, settings, allowed={"images", "texts", "inputs"})
-
-
-def _content_type(request: Request) -> str:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-async def read_json(request: Request) -> dict[str, Any]:
-    """Read the body as a JSON object. Raises UnsupportedType, BadRequest."""
-    if _content_type(request) != "application/json":
-        raise UnsupportedType(f"content type {_content_type(request) or '(none)'!r}: this route reads application/json")
-    try:
-        body = orjson.loads(await request.body())
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"the body is not JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise BadRequest(f"the body is a JSON {type(body).__name__}: send an object")
-    return body
+    return _read_json_items(
+        await read_json(request, settings), options, request, settings, allowed={"images", "texts", "inputs"}
+    )
 
 
 async def _read_form(request: Request, options: type[O], settings: Settings) -> ParsedRequest[O]:

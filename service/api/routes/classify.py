@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.api.auth import WithKey
+from service.api.auth import KeyRoute
 from service.api.dependencies import EngineDep, deadline, query_of, run_until_disconnect
 from service.api.requests import ParsedRequest, read_images_or_texts
 from service.api.responses import json_reply, raise_first_refusal, refuse, reply_head
@@ -19,12 +19,11 @@ from service.labels.label_set import LabelSet
 from service.labels.scoring import Ranked
 from service.pipeline.stages import EmbeddedItem, EmbedResult
 
-router = APIRouter(tags=["classify"])
+router = APIRouter(route_class=KeyRoute, tags=["classify"])
 
 
 @router.post(
     "/classify",
-    dependencies=[WithKey],
     response_class=Response,
     openapi_extra=describe_body(ClassifyOptions, "images", "texts"),
 )

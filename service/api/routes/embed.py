@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from index_store import Side
-from service.api.auth import WithKey
+from service.api.auth import KeyRoute
 from service.api.dependencies import EngineDep, deadline, query_of, run_until_disconnect
 from service.api.requests import ParsedRequest, read_images, read_texts
 from service.api.responses import (
@@ -27,7 +27,7 @@ from service.engine import Engine
 from service.errors import BadRequest, ItemRefused
 from service.pipeline.stages import EmbeddedItem, EmbedResult, Query
 
-router = APIRouter(dependencies=[WithKey], tags=["embed"])
+router = APIRouter(route_class=KeyRoute, tags=["embed"])
 
 
 @router.post("/embed/image", response_class=Response, openapi_extra=describe_body(EmbedOptions, "images"))

@@ -10,22 +10,23 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body
 
-from service.api.auth import WithAdmin, WithKey
+from service.api.auth import AdminRoute, KeyRoute
 from service.api.dependencies import EngineDep
 from service.api.schemas import LabelSetBody
 from service.engine import Engine
 from service.labels.store import DamagedLabelSet
 
-router = APIRouter(tags=["label sets"])
+router = APIRouter(route_class=KeyRoute, tags=["label sets"])
+admin_router = APIRouter(route_class=AdminRoute, tags=["label sets"])
 
 
-@router.get("/label-sets", dependencies=[WithKey])
+@router.get("/label-sets")
 async def list_label_sets(engine: EngineDep) -> dict[str, Any]:
     """List the stored sets."""
     return {"object": "list", "data": await asyncio.to_thread(_list, engine)}
 
 
-@router.get("/label-sets/{name}", dependencies=[WithKey])
+@router.get("/label-sets/{name}")
 async def get_label_set(name: str, engine: EngineDep) -> dict[str, Any]:
     """Return one stored set.
 
@@ -39,7 +40,7 @@ async def get_label_set(name: str, engine: EngineDep) -> dict[str, Any]:
     return {"name": name, "version": found.version, "versions": versions, **found.body, "embedded": embedded}
 
 
-@router.put("/label-sets/{name}", dependencies=[WithAdmin])
+@admin_router.put("/label-sets/{name}")
 async def put_label_set(name: str, body: Annotated[LabelSetBody, Body()], engine: EngineDep) -> dict[str, Any]:
     """Store or replace a set.
 
@@ -51,7 +52,7 @@ async def put_label_set(name: str, body: Annotated[LabelSetBody, Body()], engine
     return {"name": name, "version": found.version, **found.body}
 
 
-@router.delete("/label-sets/{name}", dependencies=[WithAdmin])
+@admin_router.delete("/label-sets/{name}")
 async def delete_label_set(name: str, engine: EngineDep) -> dict[str, Any]:
     """Delete a set."""
     await engine.label_sets.delete(name)

@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request
 
-from service.api.auth import WithAdmin
+from service.api.auth import AdminRoute
 from service.api.dependencies import EngineDep, deadline
 from service.api.requests import new_pairs
 from service.api.schemas import ActivateBody, PairsBody
 
-router = APIRouter(dependencies=[WithAdmin], tags=["memories"])
+router = APIRouter(route_class=AdminRoute, tags=["memories"])
 
 
 @router.get("/memories")

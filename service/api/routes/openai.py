@@ -8,7 +8,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.api.auth import WithKey
+from service.api.auth import KeyRoute
 from service.api.dependencies import EngineDep, deadline, run_until_disconnect
 from service.api.openai_input import MixedInput, read_input
 from service.api.routes.embed import build_reply, pin_query
@@ -18,7 +18,7 @@ from service.engine import Engine
 from service.errors import BadRequest
 from service.pipeline.stages import EmbedResult, Query
 
-router = APIRouter(dependencies=[WithKey], tags=["openai"])
+router = APIRouter(route_class=KeyRoute, tags=["openai"])
 
 
 @router.post("/v1/embeddings", response_class=Response, openapi_extra=describe_body(OpenAIOptions, "input"))

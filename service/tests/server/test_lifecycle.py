@@ -60,6 +60,18 @@ def test_keys(guarded: Server) -> None:
     assert not any(key in line for line in guarded.lines for key in ("alpha-key", "beta-key", "gamma-key", "wrong"))
 
 
+@pytest.mark.parametrize(
+    "line", ["PUT /label-sets/a", "POST /memories/grocery/pairs", "POST /embed/text", "POST /classify"]
+)
+def test_a_key_is_checked_before_the_body_is_read(guarded: Server, line: str) -> None:
+    """Only the head is sent: the reply does not wait for the 1 MB that it announces."""
+    host, port = guarded.url.removeprefix("http://").split(":")
+    head = f"{line} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n"
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(f"{head}Authorization: Bearer wrong\r\n\r\n".encode())
+        assert connection.recv(4096).split()[1] in (b"401", b"403")
+
+
 def test_fixed_shapes_give_the_vectors_of_any_shape(guarded: Server, server: Server, photos: dict[str, bytes]) -> None:
     files, texts = [("file", photo) for photo in photos.values()], ["a", "a carton of milk on a shelf", "lemon"]
     found = []
