@@ -104,6 +104,12 @@ class Settings(BaseSettings):
     )
     max_stored_labels: int = Field(default=1_000_000, ge=1, description="texts of one stored label set")
     max_label_sets: int = Field(default=1_000, ge=0, description="stored label sets")
+    max_metadata_bytes: int = Field(
+        default=16_384, ge=2, description="metadata of one pair of an edit, as JSON; a reply carries it"
+    )
+    max_reply_bytes: int = Field(
+        default=64 * 2**20, ge=1024, description="bytes of the labels and scores of one reply, estimated before work"
+    )
     memory_budget_bytes: int = Field(
         default=0, ge=0, description="resident bytes of all memories together; 0: 80 % of the machine's or container's"
     )

@@ -121,6 +121,8 @@ def _parse_number(name: Id, ref: str) -> int:
 def _check_text(name: Id, ref: str) -> str:
     if not isinstance(name, str):
         raise PairsRefused(f"id {name!r} is not one that {ref} can hold: its ids are strings, write it as one")
+    if "\0" in name:  # an array of bytes drops it at the end, and the id would be another one
+        raise PairsRefused(f"id {name[:40]!r} is not one that {ref} can hold: it has a NUL, leave it out")
     return name
 
 

@@ -77,9 +77,11 @@ class RowFilter:
             raise QueryRefused(
                 f"exclude must hold one collection of ids for each of {queries} queries, not {len(exclude)}"
             )
+        lists = {} if exclude is None else {id(ids): ids for ids in exclude}  # the items of a request share one
+        converted = {key: convert_ids(ids, id_kind) for key, ids in lists.items()}
         return cls(
             np.broadcast_to(ceiling.reshape(-1, 1), (queries, 1)) if (ceiling < np.inf).any() else None,
-            None if exclude is None else [convert_ids(ids, id_kind) for ids in exclude],
+            None if exclude is None else [converted[id(ids)] for ids in exclude],
         )
 
     @property

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from service.errors import BadRequest, TooLarge, UnsupportedType
 from service.settings import Settings
 
+MAX_FIELDS = 1_000  # of the object that is the body
 MAX_INLINE_BYTES = 256 * 1024  # a larger body is parsed in a thread: this much takes about 1 ms
 COUNTED_BYTES = 2**20  # counted at a time; other threads run in between
 
@@ -39,6 +40,8 @@ async def read_json(request: Request, settings: Settings, *, exact: bool = False
         parsed = await asyncio.to_thread(_parse, body, settings.max_json_values, exact=exact)
     if not isinstance(parsed, dict):
         raise BadRequest(f"the body is a JSON {type(parsed).__name__}: send an object")
+    if len(parsed) > MAX_FIELDS:
+        raise BadRequest(f"the body is an object of {len(parsed)} fields, at most {MAX_FIELDS}: send fewer")
     return parsed
 
 

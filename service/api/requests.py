@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from service.api.json_body import content_type, read_json
@@ -25,6 +27,8 @@ from service.pipeline.stages import Items
 from service.settings import Settings
 
 O = TypeVar("O", bound=Options)  # noqa: E741
+MAX_FORM_FIELDS, MAX_FIELD_BYTES = 1000, 4 * 2**20
+MAX_METADATA_DEPTH = 32
 DATA_URI = re.compile(r"data:[\w.+-]+/[\w.+-]+(;[\w=.+-]+)*,", re.ASCII)
 
 
@@ -70,19 +74,32 @@ async def read_images_or_texts(request: Request, options: type[O], settings: Set
     )
 
 
+class _FormParser(MultiPartParser):
+    """Keeps files in memory, which `max_body_bytes` bounds: a full /tmp refuses no request."""
+
+    spool_max_size = sys.maxsize
+
+
 async def _read_form(request: Request, options: type[O], settings: Settings) -> ParsedRequest[O]:
+    parser = _FormParser(
+        request.headers,
+        request.stream(),
+        max_files=settings.max_items + 1,
+        max_fields=MAX_FORM_FIELDS,
+        max_part_size=MAX_FIELD_BYTES,
+    )
     try:
-        async with request.form(max_files=settings.max_items + 1, max_fields=1000, max_part_size=4 * 2**20) as form:
-            files = [value for name, value in form.multi_items() if name == "file"]
-            fields = [(name, value) for name, value in form.multi_items() if name != "file"]
-            for name, value in fields:
-                if isinstance(value, UploadFile):
-                    raise BadRequest(f"a file in field {name!r}: images belong in the field 'file'", name)
-            check_count(files, "file", settings)
-            read = [await value.read() if isinstance(value, UploadFile) else value.encode() for value in files]
-    except HTTPException as error:
-        too_many = "too many" in str(error.detail).lower() or "exceeded" in str(error.detail).lower()
-        raise (TooLarge if too_many else BadRequest)(f"multipart body: {error.detail}") from error
+        form = await parser.parse()
+    except MultiPartException as error:
+        too_many = "too many" in error.message.lower() or "exceeded" in error.message.lower()
+        raise (TooLarge if too_many else BadRequest)(f"multipart body: {error.message}") from error
+    files = [value for name, value in form.multi_items() if name == "file"]
+    fields = [(name, value) for name, value in form.multi_items() if name != "file"]
+    for name, value in fields:
+        if isinstance(value, UploadFile):
+            raise BadRequest(f"a file in field {name[:80]!r}: images belong in the field 'file'", name[:80])
+    check_count(files, "file", settings)
+    read = [await value.read() if isinstance(value, UploadFile) else value.encode() for value in files]
     images = [_read_or_refuse(_check_image_bytes, image, i, settings) for i, image in enumerate(read)]
     return ParsedRequest(Items(images, []), options.read(request.query_params.multi_items(), fields))
 
@@ -118,10 +135,34 @@ def new_pairs(body: PairsBody, settings: Settings) -> list[NewPair]:
             _to_float32(pair.image_embedding),
             _to_float32(pair.image_key),
             _to_float32(pair.text_embedding),
-            pair.metadata,
+            _check_metadata(pair.metadata, f"pairs[{i}].metadata", settings),
         )
         for i, pair in enumerate(body.pairs)
     ]
+
+
+def _check_metadata(metadata: dict[str, Any], param: str, settings: Settings) -> dict[str, Any]:
+    """Raise TooLarge for metadata that replies could not carry, InvalidValue for deep nesting."""
+    if _depth(metadata) > MAX_METADATA_DEPTH:
+        raise InvalidValue(f"{param} nests deeper than {MAX_METADATA_DEPTH} levels: flatten it", param)
+    size = len(json.dumps(metadata, ensure_ascii=False))
+    if size > settings.max_metadata_bytes:
+        raise TooLarge(f"{param} takes {size} bytes as JSON, at most {settings.max_metadata_bytes}: shorten it", param)
+    return metadata
+
+
+def _depth(value: object) -> int:
+    """Levels of lists and objects, counted level by level."""
+    level, depth = [value], 0
+    while level := [inner for outer in level for inner in _children(outer)]:
+        depth += 1
+    return depth
+
+
+def _children(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _to_float32(numbers: list[float] | None) -> np.ndarray | None:

@@ -14,11 +14,16 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from index_store.types import MAX_ID_BYTES
 from service.errors import BadRequest, InvalidValue
 
 Enhance = Literal["both", "image", "text", "none"]
+# fail_fast: of a list of a million wrong items only the first is reported, and looked at.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+ExcludedId = int | Annotated[str, Field(max_length=MAX_ID_BYTES)]
 
 
 class Options(BaseModel):
@@ -30,7 +35,7 @@ class Options(BaseModel):
     k: int | None = Field(None, ge=1, description="neighbours per item; default: the fusion's")
     neighbors: bool = Field(False, description="return the neighbours of each item")
     max_similarity: float | None = Field(None, gt=-1, le=1.001, description="ignore neighbours nearer than this")
-    exclude: list[int | str] = Field(
+    exclude: Annotated[list[ExcludedId], Field(fail_fast=True)] = Field(
         default_factory=list, max_length=1000, description="ignore neighbours with these ids"
     )
     on_error: Literal["fail", "null"] = Field(
@@ -46,6 +51,9 @@ class Options(BaseModel):
         merged: dict[str, Any] = {}
         for source in sources:
             merged.update(source if isinstance(source, Mapping) else cls._from_text(source))
+        for name in merged.keys() - cls.model_fields.keys():
+            known = ", ".join(sorted(cls.model_fields))
+            raise BadRequest(f"unknown option {name[:80]!r}: this route takes {known}", name[:80])
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
@@ -60,12 +68,10 @@ class Options(BaseModel):
         return {name: _parse_list(name, found) if name in LIST_OPTIONS else found[-1] for name, found in values.items()}
 
     @classmethod
-    def _refuse(cls, error: ValidationError) -> BadRequest | InvalidValue:
+    def _refuse(cls, error: ValidationError) -> InvalidValue:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"] if not isinstance(part, int)) or "body"
-        if first["type"] == "extra_forbidden":
-            return BadRequest(f"unknown option {name!r}: this route takes {', '.join(sorted(cls.model_fields))}", name)
-        shown = json.dumps(first["input"], default=str)[:80] if first["type"] != "value_error" else ""
+        name = str(first["loc"][0]) if first["loc"] else "body"
+        shown = _show(first["input"]) if first["type"] != "value_error" else ""
         return InvalidValue(
             f"{name} = {shown}: {first['msg']}" if shown else first["msg"].removeprefix("Value error, "), name
         )
@@ -96,11 +102,9 @@ class ClassifyOptions(Options):
     """Options of /classify."""
 
     enhance: Enhance = Field("both", description="enhance the items (image), the labels (text), both or none")
-    labels: list[str] | None = Field(None, description="candidate labels; or name a stored set in label_set")
+    labels: Texts | None = Field(None, description="candidate labels; or name a stored set in label_set")
     label_set: str | None = Field(None, description="a stored label set, or NAME@VERSION to pin what it held")
-    templates: list[str] = Field(
-        default_factory=lambda: ["a photo of a {}."], min_length=1, description="each with one {}"
-    )
+    templates: Texts = Field(default_factory=lambda: ["a photo of a {}."], min_length=1, description="each with one {}")
     top_k: int = Field(
         5,
         ge=1,
@@ -120,8 +124,8 @@ class LabelSetBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    labels: list[str]
-    templates: list[str] = Field(default_factory=lambda: ["a photo of a {}."], min_length=1)
+    labels: Texts
+    templates: Texts = Field(default_factory=lambda: ["a photo of a {}."], min_length=1)
 
 
 class ActivateBody(BaseModel):
@@ -143,7 +147,7 @@ def _decode_floats(value: object) -> object:
         raise ValueError("neither a list of numbers nor base64 of little-endian float32") from error
 
 
-Vector = Annotated[list[float], BeforeValidator(_decode_floats)]
+Vector = Annotated[list[float], Field(fail_fast=True), BeforeValidator(_decode_floats)]
 
 
 class PairBody(BaseModel):
@@ -167,7 +171,7 @@ class PairsBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    pairs: list[PairBody] = Field(min_length=1)
+    pairs: Annotated[list[PairBody], Field(fail_fast=True)] = Field(min_length=1)
 
 
 def describe_body(options: type[Options], *items: Literal["images", "texts", "input"]) -> dict[str, Any]:
@@ -199,8 +203,15 @@ LIST_OPTIONS = frozenset({"exclude", "labels", "templates"})
 def _parse_list(name: str, found: list[Any]) -> list[Any]:
     if len(found) == 1 and isinstance(found[0], str) and found[0].lstrip().startswith("["):
         try:
-            parsed = json.loads(found[0])
-        except json.JSONDecodeError as error:
+            parsed = orjson.loads(found[0])
+        except orjson.JSONDecodeError as error:
             raise InvalidValue(f"{name} is neither a JSON list nor a repeated field: {error}", name) from error
         return list(parsed)
     return found
+
+
+def _show(value: object) -> str:
+    """The beginning of a wrong value, for a message; of a list or an object its size alone."""
+    if isinstance(value, list | dict):
+        return f"a {type(value).__name__} of {len(value)}"
+    return json.dumps(value[:80] if isinstance(value, str) else value, default=str)[:80]

@@ -14,12 +14,13 @@ from service.api.requests import ParsedRequest, read_images_or_texts
 from service.api.responses import json_reply, raise_first_refusal, refuse, reply_head
 from service.api.schemas import ClassifyOptions, describe_body
 from service.engine import Engine
-from service.errors import ItemRefused
+from service.errors import ItemRefused, TooLarge
 from service.labels.label_set import LabelSet
 from service.labels.scoring import Ranked
 from service.pipeline.stages import EmbeddedItem, EmbedResult
 
 router = APIRouter(route_class=KeyRoute, tags=["classify"])
+SCORE_BYTES = 50  # {"label":"","score":0.0123456789012345},
 
 
 @router.post(
@@ -38,6 +39,7 @@ async def classify(request: Request, engine: EngineDep) -> Response:
     request.state.modality = parsed.items.side
     # reading a large set takes a second
     labels = await asyncio.to_thread(_find_labels, engine, parsed.options)
+    _check_reply_size(parsed, labels, engine.settings.max_reply_bytes)
     body, result = await run_until_disconnect(request, _classify(request, engine, parsed, labels))
     with engine.metrics.time_stage("serialize", parsed.items.side):
         return json_reply(body, result)
@@ -55,7 +57,7 @@ async def _classify(
     good = [row for row in rows if isinstance(row, EmbeddedItem)]
     labels_snapshot = snapshot if options.enhance in ("both", "text") else None
     ranked = await engine.rank(good, labels, labels_snapshot, options.top_k, until) if good else None
-    scores = iter(_describe(ranked, labels) if ranked is not None else [])
+    scores = iter(await asyncio.to_thread(_describe, ranked, labels) if ranked is not None else [])
     body: dict[str, Any] = {**reply_head(engine, snapshot)}
     if options.label_set is not None:
         body["label_set"] = f"{options.label_set.partition('@')[0]}@{labels.version}"
@@ -66,6 +68,18 @@ async def _classify(
     if len(good) < len(rows):
         body["errors"] = [refuse(row).body["error"] if isinstance(row, ItemRefused) else None for row in rows]
     return body, result
+
+
+def _check_reply_size(parsed: ParsedRequest[ClassifyOptions], labels: LabelSet, max_bytes: int) -> None:
+    """Raise TooLarge where the labels and scores alone would be longer than a reply may be."""
+    items, shown = max(len(parsed.items.images), len(parsed.items.texts)), min(parsed.options.top_k, len(labels.labels))
+    size = items * shown * (SCORE_BYTES + labels.mean_bytes)
+    if size > max_bytes:
+        raise TooLarge(
+            f"{items} items with the best {shown} labels make a reply of about {size:.0f} bytes, at most {max_bytes}: "
+            "lower top_k or send fewer items",
+            "top_k",
+        )
 
 
 def _find_labels(engine: Engine, options: ClassifyOptions) -> LabelSet:
