@@ -10,6 +10,7 @@
     ├── SwapInProgress       another swap of the same memory is running
     ├── SlowSender           the body did not arrive in time
     ├── TooLarge             too many bytes or items
+    ├── CapacityExceeded     all requests, or all of one address, are too many bytes or too many
     ├── UnsupportedType      a content type, or a file type, that is not read here
     └── NotServing           starting up, shutting down, or without a memory
 
@@ -72,6 +73,10 @@ class TooLarge(ServiceError):
     """Too many bytes or items."""
 
 
+class CapacityExceeded(ServiceError):
+    """The bodies of all requests together, or the requests of one address, are too many."""
+
+
 class UnsupportedType(ServiceError):
     """A content type that this route does not read."""
 
@@ -113,6 +118,7 @@ STATUS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (store.QueryRefused, 422, "invalid_request_error", "invalid_value"),
     (InvalidValue, 422, "invalid_request_error", "invalid_value"),
     (batcher.QueueFull, 429, "rate_limit_error", "queue_full"),
+    (CapacityExceeded, 429, "rate_limit_error", "capacity_exceeded"),
     (NotServing, 503, "service_unavailable_error", "not_serving"),
     (batcher.BatcherClosed, 503, "service_unavailable_error", "not_serving"),
     (workers.WorkerLost, 503, "service_unavailable_error", "worker_lost"),

@@ -10,8 +10,9 @@ import re
 import tomllib
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
@@ -21,6 +22,8 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
+
+Network: TypeAlias = IPv4Network | IPv6Network
 
 PREFIX = "RECO_"
 # Variables of ours that are no settings: the configuration file, of compose.yaml, of the tests.
@@ -128,6 +131,21 @@ class Settings(BaseSettings):
     )
     timeout_s: float = Field(default=30.0, gt=0, description="seconds of a request once its body has arrived")
     receive_s: float = Field(default=30.0, gt=0, description="seconds for a body to arrive")
+    send_s: float = Field(
+        default=30.0, gt=0, description="seconds in which a caller reads some of its reply, 4 KB for each second"
+    )
+    max_inflight_bytes: int = Field(
+        default=512 * 2**20,
+        ge=1024,
+        validate_default=True,
+        description="bytes of the bodies of all requests that are not yet answered",
+    )
+    max_connections_per_address: int = Field(
+        default=1024, ge=1, description="connections of one address; behind a trusted proxy, requests at a time"
+    )
+    trusted_proxies: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_split_list)] = Field(
+        default=(), description="addresses or networks (10.0.0.0/8) of proxies whose X-Forwarded-For is believed"
+    )
     drain_s: float = Field(default=30.0, ge=0, description="seconds to answer admitted requests when stopping")
     log_format: Literal["text", "json"] = Field(default="text", description="format of the log on stderr")
     access_log: bool = Field(default=True, description="log one line per request; health checks are left out")
@@ -148,6 +166,14 @@ class Settings(BaseSettings):
         """A request that never fits into the queue would be refused with 429 for ever."""
         if value < checked.data.get("max_items", 0):
             raise ValueError(f"must be at least max_items, which is {checked.data['max_items']}")
+        return value
+
+    @field_validator("max_inflight_bytes")
+    @classmethod
+    def _fit_largest_body(cls, value: int, checked: ValidationInfo) -> int:
+        """A body that never fits would be refused with 429 for ever."""
+        if value < checked.data.get("max_body_bytes", 0):
+            raise ValueError(f"must be at least max_body_bytes, which is {checked.data['max_body_bytes']}")
         return value
 
     @classmethod

@@ -10,13 +10,14 @@ import asyncio
 import re
 import time
 import uuid
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.capacity import BodyBudget, ForwardedCallers
 from service.api.responses import error_response
 from service.engine import Engine
-from service.errors import NotServing, SlowSender, TooLarge, refusal
+from service.errors import CapacityExceeded, NotServing, SlowSender, TooLarge, refusal
 from service.observability.logging import RequestContext, current_request, log_access
 from service.observability.tracing import finish
 from service.settings import Settings
@@ -32,7 +33,9 @@ class RequestMiddleware:
     """ASGI middleware. `engine.inside` counts the guarded requests that are not yet answered."""
 
     def __init__(self, app: ASGIApp, engine: Engine) -> None:
-        self._app, self._engine = app, engine
+        self._app, self._engine, settings = app, engine, engine.settings
+        self._bodies = BodyBudget(settings.max_inflight_bytes)
+        self._callers = ForwardedCallers(settings.max_connections_per_address, settings.trusted_proxies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. HEAD is answered as GET; the server leaves the body out."""
@@ -42,7 +45,7 @@ class RequestMiddleware:
         method = scope["method"]
         if method == "HEAD":
             scope = {**scope, "method": "GET"}
-        exchange = _Exchange(scope, receive, send, self._engine.settings)
+        exchange = _Exchange(scope, receive, send, self._engine.settings, self._bodies)
         exchange.context = RequestContext(exchange.id, method, scope)
         token = current_request.set(exchange.context)
         try:
@@ -64,6 +67,7 @@ class RequestMiddleware:
                 if span is not None:
                     finish(span, scope, exchange.status or CALLER_LEFT)
         finally:
+            self._bodies.release(exchange)
             self._engine.inside -= 1
             self._count(scope, exchange)
 
@@ -77,9 +81,10 @@ class RequestMiddleware:
                 if self._engine.draining:
                     raise NotServing("shutting down: send the request to another instance, or retry later")
                 exchange.check_declared_length()
-            await self._app(scope, exchange.receive if guard else exchange.receive_unlimited, exchange.send)
+            with self._callers.count(scope) if guard else nullcontext():
+                await self._app(scope, exchange.receive if guard else exchange.receive_unlimited, exchange.send)
         except Exception as error:
-            if isinstance(error, NotServing | SlowSender | TooLarge) and not exchange.status:
+            if isinstance(error, CapacityExceeded | NotServing | SlowSender | TooLarge) and not exchange.status:
                 self._engine.metrics.rejected_total.labels(refusal(error).code).inc()
             response = error_response(error)
             if exchange.status:
@@ -96,11 +101,14 @@ class RequestMiddleware:
 
 
 class _Exchange:
-    """The messages of one request. status: of the reply, 0 until it begins."""
+    """The messages of one request. status: of the reply, 0 until it begins.
+
+    read_bytes: of the body so far.  complete: whether all of it has come.
+    """
 
     context: RequestContext
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings, bodies: BodyBudget) -> None:
         self.start = time.perf_counter()
         self.status = 0
         headers = dict(scope["headers"])
@@ -109,7 +117,10 @@ class _Exchange:
         self._declared = headers.get(b"content-length", b"0")
         self.receive_unlimited, self._send = receive, send
         self._max_bytes, self._receive_s = settings.max_body_bytes, settings.receive_s
-        self._read_bytes, self._complete = 0, False
+        self.read_bytes, self.complete = 0, False
+        self._bodies = bodies
+        self._refused: CapacityExceeded | None = None
+        self._reading: asyncio.Timeout | None = None
 
     def check_declared_length(self) -> None:
         """Raise TooLarge by the header alone, before a byte is read."""
@@ -119,22 +130,34 @@ class _Exchange:
     async def receive(self) -> Message:
         """The next message.
 
-        Raises TooLarge by the bytes that came, SlowSender after `receive_s`.
+        Raises TooLarge by the bytes that came, SlowSender after `receive_s`, CapacityExceeded where
+        all bodies together are too large and this is the largest.
         """
-        if self._complete:  # the only message that can still come is the disconnect
+        if self.complete:  # the only message that can still come is the disconnect
             return await self.receive_unlimited()
         try:
-            async with asyncio.timeout(self.start + self._receive_s - time.perf_counter()):
+            async with asyncio.timeout(self.start + self._receive_s - time.perf_counter()) as self._reading:
                 message = await self.receive_unlimited()
         except TimeoutError as error:
+            if self._refused is not None:
+                raise self._refused from error
             raise SlowSender(
-                f"{self._read_bytes} bytes of the body came in {self._receive_s:g} s: send it faster, or in parts"
+                f"{self.read_bytes} bytes of the body came in {self._receive_s:g} s: send it faster, or in parts"
             ) from error
-        self._complete = not message.get("more_body", False)
-        self._read_bytes += len(message.get("body", b""))
-        if self._read_bytes > self._max_bytes:
-            raise self._too_large(self._read_bytes)
+        self.complete = not message.get("more_body", False)
+        self._bodies.add(self, len(message.get("body", b"")))
+        if self.read_bytes > self._max_bytes:
+            raise self._too_large(self.read_bytes)
+        if self._refused is not None:
+            raise self._refused
         return message
+
+    def refuse(self, error: CapacityExceeded) -> None:
+        """Let the waiting read raise `error` now, or the read that is being counted."""
+        self._refused = error
+        if self._reading is not None and not self._reading.expired():
+            with suppress(RuntimeError):  # the read has ended
+                self._reading.reschedule(0)
 
     async def send(self, message: Message) -> None:
         """Send a message of the reply, its head with the request's id."""

@@ -1,4 +1,4 @@
-"""Limits of a connection before its request has a head: seconds and bytes.
+"""Limits of a connection: seconds and bytes of a head, reading of a reply, connections per address.
 
 After the head, `api/middleware` limits the body. The protocol of uvicorn is subclassed, so uvicorn
 is pinned; `test_connection_limits` asserts the methods that are overridden.
@@ -7,38 +7,92 @@ is pinned; `test_connection_limits` asserts the methods that are overridden.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+from collections import Counter
+from dataclasses import dataclass, field
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-__all__ = ["LimitedProtocol"]
+from service.settings import Network, Settings
+
+__all__ = ["ConnectionLimits", "LimitedProtocol"]
 
 MAX_HEAD_BYTES = 64 * 2**10
+LINGER_S = 5.0  # for the rest of a body whose request is already answered
+MIN_SEND_BYTES = 4096  # a second, of a reply that a caller reads
+
+
+@dataclass(eq=False)
+class ConnectionLimits:
+    """What all connections of one server share.
+
+    head_s, send_s: seconds.  per_address: connections of one peer address; trusted peers are
+    proxies and have no limit here.
+    State: the open connections by address.
+    """
+
+    head_s: float = 30.0
+    send_s: float = 30.0
+    per_address: int = 1024
+    trusted: tuple[Network, ...] = ()
+    connections: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> ConnectionLimits:
+        """The operator's limits."""
+        per_address, trusted = settings.max_connections_per_address, settings.trusted_proxies
+        return cls(settings.receive_s, settings.send_s, per_address, trusted)
+
+    def trusts(self, address: str) -> bool:
+        """Whether a peer is a proxy of the operator's."""
+        return any(ipaddress.ip_address(address) in network for network in self.trusted)
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with a limit on heads.
+    """uvicorn's protocol with limits.
 
     A head must be complete within `head_s` seconds of the connection or, on a connection that is
-    kept alive, of its first byte. State: the timer of an incomplete head, and its bytes so far.
+    kept alive, of its first byte. A reply must be read at MIN_SEND_BYTES a second, looked at every
+    `send_s` seconds; a body that goes on after its reply is read for LINGER_S.
+    State: the timers of an incomplete head, of an unread reply and of an unfinished body; the bytes
+    of the head so far, and of the reply at the last look.
     """
 
-    head_s = 30.0
+    limits = ConnectionLimits()
     _timer: asyncio.TimerHandle | None = None
+    _send_timer: asyncio.TimerHandle | None = None
+    _linger_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
+    _address: str | None = None
 
     @classmethod
-    def with_head_limit(cls, head_s: float) -> type[LimitedProtocol]:
-        """The protocol class with another limit in seconds, since uvicorn makes the instances."""
-        return type("LimitedProtocol", (cls,), {"head_s": head_s})
+    def with_limits(cls, limits: ConnectionLimits) -> type[LimitedProtocol]:
+        """The protocol class with other limits, since uvicorn makes the instances."""
+        return type("LimitedProtocol", (cls,), {"limits": limits})
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the timer: a connection without a byte ends like one with a slow head."""
+        """Start the timer: a connection without a byte ends like one with a slow head.
+
+        One connection too many of an address is answered 429 and closed.
+        """
         super().connection_made(transport)
-        self._timer = self.loop.call_later(self.head_s, self._refuse, b"408 Request Timeout")
+        self._timer = self.loop.call_later(self.limits.head_s, self._refuse, b"408 Request Timeout")
+        peer = transport.get_extra_info("peername")
+        if not isinstance(peer, tuple) or self.limits.trusts(peer[0]):  # a Unix socket has no address
+            return
+        self._address = str(peer[0])
+        self.limits.connections[self._address] += 1
+        if self.limits.connections[self._address] > self.limits.per_address:
+            self._refuse(b"429 Too Many Requests")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer."""
+        """Stop the timers."""
         self._stop_timer()
+        for timer in (self._send_timer, self._linger_timer):
+            if timer is not None:
+                timer.cancel()
+        if self._address is not None:
+            self.limits.connections -= Counter((self._address,))  # an address without any is forgotten
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -55,12 +109,50 @@ class LimitedProtocol(HttpToolsProtocol):
         """Start the timer at the first byte of a request."""
         super().on_message_begin()
         if self._timer is None:
-            self._timer = self.loop.call_later(self.head_s, self._refuse, b"408 Request Timeout")
+            self._timer = self.loop.call_later(self.limits.head_s, self._refuse, b"408 Request Timeout")
+        if self._send_timer is not None and not self.transport.get_write_buffer_size():
+            self._send_timer.cancel()  # the reply before this request was read
+            self._send_timer = None
 
     def on_headers_complete(self) -> None:
         """Stop the timer: the head is complete."""
         self._stop_timer()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Stop the timer of a body that went on after its reply."""
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+            self._linger_timer = None
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Watch that the reply is read, and that a body which is still arriving ends soon."""
+        unfinished = self.cycle is not None and self.cycle.response_complete and self.cycle.more_body
+        super().on_response_complete()
+        if unfinished and self._linger_timer is None and not self.transport.is_closing():
+            self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
+        self._watch_reply()
+
+    def pause_writing(self) -> None:
+        """Watch that a reply which fills the buffer is read."""
+        super().pause_writing()
+        self._watch_reply()
+
+    def _watch_reply(self) -> None:
+        """Look again in `send_s` seconds, unless a look is due or all is sent."""
+        unread = self.transport.get_write_buffer_size()
+        if unread and self._send_timer is None:
+            self._send_timer = self.loop.call_later(self.limits.send_s, self._check_reply, unread)
+
+    def _check_reply(self, before: int) -> None:
+        """End a connection whose reply is not read.  before: bytes left at the last look."""
+        self._send_timer = None
+        left = self.transport.get_write_buffer_size()
+        if left and before - left < self.limits.send_s * MIN_SEND_BYTES:
+            self.transport.abort()
+        else:
+            self._watch_reply()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

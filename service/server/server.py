@@ -130,12 +130,12 @@ def serve(settings: Settings) -> None:
         opening = run_in_own_thread(partial(Engine.open, settings))
         # most of a second, while the weights are read and hashed
         from service.app import create_app
-        from service.server.connection_limits import LimitedProtocol
+        from service.server.connection_limits import ConnectionLimits, LimitedProtocol
 
         engine = opening.result()
         config = uvicorn.Config(
             create_app(engine), log_config=None, access_log=False, proxy_headers=False, server_header=False, lifespan="on", loop="uvloop",
-            http=LimitedProtocol.with_head_limit(settings.receive_s), backlog=2048,
+            http=LimitedProtocol.with_limits(ConnectionLimits.from_settings(settings)), backlog=2048,
         )  # fmt: skip
         DrainingServer(config, engine).run(sockets=[bound])
         sys.stdout.flush()

@@ -6,14 +6,15 @@ import inspect
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.server.connection_limits import LimitedProtocol
+from service.server.connection_limits import ConnectionLimits, LimitedProtocol
 
 
 def test_every_overridden_method_is_one_of_uvicorn() -> None:
     own = {name for name in vars(LimitedProtocol) if inspect.isfunction(vars(LimitedProtocol)[name])}
     overridden = {name for name in own if not name.startswith("_")}
     assert overridden == {
-        "connection_made", "connection_lost", "data_received", "on_message_begin", "on_headers_complete"
+        "connection_made", "connection_lost", "data_received", "on_message_begin", "on_headers_complete",
+        "on_message_complete", "on_response_complete", "pause_writing",
     }  # fmt: skip
     for name in overridden:
         theirs, ours = (inspect.signature(getattr(kind, name)) for kind in (HttpToolsProtocol, LimitedProtocol))
@@ -21,5 +22,5 @@ def test_every_overridden_method_is_one_of_uvicorn() -> None:
 
 
 def test_the_limit_belongs_to_one_class() -> None:
-    quick = LimitedProtocol.with_head_limit(1.5)
-    assert (quick.head_s, LimitedProtocol.head_s) == (1.5, 30.0)
+    quick = LimitedProtocol.with_limits(ConnectionLimits(head_s=1.5))
+    assert (quick.limits.head_s, LimitedProtocol.limits.head_s) == (1.5, 30.0)
