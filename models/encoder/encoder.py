@@ -15,7 +15,7 @@ from PIL import Image
 from index_store.types import KeyKind, Side
 from models.encoder.image_io import MAX_PIXELS, read_image
 from models.encoder.image_tower import build_crop, unit_vectors
-from models.encoder.loading import STARTER, load_model, model_digest
+from models.encoder.loading.load import STARTER, load_model, model_digest
 from models.encoder.text_tower import TrimmedText
 from models.errors import ConfigError, EncoderUnavailable
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from service.server.malloc import set_malloc_options
 from service.settings import Settings, read_settings
 
 STORE = ("store",)
@@ -97,6 +98,7 @@ def with_settings(*fields: str) -> Callable[[Callable[..., None]], Callable[...,
         @wraps(command)
         def run(*, config: Path | None, verbose: bool, **given: Any) -> None:
             _set_up_logging(verbose)
+            set_malloc_options()
             settings = read_settings({name: given.pop(name) for name in fields}, config)
             for name, kind in groups.items():
                 given[name] = kind(**{each.name: given.pop(each.name) for each in dataclasses.fields(kind)})

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import signal
 import socket
 import sys
 import time
-from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from service.engine import Engine
 
 log = logging.getLogger("reco")
-M_ARENA_MAX, MALLOC_ARENAS = -8, 2  # M_ARENA_MAX is a constant of malloc.h
 
 
 class DrainingServer(uvicorn.Server):
@@ -98,14 +95,6 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def limit_malloc_arenas() -> None:
-    """IdleThreads come and go in a service, and glibc would give each a heap of its own, which
-    keeps what was freed in it.
-    """
-    with suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, MALLOC_ARENAS)
-
-
 def serve(settings: Settings) -> None:
     """Open everything, answer until a signal comes, and end the process.
 
@@ -119,11 +108,10 @@ def serve(settings: Settings) -> None:
     configure_logging(
         settings.log_format, verbose=logging.getLogger().isEnabledFor(logging.INFO), access_log=settings.access_log
     )
-    limit_malloc_arenas()
     with bind(settings.host, settings.port) as bound:
         print(f"loading {settings.model}: this takes some seconds…", flush=True)
         # torch takes seconds: import it once the port is bound
-        from models.encoder.loading import import_libraries
+        from models.encoder.loading.load import import_libraries
         from service.engine import Engine
 
         import_libraries()

@@ -8,6 +8,6 @@ import uvloop  # noqa: F401
 import service.app
 import service.server.connection_limits
 import service.server.server  # noqa: F401
-from models.encoder.loading import import_libraries
+from models.encoder.loading.load import import_libraries
 
 import_libraries()

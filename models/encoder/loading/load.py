@@ -17,7 +17,7 @@ from models.errors import EncoderUnavailable
 
 __all__ = ["STARTER", "LoadedModel", "import_libraries", "load_model", "model_digest"]
 
-STARTER = Path(__file__).parents[1] / "starter" / "clip.json"
+STARTER = Path(__file__).parents[2] / "starter" / "clip.json"
 _REGISTRY_LOCK = threading.Lock()  # open_clip's registry of configurations is a global
 
 
