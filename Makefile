@@ -8,7 +8,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade
 
-.PHONY: serve test setup lint format lock bench bench-memory bench-train chaos docs clean help
+.PHONY: serve test setup lint format lock bench bench-memory bench-train chaos fuzz docs clean help
 .DEFAULT_GOAL := help
 
 help: ## show the targets
@@ -47,6 +47,9 @@ bench-train: .venv/.dev ## training beside plain PyTorch and bare faiss; writes 
 
 chaos: .venv/.dev ## kill builds, swaps and edits, those of a service too, at 200 random moments each
 	RECO_KILLS=200 $(BIN)/python -m pytest --timeout 7200 index_store/tests/build/test_crash.py index_store/tests/edits/test_crash.py index_store/tests/build/test_resume.py service/tests/memories/test_swap_crash.py
+
+fuzz: .venv/.dev ## run every fuzzer for a minute (RECO_FUZZ_S); RECO_FUZZ_SEED chooses another run
+	RECO_FUZZ_S=$${RECO_FUZZ_S:-60} $(BIN)/python -m pytest --timeout 7200 index_store/tests/test_fuzz.py service/tests/fuzz
 
 docs: .venv/.dev ## build the documentation site into var/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet

@@ -27,7 +27,9 @@ Network: TypeAlias = IPv4Network | IPv6Network
 
 PREFIX = "RECO_"
 # Variables of ours that are no settings: the configuration file, of compose.yaml, of the tests.
-OTHER_VARIABLES = frozenset({"RECO_CONFIG", "RECO_BIND", "RECO_DATA", "RECO_KILLS", "RECO_TEST_START_S"})
+OTHER_VARIABLES = frozenset(
+    {"RECO_CONFIG", "RECO_BIND", "RECO_DATA", "RECO_FUZZ_S", "RECO_FUZZ_SEED", "RECO_KILLS", "RECO_TEST_START_S"}
+)
 SERVICE_LINK = re.compile(r"RECO_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 
 
