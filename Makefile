@@ -49,7 +49,7 @@ chaos: .venv/.dev ## kill builds, swaps and edits, those of a service too, at 20
 	RECO_KILLS=200 $(BIN)/python -m pytest --timeout 7200 index_store/tests/build/test_crash.py index_store/tests/edits/test_crash.py index_store/tests/build/test_resume.py service/tests/memories/test_swap_crash.py
 
 fuzz: .venv/.dev ## run every fuzzer for a minute (RECO_FUZZ_S); RECO_FUZZ_SEED chooses another run
-	RECO_FUZZ_S=$${RECO_FUZZ_S:-60} $(BIN)/python -m pytest --timeout 7200 index_store/tests/test_fuzz.py service/tests/fuzz
+	RECO_FUZZ_S=$${RECO_FUZZ_S:-60} $(BIN)/python -m pytest --timeout 7200 index_store/tests/storage/test_fuzz.py service/tests/fuzz
 
 docs: .venv/.dev ## build the documentation site into var/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
