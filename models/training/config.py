@@ -3,23 +3,32 @@ names it.
 """
 
 import difflib
+import json
 import os
 import tomllib
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from models.encoder.encoder import EncoderSpec
 from models.errors import ConfigError
 from models.fusion.fusion import PRESETS
 
-TERMS = ("both", "image", "text")
-PRECISIONS = ("fp32", "bf16")
+Term: TypeAlias = Literal["both", "image", "text"]
+TERMS: tuple[Term, ...] = ("both", "image", "text")
+STRICT = ConfigDict(strict=True, extra="forbid")
 
 
-@dataclass(frozen=True, slots=True)
+def _check_preset(name: str) -> str:
+    if name not in PRESETS:
+        raise ValueError(f"must be one of {', '.join(PRESETS)}")
+    return name
+
+
+@dataclass(frozen=True, slots=True, config=STRICT)
 class EpisodeConfig:
     """One [[episodes]] table: pairs to learn from, and the memory they ask.
 
@@ -37,7 +46,7 @@ class EpisodeConfig:
     max_text_similarity: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=STRICT)
 class TrainConfig:
     """What to learn and from what. Paths are relative to the working directory.
 
@@ -57,45 +66,30 @@ class TrainConfig:
     """
 
     output: str
-    episodes: tuple[EpisodeConfig, ...]
+    episodes: Annotated[tuple[EpisodeConfig, ...], Field(min_length=1)]
     store: str = "var/store"
     model: str = "starter"
     pretrained: str | None = None
     device: str = "auto"
-    preset: str = "default"
+    preset: Annotated[str, AfterValidator(_check_preset)] = "default"
     alpha: float = 1.0
     k: int = 10
-    steps: int = 500
-    batch: int = 256
+    steps: Annotated[int, Field(ge=1)] = 500
+    batch: Annotated[int, Field(ge=2)] = 256  # a loss needs something to tell apart
     learning_rate: float = 1e-5
     pool_learning_rate: float = 0.03
     weight_decay: float = 0.01
     seed: int = 0
-    terms: tuple[str, ...] = TERMS
-    drop: float = 0.1
-    held_out: float = 0.1
-    clip: float = 1.0
+    terms: Annotated[tuple[Term, ...], Field(min_length=1)] = TERMS
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    clip: Annotated[float, Field(gt=0)] = 1.0
     learn_scale: bool = False
-    every: int = 50
-    patience: int = 0
-    precision: str = "fp32"
+    every: Annotated[int, Field(ge=1)] = 50
+    patience: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        _require(self.preset in PRESETS, "preset", self.preset, f"one of {', '.join(PRESETS)}")
-        _require(
-            bool(self.terms) and set(self.terms) <= set(TERMS), "terms", list(self.terms), f"some of {', '.join(TERMS)}"
-        )
-        _require(self.steps >= 1, "steps", self.steps, "at least 1")
-        _require(self.batch >= 2, "batch", self.batch, "at least 2: a loss needs something to tell apart")
-        _require(self.clip > 0, "clip", self.clip, "above 0")
-        _require(self.every >= 1, "every", self.every, "at least 1")
-        _require(self.patience >= 0, "patience", self.patience, "0 for never, or a number of looks")
-        _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
-        _require(0 <= self.drop < 1, "drop", self.drop, "a share from 0 to below 1")
-        _require(0 < self.held_out < 1, "held_out", self.held_out, "a share between 0 and 1")
-        _require(bool(self.episodes), "episodes", [], "at least one [[episodes]] table")
 
     @classmethod
     def read(cls, path: Path) -> "TrainConfig":
@@ -104,11 +98,11 @@ class TrainConfig:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"{path.name} cannot be read as TOML ({error}): correct it") from error
-        episodes = table.get("episodes", [])
-        if not isinstance(episodes, list) or not all(isinstance(episode, dict) for episode in episodes):
-            raise ConfigError("episodes must be [[episodes]] tables: write one for each memory")
-        read = tuple(EpisodeConfig(**_checked(EpisodeConfig, episode, "[[episodes]] ")) for episode in episodes)
-        return cls(**_checked(cls, {**table, "episodes": read}, ""))
+        try:
+            # as JSON, since an array of TOML is a list, which a strict tuple takes from JSON alone
+            return TypeAdapter(cls).validate_json(json.dumps(table, default=str))
+        except ValidationError as error:
+            raise ConfigError(_describe(error)) from error
 
     @property
     def encoder(self) -> EncoderSpec:
@@ -124,40 +118,25 @@ def expanded(source: str) -> Path:
     return Path(path)
 
 
-def _require(fine: bool, key: str, value: object, wanted: str) -> None:
-    if not fine:
-        raise ConfigError(f"{key} is {value!r}: it must be {wanted}")
+def _describe(error: ValidationError) -> str:
+    """The first mistake in one line: key, value and what is allowed; an unknown key goes first."""
+    first = min(error.errors(), key=lambda mistake: mistake["type"] != "unexpected_keyword_argument")
+    names = [str(part) for part in first["loc"] if not isinstance(part, int)]
+    in_episodes = names[:1] == ["episodes"]
+    key = names[-1] if not in_episodes or len(names) > 1 else "episodes"
+    where = "[[episodes]] " if in_episodes and len(names) > 1 else ""
+    if first["type"] == "unexpected_keyword_argument":
+        known = [item.name for item in fields(EpisodeConfig if where else TrainConfig)]
+        near = difflib.get_close_matches(key, known, n=1)
+        return (
+            f"unknown key {where}{key!r}: {f'did you mean {near[0]!r}' if near else 'the keys are ' + ', '.join(known)}"
+        )
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{where}{key} is missing: set it"
+    if key == "episodes":
+        return "episodes must be [[episodes]] tables: write one for each memory"
+    return f"{where}{key} is {_shorten(first['input'])}: {first['msg'].removeprefix('Value error, ')}"
 
 
-def _checked(kind: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The table as keyword arguments of a dataclass: arrays become tuples, integers may stand for
-    floats.
-    """
-    types, known = get_type_hints(kind), {item.name: item for item in fields(kind)}
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(
-                f"unknown key {where}{key!r}: {f'did you mean {near[0]!r}' if near else 'the keys are ' + ', '.join(known)}"
-            )
-    for name, item in known.items():
-        if name not in table and item.default is MISSING:
-            raise ConfigError(f"{where}{name} is missing: set it")
-    return {key: _typed(where + key, value, types[key]) for key, value in table.items()}
-
-
-def _typed(key: str, value: Any, wanted: Any) -> Any:
-    choices = [
-        choice
-        for choice in (get_args(wanted) if isinstance(wanted, UnionType) else (wanted,))
-        if choice is not NoneType
-    ]
-    if get_origin(choices[0]) is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{key} is {value!r}: it must be an array")
-        return tuple(_typed(key, item, get_args(choices[0])[0]) for item in value)
-    if choices[0] is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, bool) or not isinstance(value, choices[0]):
-        raise ConfigError(f"{key} is {value!r}: it must be {choices[0].__name__}")
-    return value
+def _shorten(value: Any) -> str:
+    return repr(value)[:80]

@@ -180,7 +180,7 @@ def test_terms_can_be_left_out(recipe: Path) -> None:
         ("memory =", "memry =", r"\[\[episodes\]\] 'memry'"),
         ("steps = 6", 'steps = "six"', "steps is 'six'"),
         ("steps = 6", "steps = true", "steps is True"),
-        ("steps = 6", "steps = 0", "at least 1"),
+        ("steps = 6", "steps = 0", "steps is 0: Input should be greater than or equal to 1"),
         ("k = 3", 'preset = "best"', "preset is 'best'"),
         ("k = 3", 'terms = ["all"]', "terms is"),
         ("k = 3", "terms = 3", "terms is 3"),
