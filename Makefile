@@ -8,7 +8,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade
 
-.PHONY: serve test setup lint format lock bench bench-memory bench-train chaos fuzz docs clean help
+.PHONY: serve test setup lint format lock bench bench-memory bench-train chaos fuzz soak docs clean help
 .DEFAULT_GOAL := help
 
 help: ## show the targets
@@ -50,6 +50,9 @@ chaos: .venv/.dev ## kill builds, swaps and edits, those of a service too, at 20
 
 fuzz: .venv/.dev ## run every fuzzer for a minute (RECO_FUZZ_S); RECO_FUZZ_SEED chooses another run
 	RECO_FUZZ_S=$${RECO_FUZZ_S:-60} $(BIN)/python -m pytest --timeout 7200 index_store/tests/storage/test_fuzz.py service/tests/fuzz
+
+soak: .venv/.dev ## honest callers beside hostile ones, swaps and edits for half an hour; writes loadtests/results/
+	$(BIN)/python -m loadtests.siege
 
 docs: .venv/.dev ## build the documentation site into var/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["draw_quantiles", "draw_ramp", "draw_soak", "draw_swap", "draw_targets"]
+__all__ = ["draw_quantiles", "draw_ramp", "draw_siege", "draw_soak", "draw_swap", "draw_targets"]
 
 REACHED, MISSED = "#4c78a8", "#e45756"
 QUANTILES = ("p50", "p95", "p99")
@@ -67,12 +67,16 @@ def draw_soak(report: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     _quantiles(left, {f"fifth {number}": latency for number, latency in enumerate(report["fifths_ms"], 1)})
-    _line(
-        right,
-        [reading["s"] / 60 for reading in report["readings"]],
-        [reading["resident_mb"] for reading in report["readings"]],
-        "minutes",
-    )
+    _resident(right, report["readings"])
+    figure.savefig(path, dpi=120)
+
+
+def draw_siege(report: Mapping[str, Any], path: Path) -> None:
+    """Left, latency in calm time and under siege; right, resident memory over time."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _quantiles(left, report["latency_ms"])
+    _resident(right, report["readings"])
     figure.savefig(path, dpi=120)
 
 
@@ -84,6 +88,12 @@ def _quantiles(axes: Axes, latency_ms: Mapping[str, Mapping[str, float]]) -> Non
     axes.set_xticks([x + 0.27 for x in range(len(latency_ms))], list(latency_ms))
     axes.set(ylabel="milliseconds")
     axes.legend()
+
+
+def _resident(axes: Axes, readings: Sequence[Mapping[str, float]]) -> None:
+    """readings: seconds and resident megabytes."""
+    minutes = [reading["s"] / 60 for reading in readings]
+    _line(axes, minutes, [reading["resident_mb"] for reading in readings], "minutes")
 
 
 def _line(axes: Axes, x: Sequence[float], resident_mb: Sequence[float], over: str) -> None:
