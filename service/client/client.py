@@ -20,8 +20,10 @@ from typing import Any, Self, TypeVar
 import httpx
 import numpy as np
 
+import service.client.bodies as bodies
 import service.client.protocol as flows
-from service.client.protocol import Call, Flow, ImageLike, Limits, Outcome, RecoError
+from service.client.bodies import ImageLike, Limits
+from service.client.protocol import Call, Flow, Outcome, RecoError
 
 __all__ = ["AsyncRecoClient", "RecoClient", "RecoError"]
 
@@ -36,8 +38,11 @@ def _arguments(base_url: str, api_key: str | None, timeout_s: float) -> dict[str
 class RecoClient:
     """Calls one service. Safe to share between threads.
 
-    limits: how much one request carries, and how long a busy service is waited for.  timeout_s: of
-    one HTTP request.
+    A long list is sent in several requests, and all its rows are of one version of the memory,
+    edits included: the first reply's version is pinned, and where it is replaced meanwhile all
+    begins anew.
+    limits: how much one request carries, how long a busy service is waited for, and how often an
+    answer begins anew.  timeout_s: of one HTTP request.
     """
 
     def __init__(
@@ -56,7 +61,7 @@ class RecoClient:
     ) -> np.ndarray:
         """(N, D) float32 unit rows in the order of `images` (encoded bytes, or paths).
 
-        progress: told how many more are done.
+        progress: told how many more are done; a negative number where all begins anew.
         """
         return self._run(flows.embed_images(images, options, self._limits, progress))
 
@@ -92,7 +97,44 @@ class RecoClient:
 
         Raises RecoError where it fails.
         """
-        return self._run(flows.activate(name, version, dry_run, wait_s, self._limits))
+        body = {"version": version, "dry_run": dry_run}
+        return self._run(flows.start_job(name, "activate", body, wait_s, self._limits))
+
+    def rollback(self, name: str, *, wait_s: float | None = 600.0) -> Mapping[str, Any]:
+        """Swap back to the version that was served before; as `activate`."""
+        return self._run(flows.start_job(name, "rollback", None, wait_s, self._limits))
+
+    def compact(self, name: str, *, wait_s: float | None = 600.0) -> Mapping[str, Any]:
+        """Fold the online edits into a new version, which is then served; as `activate`."""
+        return self._run(flows.start_job(name, "compact", None, wait_s, self._limits))
+
+    def job(self, job_id: str) -> Mapping[str, Any]:
+        """A swap or a compaction as it is now."""
+        return self._run(flows.request("GET", f"/jobs/{job_id}", None, self._limits))
+
+    def put_pairs(self, name: str, pairs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Add pairs, or replace those of the same id, all or none (admin key).
+
+        pairs: {id, caption, and image (base64) or image_embedding…}, as POST /memories/{name}/pairs
+        takes them.
+        """
+        body = {"pairs": [dict(pair) for pair in pairs]}
+        return self._run(flows.request("POST", bodies.pair_path(name), body, self._limits))
+
+    def delete_pair(self, name: str, pair_id: str | int) -> Mapping[str, Any]:
+        """Remove one pair (admin key)."""
+        return self._run(flows.request("DELETE", bodies.pair_path(name, pair_id), None, self._limits))
+
+    def label_set(self, name: str) -> Mapping[str, Any]:
+        """A stored label set, NAME or NAME@VERSION."""
+        return self._run(flows.request("GET", f"/label-sets/{name}", None, self._limits))
+
+    def put_label_set(
+        self, name: str, labels: Sequence[str], templates: Sequence[str] | None = None
+    ) -> Mapping[str, Any]:
+        """Store or replace a label set (admin key)."""
+        body = bodies.label_set_body(labels, templates)
+        return self._run(flows.request("PUT", f"/label-sets/{name}", body, self._limits))
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -171,7 +213,40 @@ class AsyncRecoClient:
         self, name: str, version: str, *, dry_run: bool = False, wait_s: float | None = 600.0
     ) -> Mapping[str, Any]:
         """As `RecoClient.activate`."""
-        return await self._run(flows.activate(name, version, dry_run, wait_s, self._limits))
+        body = {"version": version, "dry_run": dry_run}
+        return await self._run(flows.start_job(name, "activate", body, wait_s, self._limits))
+
+    async def rollback(self, name: str, *, wait_s: float | None = 600.0) -> Mapping[str, Any]:
+        """As `RecoClient.rollback`."""
+        return await self._run(flows.start_job(name, "rollback", None, wait_s, self._limits))
+
+    async def compact(self, name: str, *, wait_s: float | None = 600.0) -> Mapping[str, Any]:
+        """As `RecoClient.compact`."""
+        return await self._run(flows.start_job(name, "compact", None, wait_s, self._limits))
+
+    async def job(self, job_id: str) -> Mapping[str, Any]:
+        """As `RecoClient.job`."""
+        return await self._run(flows.request("GET", f"/jobs/{job_id}", None, self._limits))
+
+    async def put_pairs(self, name: str, pairs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """As `RecoClient.put_pairs`."""
+        body = {"pairs": [dict(pair) for pair in pairs]}
+        return await self._run(flows.request("POST", bodies.pair_path(name), body, self._limits))
+
+    async def delete_pair(self, name: str, pair_id: str | int) -> Mapping[str, Any]:
+        """As `RecoClient.delete_pair`."""
+        return await self._run(flows.request("DELETE", bodies.pair_path(name, pair_id), None, self._limits))
+
+    async def label_set(self, name: str) -> Mapping[str, Any]:
+        """As `RecoClient.label_set`."""
+        return await self._run(flows.request("GET", f"/label-sets/{name}", None, self._limits))
+
+    async def put_label_set(
+        self, name: str, labels: Sequence[str], templates: Sequence[str] | None = None
+    ) -> Mapping[str, Any]:
+        """As `RecoClient.put_label_set`."""
+        body = bodies.label_set_body(labels, templates)
+        return await self._run(flows.request("PUT", f"/label-sets/{name}", body, self._limits))
 
     async def close(self) -> None:
         """Let go of the connections."""

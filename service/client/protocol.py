@@ -4,24 +4,22 @@ calls and pauses and return the result.
 
 from __future__ import annotations
 
-import base64
-import json
 import re
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import quote
 
 import httpx
 import numpy as np
 
+from service.client.bodies import ImageLike, Limits, decode_rows, form_body, read_images, split_batches, text_body
+
 T = TypeVar("T")
-Item = TypeVar("Item")
-ImageLike: TypeAlias = bytes | str | Path  # encoded bytes, or the path of a file
 Progress: TypeAlias = Callable[[int], object]  # tqdm's `bar.update` fits
 POLL_S = 0.2
+GONE = 410  # the pinned version is not served any more
 PLACE = re.compile(r"\b(images|texts)\[(\d+)\]")
 
 
@@ -36,22 +34,6 @@ class RecoError(Exception):
     ) -> None:
         super().__init__(message)
         self.message, self.status, self.code, self.param = message, status, code, param
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much one request carries, and how long a service that is busy (429, 503) or not there is
-    waited for.
-
-    max_items, max_bytes: of one request; at most the service's own, which /info tells.  retries:
-    further tries of one request.
-    max_pause_s: the longest pause before one, whatever Retry-After says.
-    """
-
-    max_items: int = 64
-    max_bytes: int = 32 * 2**20
-    retries: int = 5
-    max_pause_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +58,9 @@ def embed_images(
     images: Sequence[ImageLike], options: Mapping[str, Any], limits: Limits, progress: Progress | None
 ) -> Flow[np.ndarray]:
     """(N, D) float32, read from base64."""
-    bodies = (
-        (at, len(some), _files(some, {**options, "encoding_format": "base64"}))
-        for at, some in _batches(_read(images), limits)
-    )
-    data = yield from _all("/embed/image", bodies, limits, progress)
-    return _rows(data)
+    asked = {**options, "encoding_format": "base64"}
+    parts = Parts("/embed/image", lambda: split_batches(read_images(images), limits), form_body, asked)
+    return decode_rows((yield from _send_parts(parts, limits, progress)))
 
 
 def embed_texts(
@@ -89,9 +68,8 @@ def embed_texts(
 ) -> Flow[np.ndarray]:
     """(N, D) float32, read from base64."""
     asked = {**options, "encoding_format": "base64"}
-    bodies = ((at, len(some), {"json": {"texts": some, **asked}}) for at, some in _batches(iter(texts), limits))
-    data = yield from _all("/embed/text", bodies, limits, progress)
-    return _rows(data)
+    parts = Parts("/embed/text", lambda: split_batches(iter(texts), limits), text_body, asked)
+    return decode_rows((yield from _send_parts(parts, limits, progress)))
 
 
 def classify(
@@ -99,12 +77,10 @@ def classify(
 ) -> Flow[list[list[dict[str, Any]]]]:
     """[{label, score}] of each item."""
     if texts:
-        bodies = (
-            (at, len(some), {"json": {"texts": some, **options}}) for at, some in _batches(map(str, items), limits)
-        )
+        parts = Parts("/classify", lambda: split_batches(map(str, items), limits), text_body, options)
     else:
-        bodies = ((at, len(some), _files(some, options)) for at, some in _batches(_read(items), limits))
-    return (yield from _all("/classify", bodies, limits, progress))
+        parts = Parts("/classify", lambda: split_batches(read_images(items), limits), form_body, options)
+    return (yield from _send_parts(parts, limits, progress))
 
 
 def memories(limits: Limits) -> Flow[list[dict[str, Any]]]:
@@ -113,14 +89,15 @@ def memories(limits: Limits) -> Flow[list[dict[str, Any]]]:
     return list(reply.json()["data"])
 
 
-def activate(name: str, version: str, dry_run: bool, wait_s: float | None, limits: Limits) -> Flow[dict[str, Any]]:
-    """The job, followed to its end where wait_s is given."""
-    call = Call(
-        "POST",
-        f"/memories/{quote(name, safe='')}/activate",
-        {"json": {"version": version, "dry_run": dry_run}},
-        again=False,
-    )
+def start_job(
+    name: str, action: str, body: Mapping[str, Any] | None, wait_s: float | None, limits: Limits
+) -> Flow[dict[str, Any]]:
+    """The job of POST /memories/{name}/{action}, followed to its end where wait_s is given.
+
+    action: "activate", "rollback" or "compact".
+    """
+    path = f"/memories/{quote(name, safe='')}/{action}"
+    call = Call("POST", path, {} if body is None else {"json": body}, again=False)
     job: dict[str, Any] = (yield from _answered(call, limits)).json()
     if wait_s is None:
         return job
@@ -134,26 +111,72 @@ def activate(name: str, version: str, dry_run: bool, wait_s: float | None, limit
         yield POLL_S
         job = (yield from _answered(Call("GET", f"/jobs/{job['id']}"), limits)).json()
     if job["state"] == "failed":
+        what = f"swap to {name}@{job['version']}" if job["kind"] == "swap" else f"{job['kind']} of {name}"
         raise RecoError(
-            f"the swap to {name}@{version} failed, the old version still serves: {job['error']}", code="swap_failed"
+            f"the {what} failed, the old version still serves: {job['error']}", code=f"{job['kind']}_failed"
         )
     return job
 
 
-def _all(
-    path: str, bodies: Iterator[tuple[int, int, Mapping[str, Any]]], limits: Limits, progress: Progress | None
-) -> Flow[list[Any]]:
-    """The `data` of all requests, joined.
+def request(method: str, path: str, body: Mapping[str, Any] | None, limits: Limits) -> Flow[dict[str, Any]]:
+    """The JSON of one reply. Sent again only where that does no harm."""
+    call = Call(method, path, {} if body is None else {"json": body})
+    found: dict[str, Any] = (yield from _answered(call, limits)).json()
+    return found
 
-    bodies: (place of its first item, items, body) of each request.
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """One answer that takes several requests.
+
+    batches: begins anew with each call; (place of the first item, items) of each request.
+    body: makes httpx's arguments of the items and the options.
     """
-    data: list[Any] = []
-    for at, count, body in bodies:
-        reply = yield from _answered(Call("POST", path, body), limits, at)
-        data += reply.json()["data"]
-        if progress is not None:
-            progress(count)
-    return data
+
+    path: str
+    batches: Callable[[], Iterator[tuple[int, list[Any]]]]
+    body: Callable[[Sequence[Any], Mapping[str, Any]], Mapping[str, Any]]
+    options: Mapping[str, Any]
+
+
+def _send_parts(parts: Parts, limits: Limits, progress: Progress | None) -> Flow[list[Any]]:
+    """The `data` of all requests, joined; all of one version of the memory and of the label set.
+
+    The first reply's versions are pinned for the rest. Where one is replaced meanwhile (410), all
+    begins anew, at most `limits.restarts` times; then the refusal is raised.
+    """
+    restarts = 0
+    while True:
+        data, done, options = list[Any](), 0, dict(parts.options)
+        try:
+            for at, items in parts.batches():
+                call = Call("POST", parts.path, parts.body(items, options))
+                reply = (yield from _answered(call, limits, at)).json()
+                data += reply["data"]
+                options |= _pins(reply)
+                done += len(items)
+                if progress is not None:
+                    progress(len(items))
+        except RecoError as refused:
+            if refused.status != GONE or not done or restarts == limits.restarts:
+                raise
+            restarts += 1
+            if progress is not None:
+                progress(-done)
+        else:
+            return data
+
+
+def _pins(reply: Mapping[str, Any]) -> dict[str, str]:
+    """The options that ask for the very versions of a reply; "+0" is a version without edits.
+
+    >>> _pins({"memory": "shop@v1", "label_set": "kinds@5f0c2a91b7e3"})
+    {'memory': 'shop@v1+0', 'label_set': 'kinds@5f0c2a91b7e3'}
+    """
+    pins = {name: reply[name] for name in ("memory", "label_set") if reply.get(name)}
+    if "memory" in pins and "+" not in pins["memory"]:
+        pins["memory"] += "+0"
+    return pins
 
 
 def _answered(call: Call, limits: Limits, first: int = 0) -> Flow[httpx.Response]:
@@ -205,45 +228,3 @@ def _moved(text: str, first: int) -> str:
     'images[67]: broken'
     """
     return PLACE.sub(lambda found: f"{found[1]}[{int(found[2]) + first}]", text)
-
-
-def _batches(items: Iterator[Item], limits: Limits) -> Iterator[tuple[int, list[Item]]]:
-    """(place of the first, items) of each request: as many as fit into both limits, one at the
-    least.
-    """
-    at, some, size = 0, list[Item](), 0
-    for item in items:
-        length = len(item) if isinstance(item, bytes | str) else 0
-        if some and (len(some) == limits.max_items or size + length > limits.max_bytes):
-            yield at, some
-            at, some, size = at + len(some), [], 0
-        some.append(item)
-        size += length
-    if some:
-        yield at, some
-
-
-def _read(images: Sequence[ImageLike]) -> Iterator[bytes]:
-    """Each image's bytes, a file only when its turn comes."""
-    return (image if isinstance(image, bytes) else Path(image).read_bytes() for image in images)
-
-
-def _files(images: Sequence[bytes], options: Mapping[str, Any]) -> dict[str, Any]:
-    """A multipart form: bytes travel as they are, and every option as a field, lists as JSON."""
-    fields = {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in options.items()
-        if value is not None
-    }
-    return {"files": [("file", ("image", image)) for image in images], "data": fields}
-
-
-def _rows(data: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """(N, D) float32; (0, 0) for no item."""
-    if not data:
-        return np.empty((0, 0), np.float32)
-    return (
-        np.frombuffer(b"".join(base64.b64decode(item["embedding"]) for item in data), "<f4")
-        .reshape(len(data), -1)
-        .astype(np.float32)
-    )

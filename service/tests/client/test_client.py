@@ -5,6 +5,7 @@ is busy at first.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import socket
 import subprocess
@@ -19,8 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from service.client.bodies import Limits
 from service.client.client import AsyncRecoClient, RecoClient, RecoError
-from service.client.protocol import Limits
 from service.tests.conftest import Server
 
 SMALL = Limits(max_items=2, retries=2)
@@ -61,6 +62,51 @@ def test_classify_memories_and_activate(reco: RecoClient, photos: dict[str, byte
     with pytest.raises(RecoError, match="never") as refused:
         reco.activate("grocery", "never")
     assert (refused.value.status, refused.value.code) == (404, "unknown_version")
+
+
+def test_one_answer_is_never_of_two_versions(server: Server, photos: dict[str, bytes]) -> None:
+    """The memory is swapped, then edited, between two requests of one call: all begins anew."""
+    pair = {"id": "new", "caption": "a new thing", "image": base64.b64encode(photos["coffee"]).decode()}
+    texts = [f"a photo of fruit {i}" for i in range(40)]
+    with RecoClient(server.url, limits=Limits(max_items=4)) as reco:
+        changes = iter(
+            (
+                lambda: reco.activate("grocery", "fruit-and-vegetables"),
+                lambda: reco.put_pairs("grocery", [pair]),
+                lambda: reco.delete_pair("grocery", "new"),
+            )
+        )
+        done: list[int] = []
+
+        def change(more: int) -> None:
+            done.append(more)
+            if len(done) % 7 == 2:
+                next(changes, lambda: None)()
+
+        try:
+            mixed = reco.embed_texts(texts, progress=change)
+            assert sum(done) == 40
+            assert [more for more in done if more < 0] == [-8, -24, -24]
+            np.testing.assert_allclose(mixed, reco.embed_texts(texts), atol=1e-5)
+            with RecoClient(server.url, limits=Limits(max_items=4, restarts=0)) as strict:
+                with pytest.raises(RecoError) as refused:
+                    strict.embed_texts(texts, progress=lambda _: reco.put_pairs("grocery", [pair]))
+                assert (refused.value.status, refused.value.code) == (410, "retired_version")
+                strict.embed_texts(texts[:4], progress=lambda _: reco.delete_pair("grocery", "new"))
+        finally:
+            reco.activate("grocery", "all")
+
+
+def test_label_sets_and_jobs(reco: RecoClient) -> None:
+    stored = reco.put_label_set("kinds", ["Lemon", "Milk"], ["a {}"])
+    assert reco.label_set(f"kinds@{stored['version']}")["labels"] == ["Lemon", "Milk"]
+    ranked = reco.classify(["a Lemon"] * 5, texts=True, label_set="kinds", top_k=1)
+    assert [row[0]["label"] for row in ranked] == ["Lemon"] * 5
+    job = reco.activate("grocery", "all", dry_run=True)
+    assert reco.job(job["id"])["state"] == "done"
+    with pytest.raises(RecoError) as refused:
+        reco.job("none")
+    assert refused.value.code == "not_found"
 
 
 def test_a_refusal_names_the_place_in_the_callers_list(reco: RecoClient, photos: dict[str, bytes]) -> None:
