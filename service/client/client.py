@@ -20,10 +20,10 @@ from typing import Any, Self, TypeVar
 import httpx
 import numpy as np
 
-import service.client.bodies as bodies
-import service.client.protocol as flows
-from service.client.bodies import ImageLike, Limits
-from service.client.protocol import Call, Flow, Outcome, RecoError
+from . import bodies
+from . import protocol as flows
+from .bodies import ImageLike, Limits
+from .protocol import Call, Flow, Outcome, RecoError
 
 __all__ = ["AsyncRecoClient", "RecoClient", "RecoError"]
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import httpx
 import numpy as np
 
-from service.client.bodies import ImageLike, Limits, decode_rows, form_body, read_images, split_batches, text_body
+from .bodies import ImageLike, Limits, decode_rows, form_body, read_images, split_batches, text_body
 
 T = TypeVar("T")
 Progress: TypeAlias = Callable[[int], object]  # tqdm's `bar.update` fits

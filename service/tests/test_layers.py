@@ -33,7 +33,11 @@ def imported(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import; name the package"
+            if node.level:  # the client is also published under another name, so it names its modules relatively
+                assert node.level == 1, f"{path}: relative import; name the package"
+                assert path.parent == ROOT / "service/client", f"{path}: relative import; name the package"
+                yield from [f"service.client.{node.module or alias.name}" for alias in node.names]
+                continue
             yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 

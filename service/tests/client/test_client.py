@@ -7,13 +7,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ import pytest
 
 from service.client.bodies import Limits
 from service.client.client import AsyncRecoClient, RecoClient, RecoError
-from service.tests.conftest import Server
+from service.tests.conftest import ROOT, Server
 
 SMALL = Limits(max_items=2, retries=2)
 
@@ -218,6 +221,28 @@ def test_a_proxys_page_is_told_too() -> None:
     from service.client.protocol import _refused
 
     assert _refused(httpx.Response(502, text="<html>Bad Gateway</html>"), 0).status == 502
+
+
+def test_the_client_is_a_wheel_of_its_own(server: Server, tmp_path: Path) -> None:
+    """Built without a network, installed alone, and asked for two vectors as `reco_client`."""
+    uv = [sys.executable, "-m", "uv"]
+    build = [*uv, "build", "--quiet", "--offline", "--wheel", "--no-build-isolation", "--python", sys.executable]
+    subprocess.run([*build, "--out-dir", str(tmp_path), "service/client"], cwd=ROOT, check=True)
+    wheel = next(tmp_path.glob(f"reco_client-{version('reco-serve')}-*.whl"))
+    with zipfile.ZipFile(wheel) as packed:
+        code = {name for name in packed.namelist() if not name.startswith("reco_client-")}
+        packed.extractall(tmp_path / "site")
+    assert code == {
+        f"reco_client/{path.name}" for path in (ROOT / "service/client").iterdir() if path.suffix == ".py"
+    } | {"reco_client/py.typed"}
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import reco_client\n"
+        "with reco_client.RecoClient(sys.argv[2]) as reco: assert reco.embed_texts(['a', 'b']).shape == (2, 512)\n"
+        "assert 'service' not in sys.modules"
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", script, str(tmp_path / "site"), server.url]
+    subprocess.run(command, cwd=tmp_path, env=environ, check=True)
 
 
 def test_the_client_needs_neither_torch_nor_a_web_framework() -> None:
