@@ -8,7 +8,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade
 
-.PHONY: serve test setup lint format lock bench bench-memory bench-train chaos fuzz soak docs clean help
+.PHONY: serve test setup lint format lock bench bench-memory bench-train bench-models chaos fuzz soak docs clean help
 .DEFAULT_GOAL := help
 
 help: ## show the targets
@@ -44,6 +44,9 @@ bench-memory: .venv/.dev ## a memory of a million pairs beside bare faiss; write
 
 bench-train: .venv/.dev ## training beside plain PyTorch and bare faiss; writes loadtests/results/, takes six minutes on two cores
 	$(BIN)/python -m models.benchmarks.train
+
+bench-models: .venv/.dev ## every architecture of open_clip beside open_clip itself; writes docs/reference/models.md, takes half an hour on two cores
+	$(BIN)/python -m models.benchmarks.architectures
 
 chaos: .venv/.dev ## kill builds, swaps and edits, those of a service too, at 200 random moments each
 	RECO_KILLS=200 $(BIN)/python -m pytest --timeout 7200 index_store/tests/build/test_crash.py index_store/tests/edits/test_crash.py index_store/tests/build/test_resume.py service/tests/memories/test_swap_crash.py

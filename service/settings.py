@@ -67,9 +67,14 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     store: Path = Field(default=Path("var/store"), description="folder where memories live")
     memory: str | None = Field(default=None, description="the default memory; unset: the only one, or the starter's")
-    model: str = Field(default="starter", description="'starter', an open_clip name, or an open_clip config file")
+    model: str = Field(
+        default="starter", description="'starter', an open_clip name, an open_clip config file, or local-dir:FOLDER"
+    )
     pretrained: str | None = Field(
         default=None, description="a hub tag, a local weights file, or 'random' for speed tests"
+    )
+    tokenizer: Path | None = Field(
+        default=None, description="a folder with the model's tokenizer, as save_pretrained writes it; unset: the hub's"
     )
     fusion: str | None = Field(
         default=None,

@@ -7,6 +7,7 @@ Alphabet: B batch, H W pixels, L tokens, D width, Dt trunk width, Dk key width.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -33,7 +34,8 @@ FixedShapes = Literal["auto", "on", "off"]
 class EncoderSpec:
     """Which model to load, and how to run it.
 
-    model: "starter", an open_clip name, or the path of an open_clip configuration (.json).
+    model: "starter", an open_clip name, the path of an open_clip configuration (.json), or
+    "local-dir:" with a folder in the layout of open_clip or, for CLIP and SigLIP, of Hugging Face.
     pretrained: a hub tag, a local weights file, or "random" (seeded; for speed tests); None = the
     .safetensors file beside the configuration.
     device: "auto" is CUDA where there is a GPU.
@@ -41,6 +43,7 @@ class EncoderSpec:
     is loaded (`cuda_graphs`); "auto" on CUDA alone.
     packed: on the CPU, reorder the weights once for speed (`onednn`); `Encoder.module` can then
     encode, but not be trained or saved.
+    tokenizer: a folder with a tokenizer of Hugging Face, in place of the one that the model names.
     """
 
     model: str = "starter"
@@ -50,6 +53,7 @@ class EncoderSpec:
     fixed_shapes: FixedShapes = "off"
     max_batch: int = 32
     packed: bool = False
+    tokenizer: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ class Encoder:
         self.device = _resolve_device(spec.device)
         self.logit_scale = math.exp(model.logit_scale.item())  # before any rounding to half precision
         bias = getattr(model, "logit_bias", None)
-        self.logit_bias = None if bias is None else float(bias)
+        self.logit_bias = None if bias is None else bias.item()
         self._model = _freeze(model, self.device, spec.precision)
         self._tokenizer = tokenizer
         self.crop = build_crop(model.visual.preprocess_cfg)
@@ -118,7 +122,7 @@ class Encoder:
     @classmethod
     def load(cls, spec: EncoderSpec) -> "Encoder":
         """Load a model. Raises EncoderUnavailable, in one line with the remedy."""
-        return cls(spec, *load_model(spec.model, spec.pretrained))
+        return cls(spec, *load_model(spec.model, spec.pretrained, spec.tokenizer))
 
     @property
     def module(self) -> Any:

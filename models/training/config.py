@@ -70,6 +70,7 @@ class TrainConfig:
     store: str = "var/store"
     model: str = "starter"
     pretrained: str | None = None
+    tokenizer: Path | None = None
     device: str = "auto"
     preset: Annotated[str, AfterValidator(_check_preset)] = "default"
     alpha: float = 1.0
@@ -107,7 +108,7 @@ class TrainConfig:
     @property
     def encoder(self) -> EncoderSpec:
         """The encoder whose vectors are refined."""
-        return EncoderSpec(self.model, self.pretrained, device=self.device)
+        return EncoderSpec(self.model, self.pretrained, device=self.device, tokenizer=self.tokenizer)
 
 
 def expanded(source: str) -> Path:

@@ -19,12 +19,13 @@ from service.server.malloc import set_malloc_options
 from service.settings import Settings, read_settings
 
 STORE = ("store",)
-MODEL = (*STORE, "model", "pretrained", "fusion", "device", "precision")
+MODEL = (*STORE, "model", "pretrained", "tokenizer", "fusion", "device", "precision")
 METAVARS = {
     "store": "DIR",
     "memory": "NAME",
     "model": "NAME|FILE",
     "pretrained": "TAG|FILE",
+    "tokenizer": "DIR",
     "fusion": "none|mean|core|FILE",
     "host": "ADDRESS",
     "search_devices": "N,N,…",

@@ -19,6 +19,7 @@ def load_encoder(settings: Settings) -> Encoder:
         settings.fixed_shapes,
         settings.max_batch,
         packed=True,
+        tokenizer=settings.tokenizer,
     )
     return Encoder.load(spec)
 
