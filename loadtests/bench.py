@@ -25,13 +25,13 @@ from typing import Any
 
 import httpx
 
-from loadtests import figures
-from loadtests.figures import Bench, Measured, middle
-from loadtests.photos import crops
-from loadtests.picture import draw_targets
-from loadtests.report import ROOT, environment, judged, told, write
-from loadtests.serving import service
-from loadtests.yardstick import Yardstick
+from loadtests.compare import figures, lifecycle
+from loadtests.compare.figures import Bench, Measured
+from loadtests.compare.yardstick import Yardstick
+from loadtests.support.photos import crops
+from loadtests.support.picture import draw_targets
+from loadtests.support.report import ROOT, environment, judged, middle, told, write
+from loadtests.support.serving import service
 
 MEMORY = "bench"
 # candidates for the yardstick; the fastest is taken
@@ -115,9 +115,9 @@ def measure(arguments: argparse.Namespace, environ: Mapping[str, str], work: Pat
         with_model = (arguments.model, arguments.device, arguments.precision, arguments.repeats)
         found["labels"] = _told("labels", partial(figures.labels, arguments.labels, *with_model, environ))
     if "flood" in arguments.only:
-        found["flood"] = _told("flood", partial(figures.flood, environ, log, photos, arguments.seconds))
+        found["flood"] = _told("flood", partial(lifecycle.flood, environ, log, photos, arguments.seconds))
     if "start" in arguments.only:
-        found["start"] = _told("start", partial(figures.cold_start, environ, log, bare, arguments.repeats))
+        found["start"] = _told("start", partial(lifecycle.cold_start, environ, log, bare, arguments.repeats))
     if "help" in arguments.only:
         report["help_s"] = help_seconds(arguments.repeats)
     goals = [goal for _, of in found.values() for goal in of]

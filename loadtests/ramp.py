@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from loadtests.calls import open_client, run_to_end
-from loadtests.picture import draw_ramp
-from loadtests.report import environment, table, write
 from loadtests.steady import add_load, drive, photos_of, prepare, schedule, summarise
+from loadtests.support.calls import open_client, run_to_end
+from loadtests.support.picture import draw_ramp
+from loadtests.support.report import environment, table, write
 
 KEPT_UP = 0.9  # of what was due must be answered meanwhile
 

@@ -26,15 +26,16 @@ from typing import Any
 
 import httpx
 
-from loadtests.calls import Unexpected, open_client, run_to_end
-from loadtests.gauges import growth
-from loadtests.hostile import Siege, hostile_calls
-from loadtests.photos import crops
-from loadtests.picture import draw_siege
-from loadtests.report import ROOT, Goal, environment, judged, quantiles, table, told, write
-from loadtests.serving import service
 from loadtests.soak import watch
-from loadtests.swap import Admin, Answer, Known, hammer, learn, prepare, swap_to_and_fro, telling
+from loadtests.support.calls import Unexpected, open_client, run_to_end
+from loadtests.support.gauges import growth
+from loadtests.support.hostile import Siege, hostile_calls
+from loadtests.support.known import Answer, Known, hammer, learn, prepare, telling
+from loadtests.support.photos import crops
+from loadtests.support.picture import draw_siege
+from loadtests.support.report import ROOT, Goal, environment, judged, quantiles, table, told, write
+from loadtests.support.serving import service
+from loadtests.swap import Admin, swap_to_and_fro
 
 MEMORY, VERSIONS, EDITED = "grocery", ("fruit-and-vegetables", "all"), "edited"
 HOSTILE_SHARE = 0.1

@@ -18,11 +18,11 @@ from typing import Any
 
 import httpx
 
-from loadtests.calls import open_client, run_to_end
-from loadtests.gauges import Held, growth, held
-from loadtests.picture import draw_soak
-from loadtests.report import Goal, environment, judged, quantiles, told, write
 from loadtests.steady import TimedRequest, add_load, drive, photos_of, prepare, schedule, show, summarise
+from loadtests.support.calls import open_client, run_to_end
+from loadtests.support.gauges import Held, growth, held
+from loadtests.support.picture import draw_soak
+from loadtests.support.report import Goal, environment, judged, quantiles, told, write
 
 GROWTH = 0.03
 SLOWER = 1.5

@@ -22,10 +22,10 @@ from typing import Any
 
 import httpx
 
-from loadtests.calls import Call, classify_call, image_call, open_client, run_to_end, send, text_call
-from loadtests.photos import crops, read_photos
-from loadtests.picture import draw_quantiles
-from loadtests.report import environment, quantiles, table, write
+from loadtests.support.calls import Call, classify_call, image_call, open_client, run_to_end, send, text_call
+from loadtests.support.photos import crops, read_photos
+from loadtests.support.picture import draw_quantiles
+from loadtests.support.report import environment, quantiles, table, write
 
 LABELS = ("a cat", "a person", "a cup of coffee", "a rocket", "a galaxy", "an eye", "some coins", "a lawn")
 TEXTS = (

@@ -23,39 +23,18 @@ from typing import Any
 import httpx
 import numpy as np
 
-from loadtests.calls import Call, Reply, Unexpected, image_call, open_client, run_to_end, send, text_call
-from loadtests.gauges import Held, growth, held
-from loadtests.photos import crops, read_photos
-from loadtests.picture import draw_swap
-from loadtests.report import Goal, environment, judged, quantiles, table, told, write
+from loadtests.support.calls import Unexpected, open_client, run_to_end
+from loadtests.support.gauges import Held, growth, held
+from loadtests.support.known import Answer, hammer, learn, prepare, telling
+from loadtests.support.photos import crops, read_photos
+from loadtests.support.picture import draw_swap
+from loadtests.support.report import Goal, environment, judged, quantiles, table, told, write
 
 SLOWER = 1.5  # p99 of replies that a swap touched, against the others
 PUBLISH_MS = 1.0  # the phase in which the old snapshot is replaced by the new one
 SETTLE_S = 10.0
 TELLING_SWAPS = 100  # fewer say nothing about growth
 GROWTH = 0.03  # of the resident memory, from the first fifth of the swaps to the last
-TEXTS = ("a photo of a cat", "a cup of coffee on a wooden table", "a rocket before its launch")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Known:
-    """A call and its right answer under each version. rows: "name@version" -> (n, D) float32."""
-
-    call: Call
-    rows: Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One reply under load.
-
-    start, end: perf_counter seconds; memory: what it names; fault: empty, or what was wrong.
-    """
-
-    start: float
-    end: float
-    memory: str
-    fault: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,86 +92,6 @@ class Admin:
             await asyncio.sleep(0.1)
             now = await self.held()
         return now.alive
-
-
-def prepare(photos: Sequence[bytes], memory: str) -> list[Call]:
-    """Single photos, pairs of photos (a reply of two rows can mix), and texts."""
-    pairs = [image_call([a, b], memory=memory) for a, b in zip(photos[::2], photos[1::2], strict=False)]
-    texts = [text_call(TEXTS[:1], memory=memory), text_call(TEXTS, memory=memory)]
-    return [*(image_call([photo], memory=memory) for photo in photos), *pairs, *texts]
-
-
-def vectors(reply: Reply) -> np.ndarray:
-    """(n, D) float32, the rows of an embed reply."""
-    return np.asarray([row["embedding"] for row in reply.json()["data"]], np.float32)
-
-
-async def learn(client: httpx.AsyncClient, calls: Sequence[Call], named: str) -> list[np.ndarray]:
-    """What each call answers while `named` alone serves."""
-    rows = []
-    for call in calls:
-        reply = await send(client, call)
-        if reply.status != 200 or reply.json()["memory"] != named:
-            raise Unexpected(f"{call.route} under {named}: {reply.status} {reply.content[:300]!r}")
-        rows.append(vectors(reply))
-    return rows
-
-
-def telling(calls: Sequence[Call], learned: Mapping[str, Sequence[np.ndarray]], apart: float) -> list[Known]:
-    """The calls whose every row differs by more than `apart` between the two versions; the others
-    could not show a mix.
-    """
-    a, b = learned.values()
-    differ = [float(np.abs(x - y).max(axis=1).min()) for x, y in zip(a, b, strict=True)]
-    known = [
-        Known(call, {of: rows[i] for of, rows in learned.items()}) for i, call in enumerate(calls) if differ[i] > apart
-    ]
-    if not known:
-        raise Unexpected(
-            f"no answer differs by more than {apart:g} between the versions: take versions of other pairs, or a smaller --apart"
-        )
-    return known
-
-
-def fault(reply: Reply, known: Known, apart: float) -> str:
-    """Empty if the reply is whole: status 200, body and header name one version, and every row is
-    that version's.
-
-    A row drifts a little with the batch it ran in; within half of `apart` it cannot be the other
-    version's.
-    """
-    if reply.status != 200:
-        return f"status {reply.status}: {reply.content[:200].decode(errors='replace')}"
-    named, header = reply.json()["memory"], reply.headers.get("x-memory-version")
-    if header != named or named not in known.rows:
-        return f"mixed: the body names {named}, the header {header}, the versions are {' and '.join(known.rows)}"
-    off = np.abs(vectors(reply) - known.rows[named]).max(axis=1)  # (n,)
-    return (
-        f"mixed: the reply names {named}, row {off.argmax()} of {len(off)} is off by {off.max():.1e}"
-        if off.max() > apart / 2
-        else ""
-    )
-
-
-async def hammer(
-    client: httpx.AsyncClient, known: Sequence[Known], apart: float, workers: int, stop: asyncio.Event
-) -> list[Answer]:
-    """Closed loop: each worker sends its next call when the last one is answered, until `stop`."""
-    answers: list[Answer] = []
-
-    async def work(turn: int) -> None:
-        while not stop.is_set():
-            this = known[turn % len(known)]
-            start = time.perf_counter()
-            reply = await send(client, this.call)
-            named = reply.headers.get("x-memory-version", "none")
-            answers.append(Answer(start, time.perf_counter(), named, fault(reply, this, apart)))
-            turn += 1
-
-    async with asyncio.TaskGroup() as tasks:
-        for worker in range(workers):
-            tasks.create_task(work(worker))
-    return answers
 
 
 async def swap_to_and_fro(admin: Admin, versions: Sequence[str], swaps: int, pause: float, calm: float) -> list[Swap]:

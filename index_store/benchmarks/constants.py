@@ -24,7 +24,7 @@ import numpy as np
 from index_store.benchmarks.synthetic import SyntheticPairs
 from index_store.build.index import empty_index
 from index_store.storage.atomic import file_digest
-from loadtests.report import environment, write
+from loadtests.support.report import environment, write
 
 DIMS = (512, 768)
 SIZES = {"1 M": 10**6, "100 M": 10**8, "1 B": 10**9}

@@ -31,7 +31,7 @@ from index_store.search.shard import BLOCK_ROWS, build_flat_index
 from index_store.storage.manifest import Manifest, index_file
 from index_store.store import Store
 from index_store.types import SIDES
-from loadtests.report import environment, judged, told, write
+from loadtests.support.report import environment, judged, told, write
 
 ENCODER = "synthetic@0123456789ab"
 NAME = "bench"

@@ -10,14 +10,14 @@ import open_clip
 import pytest
 import torch
 
-from loadtests.alone import Visit, alone, profile
-from loadtests.calls import Reply, Unexpected, image_call
-from loadtests.closed_loop import closed_loop, slope
-from loadtests.figures import middle
-from loadtests.gauges import account
-from loadtests.photos import crops
+from loadtests.compare.alone import Visit, alone, profile
+from loadtests.compare.yardstick import Yardstick
+from loadtests.support.calls import Reply, Unexpected, image_call
+from loadtests.support.closed_loop import closed_loop, slope
+from loadtests.support.gauges import account
+from loadtests.support.photos import crops
+from loadtests.support.report import middle
 from loadtests.tests.conftest import Scripted
-from loadtests.yardstick import Yardstick
 
 
 def test_slope_sees_through_bursts() -> None:

@@ -5,10 +5,10 @@ import random
 import time
 from typing import Any
 
-from loadtests.calls import open_client
-from loadtests.hostile import Siege, hostile_calls
-from loadtests.photos import crops
 from loadtests.siege import verdicts
+from loadtests.support.calls import open_client
+from loadtests.support.hostile import Siege, hostile_calls
+from loadtests.support.photos import crops
 from loadtests.tests.conftest import Scripted
 
 LATENCY = {"p50": 1.0, "p95": 2.0, "p99": 3.0, "max": 4.0}

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from loadtests.calls import open_client
 from loadtests.steady import TimedRequest, drive, prepare, schedule, show, summarise
+from loadtests.support.calls import open_client
 from loadtests.tests.conftest import Scripted, Stall
 
 PHOTOS = [b"one", b"two"]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from loadtests import swap
-from loadtests.calls import Call, Reply, Unexpected
-from loadtests.gauges import Held, growth
-from loadtests.swap import Known, fault, telling
+from loadtests.support.calls import Call, Reply, Unexpected
+from loadtests.support.gauges import Held, growth
+from loadtests.support.known import Answer, Known, fault, telling
 from loadtests.tests.conftest import Scripted
 
 ROWS = {"m@a": np.array([[1.0, 0.0]], np.float32), "m@b": np.array([[0.6, 0.8]], np.float32)}
@@ -55,7 +55,7 @@ def test_what_lies_between_two_swaps_is_not_called_steady() -> None:
     """Only quick replies fit there: the slow ones reach into a swap."""
     swaps = [swap.Swap("a", 10.0, 12.0, {}, Held(1.0, 1.0)), swap.Swap("b", 13.0, 15.0, {}, Held(1.0, 1.0))]
     times = [(1.0, 2.0), (9.0, 10.5), (12.2, 12.3), (12.5, 14.0), (15.0, 18.0)]
-    report = swap.judge([swap.Answer(start, end, "m@a", "") for start, end in times], swaps)
+    report = swap.judge([Answer(start, end, "m@a", "") for start, end in times], swaps)
     assert report["replies_in"] == {"in swap windows": 2, "steady": 2}
     assert report["latency_ms"]["steady"]["max"] == 3000.0
 

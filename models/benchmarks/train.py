@@ -30,7 +30,7 @@ from index_store.search.shard import build_flat_index
 from index_store.storage.manifest import Manifest, index_file
 from index_store.store import Store
 from index_store.types import SIDES
-from loadtests.report import environment, judged, told, write
+from loadtests.support.report import environment, judged, told, write
 from models.benchmarks.plain import PlainLoop
 from models.benchmarks.prepare import NAME, VERSION, K, looked_up
 from models.encoder.encoder import Encoder, EncoderSpec

@@ -36,17 +36,21 @@ class Planned:
     over: str = "plain"
 
 
+def _fixed(bench: Bench, claim: str, setting: str, trial: Trial) -> Planned:
+    """A measurement that is the same for every seed."""
+    return _seeded(bench, claim, setting, lambda _: trial, matters=False)
+
+
+def _seeded(bench: Bench, claim: str, setting: str, trial: Callable[[int], Trial], *, matters: bool = True) -> Planned:
+    """A measurement of the trial that a seed gives."""
+    return Planned(claim, setting, lambda seed: Outcome(bench.right(trial(seed))), matters)
+
+
 def plan(bench: Bench) -> Iterator[Planned]:
     """What is measured, claim by claim, on the frozen encoder."""
     core, both, memory = bench.rule("core"), Setting("both"), bench.memory
 
-    def fixed(claim: str, setting: str, trial: Trial) -> Planned:
-        return seeded(claim, setting, lambda _: trial, matters=False)
-
-    def seeded(claim: str, setting: str, trial: Callable[[int], Trial], *, matters: bool = True) -> Planned:
-        return Planned(claim, setting, lambda seed: Outcome(bench.right(trial(seed))), matters)
-
-    yield fixed("plain CLIP", "none", Trial(core, memory, PLAIN))
+    yield _fixed(bench, "plain CLIP", "none", Trial(core, memory, PLAIN))
     vectors = bench.parts.by_vectors()
     for mode in (
         RetrievalMode("uni", "cross"),
@@ -55,33 +59,46 @@ def plan(bench: Bench) -> Iterator[Planned]:
         RetrievalMode("cross", "uni"),
     ):
         cell = f"{mode.search} search, {mode.fuse} fusion"
-        yield fixed("search x fusion, vector keys", cell, Trial(core, vectors, replace(both, mode=mode)))
-    yield fixed("search keys", "the memory's own", Trial(core, memory, both))
+        yield _fixed(bench, "search x fusion, vector keys", cell, Trial(core, vectors, replace(both, mode=mode)))
+    yield _fixed(bench, "search keys", "the memory's own", Trial(core, memory, both))
     for name in RULES:
-        yield fixed("fusion", f"{name}, not learned", Trial(bench.rule(name), memory, both))
+        yield _fixed(bench, "fusion", f"{name}, not learned", Trial(bench.rule(name), memory, both))
     if (served := bench.served) is not None:
         for name in RULES[1:] if served.k != bench.recipe.k else ():
-            yield fixed(
+            yield _fixed(
+                bench,
                 "fusion",
                 f"{name}, not learned, k {served.k}",
                 Trial(bench.rule(name), memory, replace(both, k=served.k)),
             )
-        yield fixed("fusion", f"{served.fusion_id}, which serves, k {served.k}", Trial(served, memory, both))
+        yield _fixed(bench, "fusion", f"{served.fusion_id}, which serves, k {served.k}", Trial(served, memory, both))
     for name in PRESETS:
-        yield seeded("fusion", f"{name}, learned", partial(_learned, bench, name, TERMS))
+        yield _seeded(bench, "fusion", f"{name}, learned", partial(_learned, bench, name, TERMS))
     yield from learned_over_rules(bench)
-    yield fixed("control", "empty memory", Trial(core, memory, replace(both, image_limit=NOTHING, text_limit=NOTHING)))
-    yield seeded("control", "shuffled memory", lambda seed: Trial(core, bench.parts.shuffled(seed), both))
+    yield _fixed(
+        bench, "control", "empty memory", Trial(core, memory, replace(both, image_limit=NOTHING, text_limit=NOTHING))
+    )
+    yield _seeded(bench, "control", "shuffled memory", lambda seed: Trial(core, bench.parts.shuffled(seed), both))
+    yield from _plan_variations(bench)
+
+
+def _plan_variations(bench: Bench) -> Iterator[Planned]:
+    """Sides, neighbours, size of the memory and terms of the loss."""
+    core, both, memory = bench.rule("core"), Setting("both"), bench.memory
     for enhance in ENHANCE[1:]:
-        yield fixed("side enhanced", enhance, Trial(core, memory, Setting(enhance)))
+        yield _fixed(bench, "side enhanced", enhance, Trial(core, memory, Setting(enhance)))
     for k in KS:
         if k <= len(memory):
-            yield fixed("neighbours", f"k {k}", Trial(core, memory, replace(both, k=k)))
+            yield _fixed(bench, "neighbours", f"k {k}", Trial(core, memory, replace(both, k=k)))
     for share in SHARES:
-        yield seeded("size of the memory", f"{share:.0%}, core", partial(_smaller, bench, share), matters=share < 1)
-        yield seeded("size of the memory", f"{share:.0%}, default learned with 1 %", partial(_grown, bench, share))
+        yield _seeded(
+            bench, "size of the memory", f"{share:.0%}, core", partial(_smaller, bench, share), matters=share < 1
+        )
+        yield _seeded(
+            bench, "size of the memory", f"{share:.0%}, default learned with 1 %", partial(_grown, bench, share)
+        )
     for term in TERMS:
-        yield seeded("loss", f"{term} alone", partial(_learned, bench, "default", (term,)))
+        yield _seeded(bench, "loss", f"{term} alone", partial(_learned, bench, "default", (term,)))
 
 
 def learned_over_rules(bench: Bench) -> Iterator[Planned]:

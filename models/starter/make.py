@@ -7,11 +7,10 @@ memory and measure the result.
 """
 
 import argparse
-import copy
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,19 +27,17 @@ from models.encoder.encoder import Encoder, EncoderSpec
 from models.fusion.checkpoint import FusionFile, save_fusions, training_free_fusions
 from models.reco import Reco
 from models.starter import FOLDER, MEMORY, StarterMemory
+from models.starter.data_sets import SEED, Everything, load_trunk, read_all
 from models.starter.figures import classification, listed, retrieval, table, without_text
 from models.starter.learn import Source, learn, project, pseudo_features
 from models.starter.lessons import Classroom
-from models.starter.photos import Photos, Reader, folded
+from models.starter.photos import Photos
 from models.starter.teach import SERVED_K, best_alpha, learned_fusion, lessons
 from models.starter.teach import STEPS as LESSON_STEPS
 
-SEED = 0
 STEPS = 800
 # points on the Grocery test split: a smaller gain is no reason to give the simple rule up
 NOISE = 1.0
-# photos of Flickr8k val that the encoder never sees, for the lessons of the fusion
-SENTENCES_KEPT = 300
 CLASS_CAPTIONS = (
     "a photo of a {}.",
     "a photo of {}",
@@ -55,21 +52,6 @@ VERDICTS = {
     "rule": "the training-free rule, because the learned fusion did not beat it by a point with both keys on Grocery (figures below)",
     "learned": "learned, because it beats the training-free rule by a point with both keys on Grocery (figures below)",
 }
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Everything:
-    """The data sets, read once."""
-
-    flickr: Photos
-    flickr_unseen: Photos
-    flickr_test: Photos
-    imagenet: Photos
-    caltech: Photos
-    caltech_test: Photos
-    imagen: Photos
-    grocery: Photos
-    grocery_test: Photos
 
 
 def main() -> None:
@@ -120,8 +102,7 @@ def make_starter(data: Path, work: Path, out: Path) -> None:
         }
     for name, file in candidates.items():
         save_fusions(work / f"{name}.safetensors", file.fusions, encoder=encoder.fingerprint, k=file.k, card=file.card)
-    gains = [figures["learned"][key]["both"] - figures["rule"][key]["both"] for key in snapshots]
-    shipped = "learned" if min(gains) > NOISE else "rule"
+    shipped = "learned" if _gain(figures) > NOISE else "rule"
     chosen = candidates[shipped]
     fusion_id = save_fusions(
         out / "fusion.safetensors", chosen.fusions, encoder=encoder.fingerprint, k=SERVED_K, card=chosen.card
@@ -135,12 +116,25 @@ def make_starter(data: Path, work: Path, out: Path) -> None:
         alpha=candidates["rule"].card["alpha"],
         pairs=len(memory.ids),
         seed=SEED,
-        retrieval=table(flickr(encoder, everything.flickr_test)),
-        classification=table(
-            {f"{NAMES[name]}, {key} keys": found for name in figures for key, found in figures[name].items()}
-        ),
-        baselines=listed(baselines(encoder, everything)),
+        **_tables(encoder, everything, figures),
     )
+
+
+def _gain(figures: Mapping[str, Mapping[str, dict[str, float]]]) -> float:
+    """Points that the learned fusion gains on the rule with the keys where it gains least."""
+    return min(figures["learned"][key]["both"] - rule["both"] for key, rule in figures["rule"].items())
+
+
+def _tables(
+    encoder: Encoder, everything: Everything, figures: Mapping[str, Mapping[str, dict[str, float]]]
+) -> dict[str, str]:
+    """The tables of the card. figures: by fusion and search key."""
+    by_fusion = {f"{NAMES[name]}, {key} keys": found for name, keys in figures.items() for key, found in keys.items()}
+    return {
+        "retrieval": table(flickr(encoder, everything.flickr_test)),
+        "classification": table(by_fusion),
+        "baselines": listed(baselines(encoder, everything)),
+    }
 
 
 def write_card(path: Path, **measured: object) -> None:
@@ -148,50 +142,6 @@ def write_card(path: Path, **measured: object) -> None:
     card = (FOLDER / "CARD.in.md").read_text(encoding="utf-8").format(**measured)
     path.write_text(card, encoding="utf-8")
     print(card)
-
-
-def load_trunk(encoder: Encoder, data: Path) -> None:
-    """MobileNetV2 into the image tower, as it will be served: its own input scaling folded away, in
-    float16.
-
-    It wants pixels in [-1, 1], open_clip gives (pixel - mean) / std: the first convolution takes
-    the difference.
-    """
-    weights = load_file(data / "mobilenetv2" / "mobilenetv2_100.safetensors")
-    preprocess = encoder.module.visual.preprocess_cfg
-    mean, std = (torch.tensor(preprocess[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
-    stem = weights["conv_stem.weight"].float()  # (32, 3, 3, 3)
-    weights["conv_stem.weight"] = stem * 2 * std
-    weights["bn1.running_mean"] = weights["bn1.running_mean"].float() - (stem * (2 * mean - 1)).sum((1, 2, 3))
-    kept = {name: value.half().float() for name, value in weights.items() if not name.startswith("classifier")}
-    # num_batches_tracked alone is missing
-    encoder.module.visual.trunk.load_state_dict(kept, strict=False)
-
-
-def read_all(encoder: Encoder, data: Path, folder: Path) -> Everything:
-    """Every data set through the trunk; what the encoder learns from in two views."""
-    trunk = folded(copy.deepcopy(encoder.module.visual.trunk)).to(memory_format=torch.channels_last)
-    reader = Reader(encoder, trunk, folder, SEED)
-
-    def read(name: str, pattern: str, caption: str | None, views: int = 1) -> Photos:
-        return reader.read(name, sorted(data.glob(pattern)), caption=caption, views=views)
-
-    caltech = read("caltech101", "caltech101/*.tar", "{class}")
-    split, thing = caltech.column("split"), caltech.column("class") != "BACKGROUND_Google"
-    val = read("flickr8k-val", "flickr8k/val-*.tar", None, views=2)
-    return Everything(
-        flickr=read("flickr8k-train", "flickr8k/train-*.tar", None, views=2).with_(
-            val.take(range(SENTENCES_KEPT, len(val)))
-        ),
-        flickr_unseen=val.take(range(SENTENCES_KEPT)),
-        flickr_test=read("flickr8k-test", "flickr8k/test-*.tar", None),
-        imagenet=read("imagenet_sample", "imagenet_sample/*.tar", "{class}", views=2),
-        caltech=caltech.take(np.flatnonzero(thing & (split == "train"))),
-        caltech_test=caltech.take(np.flatnonzero(thing & (split == "test"))),
-        imagen=read("imagen", "imagen/*.tar", "{class}"),
-        grocery=read("grocery-train", "grocery/train-*.tar", "{class}"),
-        grocery_test=read("grocery-test", "grocery/test-*.tar", "{class}"),
-    )
 
 
 def learn_encoder(encoder: Encoder, everything: Everything, data: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,15 +70,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
     output = Path(config.output)
     episodes = [_episode(episode, config, reco, output.parent / "prepared") for episode in config.episodes]
     splits = [episode.split(config.held_out, config.seed) for episode in episodes]
-    before = {
-        episode.name: accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)
-    }
+    held_out = [(episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)]
+    before = _accuracies(fusions, held_out)
     learning = _learning(config, encoder.logit_scale)
 
     def watch() -> float:
-        return float(
-            np.mean([accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)])
-        )
+        return float(np.mean(list(_accuracies(fusions, held_out).values())))
 
     folder = output.with_suffix(".run")
     board = _board(folder / "tensorboard") if config.tensorboard else None
@@ -89,9 +86,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
         shutil.rmtree(folder, ignore_errors=True)
     losses = loop.run().losses
     draw(folder)
-    after = {
-        episode.name: accuracy(fusions, episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)
-    }
+    after = _accuracies(fusions, held_out)
     card = {"trained": True, "config": asdict(config), "before": before, "after": after, "steps": len(losses)}
     card |= {"data": [episode.digest() for episode in episodes], "commit": _commit()}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +94,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
     tenth = max(1, len(losses) // 10)
     first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
     return Summary(output.name, fusion_id, len(losses), time.monotonic() - start, first, last, before, after)
+
+
+def _accuracies(fusions: Mapping[Side, Fusion], held_out: Sequence[tuple[Episode, np.ndarray]]) -> dict[str, float]:
+    """Accuracy on the held-out pairs of each episode, by its name."""
+    return {episode.name: accuracy(fusions, episode, away) for episode, away in held_out}
 
 
 def _learning(config: TrainConfig, scale: float) -> Learning:

@@ -12,32 +12,24 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loadtests.alone import Visit, alone, profile
-from loadtests.calls import Call, image_call, open_client, run_to_end, text_call
-from loadtests.closed_loop import closed_loop
-from loadtests.report import ROOT, Goal, quantiles, table
-from loadtests.serving import service
-from loadtests.steady import TimedRequest, drive, schedule
-from loadtests.yardstick import Yardstick
+from loadtests.compare.alone import Visit, alone, profile
+from loadtests.compare.yardstick import Yardstick
+from loadtests.support.calls import image_call, run_to_end, text_call
+from loadtests.support.closed_loop import closed_loop
+from loadtests.support.report import ROOT, Goal, middle, quantiles, table
 
 __all__ = [
     "Bench",
     "Measured",
     "by_concurrency",
-    "cold_start",
-    "flood",
     "labels",
     "many_photos",
-    "middle",
     "one_photo",
     "short_texts",
     "throughput",
@@ -51,7 +43,7 @@ LOADS = {
     "plain at 8": (8, 0.90),
     "enhanced at 8": (8, 0.90),
 }  # at once, share of raw
-WORDS = (
+WORDS = [
     "cat",
     "dog",
     "bird",
@@ -68,14 +60,11 @@ WORDS = (
     "lamp",
     "table",
     "shoe",
-)
+]
 LABELS = [f"a photo of a {look} {word}" for look in ("red", "small") for word in WORDS]
 AT_ONCE = {"cpu": (1, 2, 8, 32), "cuda": (1, 8, 32, 128, 512)}  # callers of `by_concurrency`
 MANY = 64  # photos of one request
 ASKED = 5  # requests in a row of each round of `one_photo`
-QUEUE = 32  # items that the flooded service admits
-FLOOD = 10  # times the capacity
-PATIENCE_S = 1.0  # after the last reply of the flood
 INSIDE = ("decode", "encode", "retrieve")  # stages that are not the service's own
 
 
@@ -168,32 +157,26 @@ def one_photo(bench: Bench) -> Measured:
             ratios[name].append(statistics.median(visit.felt for visit in these) / statistics.mean((before, after)))
             visits[name] += these
             before = after
-    own = {
-        name: [visit.inside - sum(visit.stages.get(stage, 0.0) for stage in INSIDE) for visit in visits[name]]
-        for name in names
-    }
-    found: dict[str, Any] = {
-        name: {
-            "p50_over_raw": middle(ratios[name]),
-            "own_ms": quantiles(own[name]),
-            "profile_ms": profile(visits[name]),
-        }
-        for name in names
-    }
-    stages = list(found["enhanced"]["profile_ms"])
-    print(
-        table(
-            [
-                ["p50, ms", *names],
-                *([stage, *(found[name]["profile_ms"].get(stage, 0.0) for name in names)] for stage in stages),
-            ]
-        )
-    )
+    found = {name: _describe_visits(visits[name], ratios[name]) for name in names}
+    _print_profiles(found)
     goals: list[Goal] = [
         ("p50 alone / (decode + raw forward)", found["plain"]["p50_over_raw"]["median"], "<=", 1.10),
         ("own time of an enhanced request, ms (p50)", found["enhanced"]["own_ms"]["p50"], "<=", 2.0),
     ]
     return found, goals
+
+
+def _describe_visits(visits: Sequence[Visit], ratios: Sequence[float]) -> dict[str, Any]:
+    """Latency over the raw forward, and what is the service's own."""
+    own = [visit.inside - sum(visit.stages.get(stage, 0.0) for stage in INSIDE) for visit in visits]
+    return {"p50_over_raw": middle(ratios), "own_ms": quantiles(own), "profile_ms": profile(visits)}
+
+
+def _print_profiles(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """A row per stage, a column per kind of request."""
+    stages = list(found["enhanced"]["profile_ms"])
+    rows = [[stage, *(each["profile_ms"].get(stage, 0.0) for each in found.values())] for stage in stages]
+    print(table([["p50, ms", *found], *rows]))
 
 
 def short_texts(bench: Bench) -> Measured:
@@ -250,71 +233,6 @@ def labels(count: int, model: str, device: str, precision: str, repeats: int, en
     return found, [(f"{count:,} labels: (encode + rank) / encode", ratio["median"], "<=", 2.0)]
 
 
-def flood(environ: Mapping[str, str], log: Path, photos: Sequence[bytes], seconds: float) -> Measured:
-    """Ten times as many photos as the service can encode: who is admitted, who is refused and how
-    fast, and what it is like afterwards.
-    """
-    limits = {"RECO_MAX_QUEUE": str(QUEUE), "RECO_MAX_ITEMS": str(QUEUE)}
-    calls = [image_call([photo], enhance=False) for photo in photos]
-    with service({**environ, **limits}, log) as served:
-        capacity = run_to_end(closed_loop(served.url, calls, QUEUE // 2, seconds, warmup=2.0))["images_per_s"]
-        calm = statistics.median(visit.felt for visit in run_to_end(alone(served.url, calls[:10])))
-        moments = schedule(FLOOD * capacity, seconds, "poisson", 0)
-        flooded = run_to_end(_flooded(served.url, calls, moments))
-        time.sleep(PATIENCE_S)
-        again = statistics.median(visit.felt for visit in run_to_end(alone(served.url, calls[:10])))
-    admitted = [sample.done - sample.sent for sample in flooded if sample.status == 200]
-    refused = [sample.done - sample.sent for sample in flooded if sample.status == 429]
-    bound = QUEUE / capacity
-    found: dict[str, Any] = {
-        "capacity_images_per_s": round(capacity, 2),
-        "queue_bound_s": round(bound, 3),
-        "sent": len(flooded),
-        "admitted": len(admitted),
-        "refused": len(refused),
-        "admitted_ms": quantiles(admitted),
-        "refused_ms": quantiles(refused),
-        "client_lag_ms": quantiles([sample.sent - sample.due for sample in flooded]),
-        "alone_ms": {"before": round(1000 * calm, 1), "after": round(1000 * again, 1)},
-    }
-    goals: list[Goal] = [
-        ("flood: neither answered nor refused", len(flooded) - len(admitted) - len(refused), "<=", 0),
-        ("flood: p99 of the admitted / queue bound", found["admitted_ms"]["p99"] / 1000 / bound, "<=", 2.0),
-        ("flood: a refusal takes, ms (p99)", found["refused_ms"].get("p99", 0.0), "<=", 50.0),
-        (f"flood: p50 alone {PATIENCE_S:g} s later / before", again / calm, "<=", 1.25),
-    ]
-    return found, goals
-
-
-def cold_start(environ: Mapping[str, str], log: Path, bare_start: Callable[[], Yardstick], repeats: int) -> Measured:
-    """From the start of the process to /readyz, against importing torch and open_clip and building
-    the same model.
-    """
-    served, bare = [], [_ready_s(bare_start)]
-    for _ in range(repeats):
-        with service(environ, log) as started:
-            served.append(started.ready_s)
-        bare.append(_ready_s(bare_start))
-    ratios = [ours / statistics.mean(around) for ours, around in zip(served, pairwise(bare), strict=True)]
-    found = {"ready_s": middle(served), "bare_s": middle(bare), "ratio": middle(ratios)}
-    return found, [("cold start / bare load", found["ratio"]["median"], "<=", 1.2)]
-
-
-def middle(values: Sequence[float]) -> dict[str, float]:
-    """Median and spread."""
-    return {"median": round(statistics.median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
-
-
-async def _flooded(url: str, calls: Sequence[Call], moments: Sequence[float]) -> list[TimedRequest]:
-    async with open_client(url, timeout_s=300.0) as client:
-        return await drive(client, calls, [1.0] * len(calls), moments, seed=0)
-
-
 def _raw_photo(bench: Bench) -> float:
     """Seconds of the yardstick for one photo, the median of a few."""
     return statistics.median(bench.yardstick.photo(photo) for photo in bench.photos[:ASKED])
-
-
-def _ready_s(start: Callable[[], Yardstick]) -> float:
-    with start() as started:
-        return started.ready_s

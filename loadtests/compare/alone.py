@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import httpx
 
-from loadtests.calls import Call, Reply, Unexpected, open_client, send
-from loadtests.gauges import samples
+from loadtests.support.calls import Call, Reply, Unexpected, open_client, send
+from loadtests.support.gauges import samples
 
 __all__ = ["Visit", "alone", "profile"]
 

@@ -1,6 +1,6 @@
 """The bare model as a yardstick: open_clip in one process that computes only when told.
 
-    python -m loadtests.yardstick --model ViT-B-32 --threads 2 [--device cuda --precision bf16]
+    python -m loadtests.compare.yardstick --model ViT-B-32 --threads 2 [--device D --precision P]
 
 One JSON object per line on stdin, one on stdout; between two lines it sleeps, so that a service can
 be measured in turn on the same cores. `Yardstick` speaks to it.
@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from loadtests.report import ROOT
+from loadtests.support.report import ROOT
 
 __all__ = ["Yardstick"]
 
@@ -32,7 +32,7 @@ class Yardstick:
     """
 
     def __init__(self, model: str, threads: int, device: str = "cpu", precision: str = "fp32") -> None:
-        command = [sys.executable, "-m", "loadtests.yardstick", "--model", model, "--threads", str(threads)]
+        command = [sys.executable, "-m", "loadtests.compare.yardstick", "--model", model, "--threads", str(threads)]
         command += ["--device", device, "--precision", precision]
         begun = time.perf_counter()
         self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -87,7 +87,7 @@ class Yardstick:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit("loadtests.yardstick ended: its message is above")
+            raise SystemExit("loadtests.compare.yardstick ended: its message is above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -162,7 +162,7 @@ class _Model:
 def main() -> int:
     """Load once, then answer lines until stdin ends."""
     parser = argparse.ArgumentParser(
-        prog="python -m loadtests.yardstick", description="The bare model, measured on demand."
+        prog="python -m loadtests.compare.yardstick", description="The bare model, measured on demand."
     )
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--threads", type=int, default=2)

@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import numpy as np
 
-from loadtests.calls import Call, Reply, Unexpected, open_client, send
-from loadtests.gauges import account, image_totals, samples
-from loadtests.report import quantiles
+from loadtests.support.calls import Call, Reply, Unexpected, open_client, send
+from loadtests.support.gauges import account, image_totals, samples
+from loadtests.support.report import quantiles
 
 __all__ = ["closed_loop", "slope"]
 

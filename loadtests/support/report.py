@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,12 +15,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["environment", "judged", "quantiles", "table", "told", "write"]
+__all__ = ["environment", "judged", "middle", "quantiles", "table", "told", "write"]
 
 Goal = tuple[str, float, str, float]  # figure, value, ">=" or "<=", target
 
 PACKAGES = ("torch", "open_clip_torch", "faiss-gpu", "faiss-cpu", "numpy", "httpx")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -36,6 +37,11 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float]:
         if ordered
     }
     return {name: round(value * 1000, 3) for name, value in ranks.items()}
+
+
+def middle(values: Sequence[float]) -> dict[str, float]:
+    """Median and spread."""
+    return {"median": round(statistics.median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:

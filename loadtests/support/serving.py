@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from loadtests.report import ROOT
+from loadtests.support.report import ROOT
 
 __all__ = ["Served", "service"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from loadtests.calls import Call
+from loadtests.support.calls import Call
 
 __all__ = ["Siege", "hostile_calls"]
 
