@@ -12,10 +12,9 @@ from index_store.store import Store
 from models.encoder.encoder import Encoder, EncoderSpec
 from models.fusion.checkpoint import load_fusions
 from models.starter import CONFIG, FOLDER, FUSION, MEMORY, VERSIONS, StarterMemory, install_starter
+from models.starter.data_sets import load_trunk
 from models.starter.learn import Source, learn, project, pseudo_features
 from models.starter.lessons import invented
-from models.starter.data_sets import load_trunk
-from models.starter.make import 
 from models.starter.photos import Reader, folded
 from models.tests.small import image_bytes, picture, unit_rows, write_tar
 
