@@ -38,6 +38,7 @@ lock: $(UV) ## resolve pyproject.toml anew into the two lock files
 
 bench: .venv/.dev ## serving beside the bare model; writes loadtests/results/
 	$(BIN)/python -m loadtests.bench
+	$(BIN)/python -m service.benchmarks.decoding
 
 bench-memory: .venv/.dev ## a memory of a million pairs beside bare faiss; writes loadtests/results/, takes half an hour on two cores
 	$(BIN)/python -m index_store.benchmarks.memory

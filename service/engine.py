@@ -19,6 +19,7 @@ from models.encoder.device import gpu_memory
 from models.reco import Reco
 from models.starter import MEMORY, install_starter, starter_labels
 from service.batching.batcher import DeadlinePassed
+from service.decoding.fork_server import ForkServer
 from service.errors import InvalidValue, ItemRefused
 from service.labels.cache import rank_candidates
 from service.labels.label_set import LabelSet
@@ -37,6 +38,7 @@ from service.observability.tracing import Tracing
 from service.pipeline.embedder import Embedder
 from service.pipeline.load import load_reco
 from service.pipeline.stages import EmbeddedItem, EmbedResult, Items, Query
+from service.pipeline.watchdog import PARTS
 from service.settings import Settings
 
 
@@ -46,7 +48,14 @@ class Engine:
     State: whether it is draining, and how many guarded requests are inside (the middleware counts).
     """
 
-    def __init__(self, settings: Settings, reco: Reco, store: Store, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        reco: Reco,
+        store: Store,
+        metrics: Metrics,
+        fork_server: ForkServer | None = None,
+    ) -> None:
         self.settings, self.reco, self.metrics = settings, reco, metrics
         self.memories = MemoryRegistry(
             store,
@@ -67,7 +76,8 @@ class Engine:
             max_sets=settings.max_label_sets,
             metrics=metrics,
         )
-        self.embedder = Embedder(reco, settings, metrics, self.default_snapshot)
+        self._fork_server = fork_server or ForkServer()
+        self.embedder = Embedder(reco, settings, metrics, self.default_snapshot, self._fork_server)
         self.jobs = Jobs(metrics)
         self._query_log = QueryLog()
         self.swaps = Swaps(
@@ -92,11 +102,13 @@ class Engine:
         import faiss
         import torch
 
+        fork_server = ForkServer()
+        fork_server.start()  # its imports take as long as a third of the model's
         reco, store = load_reco(settings), Store(settings.store)
         if settings.model == "starter":
             install_starter(store)
         metrics = Metrics(version=version("reco-serve"), torch=torch.__version__, faiss=faiss.__version__)
-        engine = cls(settings, reco, store, metrics)
+        engine = cls(settings, reco, store, metrics, fork_server)
         if settings.model == "starter" and not engine.label_sets.names():
             engine.label_sets.put(MEMORY, LabelSet(tuple(starter_labels())))
         return engine
@@ -106,9 +118,10 @@ class Engine:
         """Serve batches inside; at the end answer what was admitted, for at most `drain_s`."""
         embedder = self.embedder
         serving = [asyncio.create_task(tower.serve()) for tower in embedder.towers.values()]
-        for side in embedder.towers:
+        await embedder.decoder.start()
+        for part in PARTS:
             # the first batch of each tower warms it before ready
-            await embedder.watchdog.check(side)
+            await embedder.watchdog.check(part)
         background = [asyncio.create_task(embedder.watchdog.run()), asyncio.create_task(self._recall.run())]
         for name in self.memories.names():
             self.swaps.verify(name)
@@ -124,13 +137,14 @@ class Engine:
                 async with asyncio.timeout(max(1.0, self.settings.drain_s)):
                     await asyncio.gather(embedder.close(), *serving)
             self.label_sets.vectors.close()
-            embedder.decoder.close()
+            await embedder.decoder.close()
+            await asyncio.to_thread(self._fork_server.close)
             self.memories.close()
             if self.tracing is not None:
                 await asyncio.to_thread(self.tracing.close)
 
     def not_live(self) -> str | None:
-        """None, or which worker does not answer."""
+        """None, or which worker or decoder does not answer."""
         return self.embedder.not_live()
 
     def not_ready(self) -> str | None:
@@ -216,6 +230,7 @@ class Engine:
 
     def refresh_gauges(self) -> None:
         """Set the gauges whose values are known only when asked, at each scrape."""
+        self.embedder.decoder.refresh_gauges()
         for side, tower in self.embedder.towers.items():
             self.metrics.queue_depth.labels(side).set(tower.depth)
         for name, count in Snapshot.count_open().items():

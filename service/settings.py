@@ -107,6 +107,9 @@ class Settings(BaseSettings):
     )
     max_image_bytes: int = Field(default=20 * 2**20, ge=1024, description="bytes of one encoded image")
     max_pixels: int = Field(default=64_000_000, ge=1, description="pixels of one image, by its header")
+    max_pixels_in_flight: int = Field(
+        default=0, ge=0, description="pixels of all images being decoded at one time; 0: twice max_pixels"
+    )
     max_items: int = Field(default=256, ge=1, description="images or texts of one request")
     max_text_chars: int = Field(default=100_000, ge=1, description="characters of one text")
     max_labels: int = Field(
@@ -131,7 +134,10 @@ class Settings(BaseSettings):
     )
     max_batch: int = Field(default=32, ge=1, description="items of one batch of the model")
     decode_workers: int = Field(
-        default_factory=lambda: max(2, os.cpu_count() or 2), ge=1, description="threads that decode images"
+        default_factory=lambda: max(2, os.cpu_count() or 2), ge=1, description="processes that decode images"
+    )
+    decode_cpu_s: float = Field(
+        default=10.0, ge=0.1, description="CPU seconds of decoding one image, after which its process is killed"
     )
     stall_s: float = Field(
         default=120.0, gt=0, description="seconds of one batch in the model, after which its thread is replaced"
@@ -165,6 +171,14 @@ class Settings(BaseSettings):
     def _refuse_blank_key(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not value.get_secret_value().strip():
             raise ValueError("holds no value: name a key, or leave the setting out")
+        return value
+
+    @field_validator("max_pixels_in_flight")
+    @classmethod
+    def _fit_largest_image(cls, value: int, checked: ValidationInfo) -> int:
+        """An image that never fits would wait for its deadline."""
+        if 0 < value < checked.data.get("max_pixels", 0):
+            raise ValueError(f"must be at least max_pixels, which is {checked.data['max_pixels']}, or 0")
         return value
 
     @field_validator("max_queue")

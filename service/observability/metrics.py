@@ -57,6 +57,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self._declare_requests(self.registry)
         self._declare_items(self.registry)
+        self._declare_decoder(self.registry)
         self._declare_memories(self.registry)
         self._declare_process(self.registry)
         self.build_info.info({"version": version, "torch": torch, "faiss": faiss})
@@ -98,6 +99,20 @@ class Metrics:
         )
         self.enhanced_total = Counter(
             "reco_enhanced_total", "Vectors answered, enhanced or not, and why", ["enhanced", "reason"], registry=r
+        )
+
+    def _declare_decoder(self, r: CollectorRegistry) -> None:
+        self.decoder_queue_depth = Gauge("reco_decoder_queue_depth", "Images waiting to be decoded", [], registry=r)
+        self.decoder_workers = Gauge(
+            "reco_decoder_workers", "Processes that decode images: busy, idle, being replaced", ["state"], registry=r
+        )
+        self.decoder_pixels = Gauge("reco_decoder_pixels", "Pixels of the large images being decoded", [], registry=r)
+        self.decoder_replaced_total = Counter(
+            "reco_decoder_replaced_total",
+            "Decoding processes replaced: unwanted (killed at the deadline, or when the caller left), "
+            "or the signal that ended them (SIGPROF: too much CPU)",
+            ["reason"],
+            registry=r,
         )
 
     def _declare_memories(self, r: CollectorRegistry) -> None:

@@ -51,7 +51,7 @@ ROOMS = {
     ],
     "models": ["errors", "progress", "encoder", "fusion", "reco", "data", "training", "evaluation", "starter"],
     "service": [
-        "batching", "observability", "errors", "settings", "labels", "pipeline", "memories", "engine", "api", "app", "server",
+        "batching", "observability", "errors", "settings", "decoding", "labels", "pipeline", "memories", "engine", "api", "app", "server",
         "client", "cli",
     ],
 }  # fmt: skip
@@ -151,6 +151,7 @@ def test_each_package_name_has_one_owner(package: str) -> None:
             {"torch", "faiss", "fastapi", "open_clip", "numpy", "pydantic", "rich"},
         ),
         ("import index_store", {"torch", "fastapi", "open_clip"}),
+        ("import service.decoding.child", {"torch", "faiss", "fastapi", "open_clip", "pydantic", "prometheus_client"}),
         (
             "import service.cli.serve, service.cli.train, service.cli.info",
             {"torch", "faiss", "fastapi", "open_clip", "numpy", "httpx", "rich"},

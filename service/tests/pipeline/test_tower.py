@@ -121,7 +121,8 @@ def test_a_batch_is_encoded_while_the_one_before_is_enhanced(engine: Engine, mon
 def test_a_large_request_is_decoded_while_its_first_batch_is_encoded(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, photos: dict[str, bytes]
 ) -> None:
-    encoded, decoded, own, read = list[float](), list[float](), engine.reco.encode, engine.embedder.decoder._read
+    encoded, decoded, own, read = list[float](), list[float](), engine.reco.encode, engine.embedder.decoder.decode
+    one_by_one = asyncio.Semaphore(2)
     files = [("file", photos[name]) for name in ("astronaut", "chelsea", "coffee")] * 3
     found: dict[str, list[list[float]]] = {}
 
@@ -129,10 +130,11 @@ def test_a_large_request_is_decoded_while_its_first_batch_is_encoded(
         encoded.append(time.perf_counter())
         return own(*arguments)
 
-    def decode(data: bytes) -> Any:
-        made = read(data)
+    async def decode(*arguments: Any) -> Any:
         # of nine images two at a time: the last are done well after the first batch has begun
-        time.sleep(0.02)
+        async with one_by_one:
+            made = await read(*arguments)
+            await asyncio.sleep(0.02)
         decoded.append(time.perf_counter())
         return made
 
@@ -145,7 +147,7 @@ def test_a_large_request_is_decoded_while_its_first_batch_is_encoded(
                 assert [row["index"] for row in bad.json()["data"] if row["embedding"] is None] == [7]
                 assert bad.json()["data"][7]["error"]["param"] == "images[7]"
 
-    monkeypatch.setattr(engine.embedder.decoder, "_read", decode)
+    monkeypatch.setattr(engine.embedder.decoder, "decode", decode)
 
     async def warmed(client: httpx.AsyncClient) -> None:
         monkeypatch.setattr(engine.reco, "encode", encode)

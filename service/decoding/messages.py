@@ -1,0 +1,72 @@
+"""The messages between the service and its decoding processes.
+
+request      length of the image, whether its pixels are granted; then the image
+answer       kind and number; bytes follow where the kind says so
+
+PIXELS       number bytes of pixels are in the shared memory
+PIXELS_SENT  number bytes of pixels follow
+REFUSED      number bytes of JSON follow: the name of an ImageError and its message
+ASKS         decoding needs number pixels of memory: send the image again once they are granted
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+
+from models.encoder.preprocess import Crop
+from models.errors import BrokenImage, CostlyImage, ImageError, ImageTooLarge, UnsupportedImage
+
+REQUEST = struct.Struct("<IB")
+ANSWER = struct.Struct("<BI")
+PIXELS, PIXELS_SENT, REFUSED, ASKS = 1, 2, 3, 4
+
+_ERRORS: dict[str, type[ImageError]] = {
+    kind.__name__: kind for kind in (BrokenImage, CostlyImage, ImageTooLarge, UnsupportedImage)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeJob:
+    """What a decoding process does with every image.
+
+    max_pixels: of one image.  free_pixels: up to here it decodes unasked.  cpu_s: CPU seconds of
+    one image.
+    """
+
+    crop: Crop
+    max_pixels: int
+    free_pixels: int
+    cpu_s: float
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of one decoded image: 3 * H * W."""
+        return 3 * self.crop.size[0] * self.crop.size[1]
+
+    def as_dict(self) -> dict[str, object]:
+        """As JSON holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, given: dict[str, object]) -> DecodeJob:
+        """The inverse of `as_dict`."""
+        crop = dict(given["crop"])  # type: ignore[call-overload]
+        height, width = crop.pop("size")
+        return cls(**{**given, "crop": Crop((height, width), **crop)})  # type: ignore[arg-type]
+
+
+def pack_refusal(error: ImageError) -> bytes:
+    """The bytes of a refusal."""
+    return json.dumps([type(error).__name__, str(error)]).encode()
+
+
+def unpack_refusal(data: bytes) -> ImageError:
+    """The error of a refusal; a process that hostile bytes took over may send anything."""
+    with suppress(ValueError):
+        match json.loads(data):
+            case [str(name), str(message)] if name in _ERRORS:
+                return _ERRORS[name](message[:1000])
+    return BrokenImage("the image misled its decoder: it is damaged, send it again")
