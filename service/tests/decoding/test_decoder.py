@@ -53,7 +53,8 @@ class Pool:
         self.metrics = Metrics(version="0", torch="0", faiss="0")
 
     def run(self, work: Callable[[Decoder], Awaitable[Any]], workers: int = 2, **given: Any) -> Any:
-        job = DecodeJob(**{"crop": CROP, "max_pixels": 64_000_000, "free_pixels": 1_000_000, "cpu_s": 30.0} | given)
+        usual: dict[str, Any] = {"crop": CROP, "max_pixels": 64_000_000, "free_pixels": 1_000_000, "cpu_s": 30.0}
+        job = DecodeJob(**usual | given)
         decoder = Decoder(
             job, workers=workers, pixels=job.max_pixels, metrics=self.metrics, fork_server=self.fork_server
         )
