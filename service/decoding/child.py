@@ -21,7 +21,7 @@ import numpy as np
 import pillow_heif
 from PIL import AvifImagePlugin
 
-from models.encoder.image_io import open_image
+from models.encoder.image_io import open_image, pixels_held_open
 from models.errors import BrokenImage, CostlyImage, ImageError
 from service.decoding.messages import (
     ANSWER,
@@ -51,6 +51,7 @@ def serve_forks(control: socket.socket) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a group's signals mean the service, which drains
     children: set[int] = set()
+    server = os.getpid()
     gc.freeze()  # so that no collection in a child copies these pages
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 2**16, 2)
@@ -65,7 +66,7 @@ def serve_forks(control: socket.socket) -> None:
             else:
                 if pid == 0:
                     control.close()
-                    _run_decoding(descriptors, DecodeJob.from_dict(order["fork"]))
+                    _run_decoding(server, descriptors, DecodeJob.from_dict(order["fork"]))
                 children.add(pid)
                 reply = {"pid": pid}
             for descriptor in descriptors:
@@ -84,11 +85,12 @@ def _end(pid: int, children: set[int]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _run_decoding(descriptors: list[int], job: DecodeJob) -> None:
+def _run_decoding(server: int, descriptors: list[int], job: DecodeJob) -> None:
     """In a forked process: decode until the socket closes, then end the process."""
     code = 1
     try:
-        _end_with_parent()
+        _end_with(server)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff prints a line for each fault it finds
         warnings.simplefilter("ignore")
         connection = socket.socket(fileno=descriptors[0])
@@ -99,13 +101,12 @@ def _run_decoding(descriptors: list[int], job: DecodeJob) -> None:
         os._exit(code)
 
 
-def _end_with_parent() -> None:
-    """Have the kernel kill this process as soon as the fork server ends (Linux)."""
-    parent = os.getppid()
+def _end_with(server: int) -> None:
+    """Have the kernel kill this process as soon as its parent, the fork server, ends (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+    if os.getppid() != server:  # it has ended already
+        os._exit(1)
 
 
 class DecodingProcess:
@@ -152,7 +153,7 @@ class DecodingProcess:
             found = BrokenImage(f"the image does not decode ({type(error).__name__}): it is damaged, send it again")
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-        self._limit_memory(PARSING_BYTES)
+        self._limit_memory(None)
         if isinstance(found, int):
             return ANSWER.pack(ASKS, found)
         if isinstance(found, ImageError):
@@ -168,15 +169,19 @@ class DecodingProcess:
         granted.
         """
         allowed = PARSING_BYTES + COPIES_OF_FILE * len(data)
-        self._limit_memory(allowed)
+        held = pixels_held_open(data)
+        if self._job.free_pixels < held <= self._job.max_pixels and not granted:
+            return held
+        self._limit_memory(allowed + BYTES_PER_PIXEL * min(held, self._job.max_pixels))
         image = open_image(data, max_pixels=self._job.max_pixels, target_size=self._job.crop.size)
         if image.pixels > self._job.free_pixels and not granted:
             return image.pixels
         self._limit_memory(allowed + BYTES_PER_PIXEL * image.pixels)
         return self._job.crop.pixels(image.decode())
 
-    def _limit_memory(self, more: int) -> None:
-        """Let the process grow by at most `more` bytes of address space (Linux)."""
+    def _limit_memory(self, more: int | None) -> None:
+        """Let the process grow by at most `more` bytes of address space (Linux); None = any."""
         if self._statm is not None:
             now = int(os.pread(self._statm, 64, 0).split()[0]) * mmap.PAGESIZE
-            resource.setrlimit(resource.RLIMIT_AS, (now + more, resource.RLIM_INFINITY))
+            limit = resource.RLIM_INFINITY if more is None else now + more
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))

@@ -11,5 +11,14 @@ from models.encoder.image_io.reading import (
     open_image,
     read_image,
 )
+from models.encoder.image_io.structure import pixels_held_open
 
-__all__ = ["FORMATS", "MAX_PIXELS", "PendingImage", "check_header", "open_image", "read_image"]
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "PendingImage",
+    "check_header",
+    "open_image",
+    "pixels_held_open",
+    "read_image",
+]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from models.errors import BrokenImage, CostlyImage, ImageTooLarge, UnsupportedImage
 
-__all__ = ["MAX_SCANS", "CountedReads", "check_structure"]
+__all__ = ["MAX_SCANS", "CountedReads", "check_structure", "pixels_held_open"]
 
 # Of a JPEG. Encoders write one scan, about ten where it is progressive.
 MAX_SCANS = 64
@@ -63,7 +63,7 @@ def check_structure(data: bytes, max_pixels: int) -> int:
     """
     if data.startswith(b"\xff\xd8\xff"):
         return _count_scans(data)
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+    if _is_webp(data):
         _check_webp(data, max_pixels)
     elif data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         _check_tiff(data, max_pixels)
@@ -98,19 +98,33 @@ def _count_scans(data: bytes) -> int:
 
 
 def _check_webp(data: bytes, max_pixels: int) -> None:
-    """libwebp allocates the whole canvas as soon as it opens a file."""
-    kind, head = data[12:16], data[20:30].ljust(10, b"\0")
-    if kind == b"VP8X":
-        width, height = 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little")
-    elif kind == b"VP8L":
-        bits = int.from_bytes(head[1:5], "little")
-        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    else:
-        width, height = (side & 0x3FFF for side in struct.unpack("<HH", head[6:10]))
+    width, height = _webp_canvas(data)
     if width * height > max_pixels:
         raise ImageTooLarge(
             f"the WebP's canvas has {width}x{height} pixels, the limit is {max_pixels}: send a smaller one"
         )
+
+
+def pixels_held_open(data: bytes) -> int:
+    """The pixels that opening the image alone holds: libwebp allocates its canvas at once."""
+    width, height = _webp_canvas(data) if _is_webp(data) else (0, 0)
+    return width * height
+
+
+def _is_webp(data: bytes) -> bool:
+    return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+
+
+def _webp_canvas(data: bytes) -> tuple[int, int]:
+    """(width, height) by the header of a WebP of any kind."""
+    kind, head = data[12:16], data[20:30].ljust(10, b"\0")
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = struct.unpack("<HH", head[6:10])
+    return width & 0x3FFF, height & 0x3FFF
 
 
 def _check_tiff(data: bytes, max_pixels: int) -> None:

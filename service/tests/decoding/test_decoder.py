@@ -201,6 +201,34 @@ def test_an_image_over_its_memory_is_refused_and_the_process_lives(pool: Pool) -
     pool.run(work, workers=1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("JPEG", "RGB", {"progressive": True, "subsampling": 0}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "I;16", {}),
+        ("WEBP", "RGBA", {"lossless": True, "method": 0}),
+        ("AVIF", "RGBA", {"speed": 10, "subsampling": "4:4:4"}),
+        ("HEIF", "RGB", {"quality": 10}),
+        ("TIFF", "CMYK", {"compression": "tiff_lzw"}),
+        ("GIF", "P", {}),
+        ("BMP", "RGB", {}),
+    ],
+)
+def test_a_large_image_of_every_format_keeps_to_its_memory(
+    pool: Pool, kind: str, mode: str, options: dict[str, Any]
+) -> None:
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # on its side: turning it takes a copy
+    if kind in ("JPEG", "PNG", "WEBP"):
+        options = options | {"exif": exif}
+    Image.new(mode, (3000, 2900), 100 if mode in ("P", "I;16") else "teal").save(file, kind, **options)
+    for free in (1_000, 10_000_000):
+        (pixels,) = pool.all(file.getvalue(), workers=1, free_pixels=free)
+        assert isinstance(pixels, np.ndarray), pixels
+
+
 def peak_bytes(pid: int) -> int:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])

@@ -38,6 +38,11 @@ CONTRACT: dict[str, tuple[str, str, str]] = {
     "drift_cosine": ("reco_drift_cosine", "gauge", "name"),
     "label_cache_total": ("reco_label_cache_total", "counter", "result"),
     "gpu_memory_bytes": ("reco_gpu_memory_bytes", "gauge", "kind"),
+    # ours: decoding processes
+    "decoder_queue_depth": ("reco_decoder_queue_depth", "gauge", ""),
+    "decoder_workers": ("reco_decoder_workers", "gauge", "state"),
+    "decoder_pixels": ("reco_decoder_pixels", "gauge", ""),
+    "decoder_replaced_total": ("reco_decoder_replaced_total", "counter", "reason"),
     # ours: for the alert on a service that is up and not ready
     "ready": ("reco_ready", "gauge", ""),
     "build_info": ("reco_build_info", "gauge", "version torch faiss"),
@@ -63,7 +68,7 @@ def write(metrics: Metrics, attribute: str, kind: str, labels: list[str]) -> Non
         getattr(series.labels(**dict.fromkeys(labels, "a")) if labels else series, verb)(0.5)
 
 
-def test_series_are_exactly_those_of_the_contract_and_our_two(metrics: Metrics) -> None:
+def test_series_are_exactly_those_of_the_contract_and_our_own(metrics: Metrics) -> None:
     declared = {attribute for attribute, value in vars(metrics).items() if isinstance(value, MetricWrapperBase)}
     assert declared == set(CONTRACT)
     for attribute, (_, kind, labels) in CONTRACT.items():
@@ -78,7 +83,9 @@ def test_series_are_exactly_those_of_the_contract_and_our_two(metrics: Metrics) 
 
 
 def test_a_series_without_a_writer_has_no_sample(metrics: Metrics) -> None:
-    assert [name for name, family in exposed(metrics).items() if family.samples] == ["reco_ready", "reco_build_info"]
+    found = {name for name, family in exposed(metrics).items() if family.samples}
+    at_each_scrape = {"reco_ready", "reco_decoder_queue_depth", "reco_decoder_pixels"}
+    assert found == at_each_scrape | {"reco_build_info"}
 
 
 def test_no_created_series_beside_the_counters(metrics: Metrics) -> None:
