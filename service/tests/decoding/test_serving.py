@@ -62,7 +62,7 @@ def test_a_decoder_that_answers_nothing_is_told_by_readyz(engine: Engine, monkey
     async def work(client: httpx.AsyncClient) -> None:
         for worker in engine.embedder.decoder._workers:
             os.kill(worker.pid, signal.SIGSTOP)
-        while "no image has been decoded" not in await told(client, "/readyz", 503):
+        while "no image has been decoded" not in await told(client, "/readyz", 503):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         # a test item is killed at its deadline, and the process with it
         assert await told(client, "/readyz", 200) == ""
