@@ -158,13 +158,15 @@ class Snapshot:
         queries: (B, Dk) float32 unit rows.  values: whose vectors to return, those of the other
         side or of the same side as the search. k neighbours come back wherever k pairs pass the
         filters of `params`; where fewer do, the rest is masked.
-        Raises QueryRefused where queries, k or params do not fit this memory.
+        Raises QueryRefused where queries, k or params do not fit this memory, DamagedVersion where
+        a file was cut since the opening.
         """
         hits = self.search(queries, side, k, params)
         return self._gather(hits, self._indexes[side], side if values == "same" else other(side))
 
     def search(self, queries: np.ndarray, side: Side, k: int, params: SearchParams = DEFAULT_PARAMS) -> Hits:
         """The search of `retrieve` without ids and vectors: rows, valid in this snapshot only."""
+        self._check_sizes()
         index = self._indexes[side]
         queries = self._check_queries(queries, index, k)
         row_filter = RowFilter.from_params(params, len(queries), self.id_kind)
@@ -174,6 +176,7 @@ class Snapshot:
 
     def vectors(self, rows: np.ndarray, side: Side) -> np.ndarray:
         """(R, D) float16 vectors as stored.  rows: (R,) int64 found by `search`, none absent."""
+        self._check_sizes()
         return self._indexes[side].take(rows, lambda segment: segment.values[side])
 
     def blocks(self, rows: int = BLOCK_PAIRS) -> Iterator[Pairs]:
@@ -190,6 +193,7 @@ class Snapshot:
 
         ids: (n,) int64 or bytes, as stored.
         """
+        self._check_sizes()
         base = self._base_indexes["image"]
         rows = np.full(len(ids), -1, np.int64)
         for start, shard in zip(base.starts.tolist(), base.shards, strict=False):
@@ -202,6 +206,7 @@ class Snapshot:
 
         Raises RecallTooLow where a side is below the recall floor of the manifest.
         """
+        self._check_sizes()
         floor, k, probes = self.manifest.recall["floor"], self.manifest.recall["k"], self.manifest.index["probes"]
         recalls = {side: self._probe_queries[side].recall(self._base_indexes[side], probes) for side in SIDES}
         for side, recall in recalls.items():
@@ -218,9 +223,15 @@ class Snapshot:
         queries: (B, Dk) float32 unit rows. Edits are ignored, because they are searched exactly.
         The scan reads all keys: do not call it in a request.
         """
+        self._check_sizes()
         index = self._base_indexes[side]
         exact = index.scan(self._check_queries(queries, index, RECALL_K), min(RECALL_K, index.pairs))  # (B, k)
         return ProbeQueries(queries, exact.scores).recall(index, self.manifest.index["probes"])
+
+    def _check_sizes(self) -> None:
+        """Raise DamagedVersion where a mapped file was cut: reading it would end the process."""
+        for shard in self._base_indexes["image"].shards:
+            shard.check_sizes()
 
     def _check_queries(self, queries: np.ndarray, index: SideIndex, k: int) -> np.ndarray:
         """The queries as contiguous float32. Raises QueryRefused where they or k do not fit."""
@@ -248,6 +259,7 @@ class Snapshot:
 
     def _read_pairs(self, index: SideIndex, rows: np.ndarray) -> Pairs:
         """The pairs at `rows` as the user gave them.  rows: (R,) int64, all >= 0."""
+        self._check_sizes()
 
         def values(side: Side) -> np.ndarray:
             return index.take(rows, lambda segment: segment.values[side])

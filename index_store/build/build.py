@@ -20,6 +20,8 @@ from index_store.storage.manifest import MANIFEST_FILE, Manifest
 from index_store.store import Store, check_name, check_version_name
 from index_store.types import KeyKind, Pairs, Side
 
+READ_ONLY = 0o444  # a version never changes, and a file that is cut while it is mapped ends the process
+
 
 def build_version(
     store: Store,
@@ -87,6 +89,8 @@ def _published(work: Path, indexed: Manifest, written: Iterable[str]) -> Manifes
     written: the files that came after those of the shards.
     """
     names = [*indexed.files, *written]
+    for name in names:
+        (work / name).chmod(READ_ONLY)  # before the stats are taken, of which it changes the ctime
     sight = FileStats.collect(
         work, names
     )  # before their digests are taken, so that the first opening need not read them again
@@ -97,6 +101,7 @@ def _published(work: Path, indexed: Manifest, written: Iterable[str]) -> Manifes
         for folder in {(work / name).parent for name in manifest.files}:
             fsync_path(folder)
         replace_text(work / MANIFEST_FILE, manifest.to_json())
+        (work / MANIFEST_FILE).chmod(READ_ONLY)
         finished = work.with_name(manifest.version)
         work.rename(finished)
         fsync_path(finished.parent)

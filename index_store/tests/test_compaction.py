@@ -7,7 +7,7 @@ import pytest
 from index_store.compaction import redundant_versions
 from index_store.editor import Editor
 from index_store.store import Store
-from index_store.tests.support.small import ENCODER, build_memory, some_pairs
+from index_store.tests.support.small import ENCODER, build_memory, some_pairs, unlock
 
 
 @pytest.fixture
@@ -80,5 +80,6 @@ def test_a_compaction_that_was_never_activated_is_redundant(
 def test_an_unreadable_version_is_kept(store: Store, file: str) -> None:
     compact_version(store, "v1", "c1", 100)
     compact_version(store, "c1", "c2", 200)
+    unlock(store.root / "things" / "c1")
     (store.root / "things" / file).write_bytes(b"?" * 100)
     assert redundant_versions(store, "things", {"c2"}) == []

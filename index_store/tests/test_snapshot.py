@@ -11,7 +11,7 @@ from index_store.errors import QueryRefused, RecallTooLow
 from index_store.search.filters import SearchParams
 from index_store.snapshot import Snapshot
 from index_store.store import Store
-from index_store.tests.support.small import build_memory, open_memory, slice_pairs, some_pairs, unit_rows
+from index_store.tests.support.small import build_memory, open_memory, slice_pairs, some_pairs, unit_rows, unlock
 from index_store.types import Pairs, Side, other
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -145,7 +145,7 @@ def test_an_index_of_other_rows_fails_the_recall_check(tmp_path: Path) -> None:
     from index_store.tests.storage.test_damage import reseal
 
     build_memory(tmp_path, some_pairs(300), index="SQfp16")
-    path = tmp_path / "things" / "v1" / "shard-0000" / "image.faiss"
+    path = unlock(tmp_path / "things" / "v1") / "shard-0000" / "image.faiss"
     index = faiss.index_factory(16, "SQfp16", faiss.METRIC_INNER_PRODUCT)
     rows = some_pairs(300).image[::-1].copy()
     index.train(rows)

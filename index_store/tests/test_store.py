@@ -15,7 +15,7 @@ from index_store.errors import (
     UnknownVersion,
 )
 from index_store.store import Store
-from index_store.tests.support.small import ENCODER, build_memory, some_pairs
+from index_store.tests.support.small import ENCODER, build_memory, some_pairs, unlock
 
 EVIL = ["../x", "..", ".", "", "/etc", "a/b", "a\\b", ".hidden", "a\0b", "a b", "ä", "x" * 65, "-x", "a\n", "a@b"]
 
@@ -167,7 +167,7 @@ def test_pruning_goes_by_build_time_not_by_name(tmp_path: Path) -> None:
     for version, day in zip(("monday", "friday", "wednesday", "tuesday"), built_at, strict=True):
         manifest = build_memory(tmp_path, some_pairs(5), version)
         aged = dataclasses.replace(manifest, created=f"{day}T09:00:00+00:00")
-        (tmp_path / "things" / version / "manifest.json").write_text(aged.to_json())
+        (unlock(tmp_path / "things" / version) / "manifest.json").write_text(aged.to_json())
     store.activate("things", "monday")
     assert store.prune("things", 1) == ["wednesday", "tuesday"]
     assert store.versions("things") == ["friday", "monday"]
@@ -178,12 +178,12 @@ def test_pruning_keeps_the_later_of_two_versions_of_one_second(tmp_path: Path) -
     store, second = Store(tmp_path), "2026-11-26T09:00:00+00:00"
     for version in ("z", "a"):
         manifest = dataclasses.replace(build_memory(tmp_path, some_pairs(5), version), created=second)
-        (tmp_path / "things" / version / "manifest.json").write_text(manifest.to_json())
+        (unlock(tmp_path / "things" / version) / "manifest.json").write_text(manifest.to_json())
     assert store.prune("things", 1) == ["z"]
 
 
 def test_pruning_keeps_unreadable_versions(store: Store) -> None:
-    (store.root / "things" / "v1" / "manifest.json").write_text("{}")
+    (unlock(store.root / "things" / "v1") / "manifest.json").write_text("{}")
     assert store.prune("things", 1) == ["v2"]
     assert store.versions("things") == ["v1", "v3"]
 

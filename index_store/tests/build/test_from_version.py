@@ -8,7 +8,7 @@ from index_store.build.source import SourceStep
 from index_store.editor import Editor
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, PairsRefused
 from index_store.store import Store
-from index_store.tests.support.small import ENCODER, TRUNKS, VECTORS, build_memory, some_pairs
+from index_store.tests.support.small import ENCODER, TRUNKS, VECTORS, build_memory, some_pairs, unlock
 from index_store.types import Id, Pairs
 
 
@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         stored_manifest(path, encoder="other@ffff", kinds=VECTORS)
     with pytest.raises(PairsRefused, match="holds vector image keys, trunk keys are asked for"):
         stored_manifest(path, encoder=ENCODER, kinds=TRUNKS)
-    file = path / "shard-0000" / "text.npy"
+    file = unlock(path) / "shard-0000" / "text.npy"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(DamagedVersion, match=r"text\.npy"):
         stored(path)

@@ -33,7 +33,8 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def version(read: list[str], tmp_path: Path) -> Path:
+def version(read: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("index_store.build.build.READ_ONLY", 0o644)  # a later chmod would void the record
     build_memory(tmp_path, some_pairs(400), index="IVF4,SQfp16")
     return tmp_path / "things" / "v1"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from index_store.snapshot import Snapshot
 from index_store.storage.atomic import file_digest
 from index_store.storage.manifest import MANIFEST_FILE, Manifest
 from index_store.store import Store
-from index_store.tests.support.small import ENCODER, build_memory, open_memory, some_pairs
+from index_store.tests.support.small import ENCODER, build_memory, open_memory, some_pairs, unlock
 
 FILES = [
     MANIFEST_FILE,
@@ -42,7 +43,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def version(sound: Path, tmp_path: Path) -> Path:
     shutil.copytree(sound, tmp_path / "store")
-    return tmp_path / "store" / "things" / "v1"
+    return unlock(tmp_path / "store" / "things" / "v1")
 
 
 def reseal(version: Path, **changes: object) -> None:
@@ -213,8 +214,35 @@ def test_a_refused_version_leaves_the_served_one_working(sound: Path, tmp_path: 
     build_memory(tmp_path, some_pairs(30), "v2")
     store = Store(tmp_path)
     store.activate("things", "v1")
-    flip(tmp_path / "things" / "v2" / "shard-0000" / "text.npy", 200)
+    flip(unlock(tmp_path / "things" / "v2") / "shard-0000" / "text.npy", 200)
     with pytest.raises(StoreError):
         store.open("things", "v2", encoder=ENCODER)
     assert store.current("things") == "v1"
     assert serving.retrieve(some_pairs(30).image[:1], "image", 1).ids[0, 0] == "pair-0"
+
+
+def test_the_files_of_a_version_are_read_only_and_can_be_deleted(tmp_path: Path) -> None:
+    """Nothing cuts or overwrites by accident what a service has mapped."""
+    build_memory(tmp_path, some_pairs(20))
+    path = tmp_path / "things" / "v1"
+    files = [file for file in path.rglob("*") if file.is_file()]
+    assert len(files) > 5
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o444}
+    Store(tmp_path).delete("things", "v1")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["image.npy", "ids.npy", "records.jsonl", "text.faiss"])
+def test_a_file_cut_under_an_open_version_refuses_the_search_and_ends_nothing(version: Path, name: str) -> None:
+    """Reading behind the end of a mapped file is SIGBUS, the end of the process."""
+    pairs = some_pairs(80, key_width=20)
+    snapshot = Snapshot.open(version, encoder=ENCODER)
+    found = snapshot.retrieve(pairs.text[:3], "text", 2)
+    os.truncate(version / "shard-0001" / name, 100)
+    with pytest.raises(DamagedVersion, match=rf"shard-0001/{name} had \d+ bytes when it was opened and has 100 now"):
+        snapshot.retrieve(pairs.text[:3], "text", 2)
+    with pytest.raises(DamagedVersion):
+        next(iter(snapshot.blocks()))
+    with pytest.raises(DamagedVersion):
+        for row in range(3):
+            found.records(row)

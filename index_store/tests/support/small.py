@@ -69,6 +69,14 @@ def open_memory(
     return Store(root).open(name, version, encoder=ENCODER)
 
 
+def unlock(version: Path) -> Path:
+    """Make the files of a version writable, for tests that damage them; returns its folder."""
+    for path in version.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)
+    return version
+
+
 def store_is_empty(root: Path, name: str = "things") -> bool:
     """True where no memory is listed and no file is left."""
     return Store(root).names() == [] and not list(root.glob(f"{name}/**/*"))

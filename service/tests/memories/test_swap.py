@@ -60,6 +60,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
+    file.chmod(0o644)
     file.write_bytes(content)
     return root
 

@@ -18,7 +18,7 @@ from index_store import Snapshot, Store
 from index_store.errors import DamagedVersion
 from index_store.tests.storage.test_checksums import record_current_stats
 from index_store.tests.storage.test_damage import flip
-from index_store.tests.support.small import ENCODER, build_memory, some_pairs
+from index_store.tests.support.small import ENCODER, build_memory, some_pairs, unlock
 from service.memories.jobs import Job, Jobs
 from service.memories.registry import MemoryRegistry
 from service.memories.swap import Swaps
@@ -81,7 +81,7 @@ class World:
 
 def test_a_compaction_beside_a_version_that_cannot_be_read(tmp_path: Path) -> None:
     world = World(tmp_path)
-    (tmp_path / "things" / "v2" / "manifest.json").write_text("{}")
+    (unlock(tmp_path / "things" / "v2") / "manifest.json").write_text("{}")
 
     async def story() -> None:
         await world.edited(100)

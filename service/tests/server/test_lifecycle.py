@@ -21,7 +21,7 @@ import pytest
 
 from index_store import Pairs, Store
 from index_store.build.build import build_version
-from index_store.tests.support.small import unit_rows
+from index_store.tests.support.small import unit_rows, unlock
 from models.starter import install_starter
 from service.tests import warm
 from service.tests.conftest import Server, one_line, reco, serving
@@ -279,7 +279,7 @@ def test_sigterm_does_not_wait_for_a_compaction(tmp_path: Path) -> None:
     slow = replace(
         built, index={**built.index, "asked": "IVF8192,Flat"}
     )  # what a compaction will make: minutes of training
-    (tmp_path / "large" / "v1" / "manifest.json").write_text(slow.to_json())
+    (unlock(tmp_path / "large" / "v1") / "manifest.json").write_text(slow.to_json())
     store.activate("large", "v1")
     with serving(tmp_path) as server, server.client() as client:
         assert client.delete("/memories/large/pairs/7").status_code == 200
@@ -351,6 +351,7 @@ def test_a_damaged_current_version_is_one_line_naming_the_file(tmp_path: Path) -
     store = Store(tmp_path)
     install_starter(store)
     file = sorted(path for path in (tmp_path / "grocery" / "all").rglob("*.npy"))[0]
+    file.chmod(0o644)
     file.write_bytes(file.read_bytes()[:-1])
     assert file.name in one_line(reco("serve", "--port", "0", "--store", str(tmp_path)), 1)
 

@@ -10,7 +10,7 @@ import pytest
 
 from index_store import Store
 from index_store.editor import Editor
-from index_store.tests.support.small import ENCODER, build_memory, some_pairs
+from index_store.tests.support.small import ENCODER, build_memory, some_pairs, unlock
 from models.tests.terminal import terminal
 from service.cli.main import main
 from service.tests.cli.in_process import run
@@ -31,7 +31,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_one_version_that_cannot_be_read_hides_no_other(store: Store) -> None:
-    (store.root / "things" / "v2" / "manifest.json").write_text('{"format": 99}')
+    (unlock(store.root / "things" / "v2") / "manifest.json").write_text('{"format": 99}')
     build_memory(store.root, some_pairs(7), "v1", name="others")
     done = reco("memory", "list", "--store", str(store.root))
     assert done.returncode == 0, done.stderr
@@ -84,7 +84,7 @@ def test_show_counts_the_edits(store: Store, capsys: pytest.CaptureFixture[str])
 
 
 def test_json_holds_what_the_table_holds(store: Store) -> None:
-    (store.root / "things" / "v2" / "manifest.json").write_text('{"format": 99}')
+    (unlock(store.root / "things" / "v2") / "manifest.json").write_text('{"format": 99}')
     done = run("memory", "list", "--json", "--store", str(store.root))
     assert (done.returncode, done.stderr) == (0, "")
     first, second = json.loads(done.stdout)
@@ -136,6 +136,7 @@ def test_verify_reads_the_edits_too(store: Store) -> None:
 @pytest.mark.parametrize("damage", ["altered", "cut"])
 def test_verify_names_file_and_bytes(store: Store, damage: str) -> None:
     file = store.root / "things" / "v2" / "shard-0000" / "text.npy"
+    file.chmod(0o644)
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] if damage == "cut" else whole[:200] + b"\0\xff" + whole[202:])
     line = one_line(reco("memory", "verify", "things@v2", "--store", str(store.root)), 1)
