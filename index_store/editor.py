@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from index_store.build.build import build_version
 from index_store.edits.changes import Change, Delete, encode_ids, make_put
-from index_store.edits.journal import Journal, read_records
+from index_store.edits.journal import Journal, log, read_records
 from index_store.edits.overlay import Overlay, decode_record, replay_journal
-from index_store.errors import DamagedVersion, PairsRefused, StoreBusy, StoreUnwritable
+from index_store.errors import DamagedVersion, PairsRefused, StoreBusy, StoreError, StoreUnwritable
 from index_store.snapshot import Snapshot
 from index_store.storage.manifest import Manifest
 from index_store.store import Store
@@ -86,8 +86,16 @@ class Editor:
             return (self._apply(Delete(names[known])) if known.any() else self.snapshot), missing
 
     def compact(self, version: str | None = None, on_progress: Callable[[int, int], object] | None = None) -> Snapshot:
-        """Build a new version from the version and its edits and serve it: returns its snapshot."""
-        return self.switch(self.compact_build(version, on_progress))
+        """Build a new version from the version and its edits and serve it: returns its snapshot.
+
+        A failure leaves no new version behind.
+        """
+        compacted = self.compact_build(version, on_progress)
+        try:
+            return self.switch(compacted)
+        except Exception:
+            self.discard(compacted.snapshot.manifest)
+            raise
 
     def compact_build(
         self, version: str | None = None, on_progress: Callable[[int, int], object] | None = None
@@ -120,7 +128,12 @@ class Editor:
             parent=snapshot.ref,
             source={**base.source, "compacted": {"edits": edits, "from": base.ref}},
         )
-        opened = Snapshot.open(self._store.path(base.name, built.version), encoder=base.encoder, devices=self._devices)
+        try:
+            path = self._store.path(base.name, built.version)
+            opened = Snapshot.open(path, encoder=base.encoder, devices=self._devices)
+        except Exception:
+            self.discard(built)
+            raise
         return CompactedVersion(opened, overlay.base, edits, size)
 
     def switch(self, compacted: CompactedVersion) -> Snapshot:
@@ -149,6 +162,16 @@ class Editor:
             self._close_journal()
             self._overlay, self._journal = overlay, journal
             return overlay.snapshot
+
+    def discard(self, built: Manifest) -> None:
+        """Delete the version of a compaction that failed; the current version always stays.
+
+        A version that cannot be deleted is logged: the next compaction deletes it as redundant.
+        """
+        try:
+            self._store.delete(built.name, built.version)
+        except StoreError as error:
+            log.warning("%s of a failed compaction stays: %s", built.ref, error)
 
     def close(self) -> None:
         """Unlock the journal for other processes; a later edit locks it again."""

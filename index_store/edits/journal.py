@@ -86,14 +86,19 @@ class Journal:
         fresh, marker, edits = path.with_name(f".{path.name}.fresh"), secrets.token_bytes(8), 0
         file = FileIO(fresh, "w+")
         with _lock_file(file, path):
-            header = HEADER.pack(MAGIC, FORMAT_VERSION, marker, bytes.fromhex(manifest_sha256), 0)
-            _write_all(file, _with_crc(header))
-            for payload in payloads:
-                _write_all(file, _encode_record(marker, payload))
-                edits += 1
-            os.fsync(file.fileno())
-            fresh.rename(path)
-            fsync_path(path.parent)
+            try:
+                header = HEADER.pack(MAGIC, FORMAT_VERSION, marker, bytes.fromhex(manifest_sha256), 0)
+                _write_all(file, _with_crc(header))
+                for payload in payloads:
+                    _write_all(file, _encode_record(marker, payload))
+                    edits += 1
+                os.fsync(file.fileno())
+                fresh.rename(path)
+                fsync_path(path.parent)
+            except BaseException:
+                with suppress(OSError):
+                    fresh.unlink(missing_ok=True)
+                raise
         return cls(path, file, marker, edits, file.tell())
 
     def append(self, payload: bytes) -> None:
@@ -196,8 +201,17 @@ def _read_payload(file: RawIOBase | BytesIO, marker: bytes) -> bytes | None:
     if len(header) < RECORD_HEADER.size or not header.startswith(marker) or not _crc_matches(header):
         return None
     _, size, crc, _ = RECORD_HEADER.unpack(header)
+    if size > _rest(file):  # before the memory for it is asked for
+        return None
     payload = file.read(size) or b""
     return payload if len(payload) == size and zlib.crc32(payload) == crc else None
+
+
+def _rest(file: RawIOBase | BytesIO) -> int:
+    """The bytes from the file's position to its end."""
+    if isinstance(file, BytesIO):
+        return file.getbuffer().nbytes - file.tell()
+    return os.fstat(file.fileno()).st_size - file.tell()
 
 
 def _read_marker(file: FileIO, path: Path, manifest_sha256: str) -> bytes:

@@ -433,3 +433,21 @@ def test_a_version_opened_by_name_shows_its_edits(tmp_path: Path) -> None:
     editor = Editor.open(Store(tmp_path), "things", "v1", encoder=ENCODER)
     editor.put(some_pairs(2, first=100))
     assert len(Store(tmp_path).open("things", "v1", encoder=ENCODER)) == 62
+
+
+def test_a_compaction_that_cannot_switch_leaves_no_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = open_editor(tmp_path)
+    editor.put(some_pairs(5, first=100))
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(StoreUnwritable, match="No space left"):
+        patch.setattr("index_store.edits.journal._write_all", refuse)
+        editor.compact("v2")
+    with monkeypatch.context() as patch, pytest.raises(DamagedVersion):
+        patch.setattr("index_store.editor.Snapshot.open", lambda *_, **__: (_ for _ in ()).throw(DamagedVersion("cut")))
+        editor.compact("v3")
+    assert sorted(path.name for path in (tmp_path / "things").iterdir()) == ["CURRENT", "v1", "v1.journal"]
+    assert editor.put(some_pairs(5, first=200)).ref == "things@v1+2"
+    assert editor.compact("v4").ref == "things@v4"

@@ -110,13 +110,13 @@ class LabelSets:
         Raises TooLarge, StoreUnwritable.
         """
         path = self._path(name)
-        if not path.exists() and len(self.names()) >= self._max_sets:
-            raise TooLarge(f"{self._max_sets} label sets are stored, the limit: delete one first", "label_set")
         with self._writer, translate_write_errors(f"label set {name}"):
+            if not path.exists() and len(self.names()) >= self._max_sets:
+                raise TooLarge(f"{self._max_sets} label sets are stored, the limit: delete one first", "label_set")
             self._folder.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 self._keep_version(name, path)
-            replace_text(path, json.dumps(labels.body, ensure_ascii=False))
+            replace_text(path, json.dumps({**labels.body, "sha256": labels.digest}, ensure_ascii=False))
 
     async def replace(self, name: str, labels: LabelSet, snapshot: Snapshot | None) -> None:
         """`put` outside the event loop; then drop the vectors of the old set and start to embed a
@@ -184,7 +184,7 @@ class LabelSets:
             raise NotFound(
                 f"no label set {wanted[:80]!r}: PUT /label-sets/{wanted[:80]} makes it", "label_set"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedLabelSet(
                 f"label set {wanted[:80]!r} cannot be read ({type(error).__name__}): PUT it again, or DELETE it"
             ) from error
@@ -201,7 +201,7 @@ class LabelSets:
 
     def _earlier(self, name: str) -> list[Path]:
         """The files of the versions of a set, newest first."""
-        return sorted(self._folder.glob(f"{name}@*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        return sorted(self._folder.glob(f"{name}@*.json"), key=_modified, reverse=True)
 
     def _path(self, name: str, version: str | None = None) -> Path:
         with suppress(NameRefused):
@@ -213,10 +213,25 @@ class LabelSets:
         )
 
 
+def _modified(path: Path) -> int:
+    """When a file was written, in nanoseconds; 0 where another request has deleted it."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 def _parse(text: str) -> LabelSet:
-    """Raises ValueError, KeyError, TypeError for anything but a label set."""
+    """Raises ValueError, KeyError, TypeError or RecursionError for anything but a label set.
+
+    A file of an older program holds no checksum.
+    """
     body = json.loads(text)
-    labels, templates = tuple(body["labels"]), tuple(body["templates"])
-    if not labels or not all(isinstance(each, str) for each in (*labels, *templates)):
+    if not all(isinstance(body[name], list) and body[name] for name in ("labels", "templates")):
+        raise TypeError("labels and templates are lists, neither of them empty")
+    if not all(isinstance(each, str) for name in ("labels", "templates") for each in body[name]):
         raise TypeError("labels and templates are lists of strings")
-    return LabelSet(labels, templates)
+    labels = LabelSet(tuple(body["labels"]), tuple(body["templates"]))
+    if body.get("sha256", labels.digest) != labels.digest:
+        raise ValueError("the content does not have its checksum")
+    return labels

@@ -49,8 +49,10 @@ class MemoryRegistry:
         for name in store.names():
             self._open_current(name)
         self.default = default or (next(iter(self._live)) if len(self._live) == 1 else None)
-        if default is not None:
-            # without the memory that was asked for the service must not start
+        damaged = default is not None and isinstance(self._refused.get(default), DamagedVersion)
+        if default is not None and not (damaged and self._live):
+            # without the memory that was asked for the service must not start; where its files are
+            # damaged the others are served, and readiness names the file
             self.resolve(default)
 
     def resolve(self, wanted: str | None) -> Snapshot:

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeVar
 
 from index_store import Snapshot
-from index_store.editor import CompactedVersion
+from index_store.editor import CompactedVersion, Editor
 from index_store.errors import DamagedVersion, StoreError
 from service.batching.executors import low_priority_threads
 from service.errors import SwapInProgress
@@ -147,10 +147,12 @@ class Swaps:
         with self._jobs.phase(job.id, "build"):
             prepared: CompactedVersion = await self._run_in_background(editor.compact_build, None, progress)
         self._jobs.update(job.id, version=prepared.snapshot.manifest.version)
-        await self._prove(job, prepared.snapshot)
+        async with _discarded_on_failure(editor, prepared):
+            await self._prove(job, prepared.snapshot)
         async with self._live.lock(name):
             with self._jobs.phase(job.id, "point"):  # carries over the edits made meanwhile
-                await asyncio.to_thread(editor.switch, prepared)
+                async with _discarded_on_failure(editor, prepared):
+                    await asyncio.to_thread(editor.switch, prepared)
             with self._jobs.phase(job.id, "publish"):
                 retired = self._live.publish(name, editor)
         self._jobs.update(job.id, retired=retired.ref if retired else None)
@@ -208,3 +210,13 @@ class Swaps:
         """In a thread: read the version, unless another one has replaced it by then."""
         if self._live.serves(name, version):
             self._live.reverify(name, version)
+
+
+@asynccontextmanager
+async def _discarded_on_failure(editor: Editor, prepared: CompactedVersion) -> AsyncIterator[None]:
+    """Delete the compacted version where the block raises."""
+    try:
+        yield
+    except Exception:
+        await asyncio.to_thread(editor.discard, prepared.snapshot.manifest)
+        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import os
 import signal
@@ -108,6 +109,7 @@ def serve(settings: Settings) -> None:
     configure_logging(
         settings.log_format, verbose=logging.getLogger().isEnabledFor(logging.INFO), access_log=settings.access_log
     )
+    faulthandler.enable()  # a fatal signal, as after an I/O error under a mapping, writes the stacks
     with bind(settings.host, settings.port) as bound:
         print(f"loading {settings.model}: this takes some seconds…", flush=True)
         # torch takes seconds: import it once the port is bound

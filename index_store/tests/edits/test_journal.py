@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from index_store.edits.journal import HEADER, RECORD_HEADER, Journal, read_records
+from index_store.edits.journal import HEADER, RECORD_HEADER, Journal, _with_crc, read_records
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, StoreBusy, StoreUnwritable
 from index_store.tests.support.child_process import tiny_disk
 
@@ -292,3 +292,15 @@ def test_a_reader_beside_a_writer(path: Path) -> None:
     reader.join()
     assert trouble == []
     assert len(read(path)) == 400
+
+
+def test_a_record_of_an_absurd_size_is_refused_before_memory_is_asked_for(path: Path) -> None:
+    """A header with right checksums may name exabytes."""
+    journal = Journal.open(path, MANIFEST)
+    journal.append(b"an edit")
+    journal.close()
+    whole = path.read_bytes()
+    marker = whole[HEADER.size : HEADER.size + 8]
+    for size in (2**63 - 1, 2**64 - 1, 2**40):
+        path.write_bytes(whole + _with_crc(RECORD_HEADER.pack(marker, size, 0, 0)) + b"x")
+        assert [payload for _, payload in read_records(path, MANIFEST)] == [b"an edit"]

@@ -272,12 +272,14 @@ def test_a_damaged_set_is_named_and_leaves_the_others_alone(tmp_path: Path, sets
     for name in ("good", "torn"):
         sets.put(name, good)
     (file,) = tmp_path.rglob("torn.json")
-    for content in ('{"labels": ["ban', "[]", '{"labels": [3], "templates": ["{}"]}'):
+    flipped = file.read_text().replace("banana", "banane")
+    lists = ('{"labels": [3], "templates": ["{}"]}', '{"labels": "abc", "templates": ["{}"]}')
+    for content in ('{"labels": ["ban', "[]", *lists, "[" * 100_000, flipped):
         file.write_text(content)
         with pytest.raises(DamagedLabelSet, match=r"label set 'torn' cannot be read .*PUT it again, or DELETE it"):
             sets.get("torn")
         assert sets.get("good") == good
-        snapshot = open_memory(tmp_path / f"store{len(content)}", some_pairs(5))
+        snapshot = open_memory(tmp_path / f"store{len(content)}-{content[10:12].encode().hex()}", some_pairs(5))
         asyncio.run(sets.embed_all(snapshot))  # as before a swap: the damaged set stops nothing
     asyncio.run(sets.replace("torn", good, None))
     assert sets.get("torn") == good

@@ -92,6 +92,24 @@ def test_a_compaction_beside_a_version_that_cannot_be_read(tmp_path: Path) -> No
     world.run(story)
 
 
+def test_a_compaction_that_fails_its_checks_leaves_no_version(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    async def refuse(_: Snapshot) -> None:
+        raise DamagedVersion("the labels cannot be embedded")
+
+    async def story() -> None:
+        await world.edited(100)
+        world.swaps._prepare = refuse
+        job = await world.compacted()
+        assert (job.state, job.error) == ("failed", "the labels cannot be embedded")
+        assert world.store.versions("things") == ["v1", "v2"]
+        world.swaps._prepare = no_labels
+        assert (await world.compacted()).state == "done"
+
+    world.run(story)
+
+
 def test_a_memory_that_is_not_served_is_not_kept_and_its_reason_does_not_grow(tmp_path: Path) -> None:
     world = World(tmp_path)
 

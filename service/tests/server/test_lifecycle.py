@@ -356,6 +356,40 @@ def test_a_damaged_current_version_is_one_line_naming_the_file(tmp_path: Path) -
     assert file.name in one_line(reco("serve", "--port", "0", "--store", str(tmp_path)), 1)
 
 
+def test_a_file_cut_under_a_served_memory_takes_that_memory_alone(tmp_path: Path) -> None:
+    """While it serves, after a fatal signal, and after the restart."""
+    store, rows = Store(tmp_path), unit_rows(50, 512, 0)
+    install_starter(store)
+    encoder, ids, records = store.manifest("grocery").encoder, np.arange(50), [{"caption": "one"}] * 50
+    kinds: dict[Any, Any] = {"image": "vector", "text": "vector"}
+    build_version(store, "second", "v1", [Pairs(ids, rows, rows, records)], encoder=encoder, kinds=kinds)
+    store.activate("second", "v1")
+    ask = {"texts": ["a ripe banana"]}
+    with serving(tmp_path) as server, server.client() as client:
+        assert client.post("/embed/text", json=ask).status_code == 200
+        file = unlock(tmp_path / "grocery" / "all") / "shard-0000" / "image.npy"
+        os.truncate(file, 100)
+        refused = client.post("/embed/text", json=ask)
+        assert refused.status_code == 503
+        assert "grocery@all: shard-0000/image.npy had " in refused.json()["error"]["message"]
+        other = client.post("/embed/text", json={**ask, "memory": "second"})
+        assert (other.status_code, other.headers.get("x-memory-version")) == (200, "second@v1"), other.text
+        assert client.post("/embed/text", json={**ask, "enhance": False}).status_code == 200
+        assert any("shard-0000/image.npy had " in line for line in server.lines)
+        server.process.send_signal(signal.SIGBUS)  # what the kernel sends where the check came too early
+        assert server.process.wait(30) == -signal.SIGBUS
+        give_up = time.monotonic() + 10
+        while not any("Bus error" in line for line in server.lines) and time.monotonic() < give_up:
+            time.sleep(0.05)
+        assert any("Fatal Python error: Bus error" in line for line in server.lines)
+    with serving(tmp_path) as server, server.client() as client:
+        assert client.post("/embed/text", json={**ask, "memory": "second"}).json()["memory"] == "second@v1"
+        refused = client.post("/embed/text", json=ask)
+        assert (refused.status_code, "grocery@all: shard-0000/image.npy" in refused.text) == (503, True)
+        ready = client.get("/readyz")
+        assert (ready.status_code, "shard-0000/image.npy" in ready.text) == (503, True)
+
+
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
     assert "port" in one_line(reco("serve", RECO_PORT="many"), 2)
     config = tmp_path / "reco.toml"
