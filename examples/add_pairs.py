@@ -1,8 +1,8 @@
 """Add photos with captions to a memory while it serves: `python add_pairs.py shop new.csv`.
 
 The table has the columns id, file, caption; files are relative to the table. RECO_ADMIN_KEY is sent
-where it is set. Once the last line is printed, the pairs are on the disk and the next request finds
-them.
+where it is set, else the admin token of the store in RECO_STORE. Once the last line is printed, the
+pairs are on the disk and the next request finds them.
 """
 
 import base64
@@ -15,7 +15,8 @@ import httpx
 
 memory, table = sys.argv[1], Path(sys.argv[2])
 url = os.environ.get("RECO_URL", "http://127.0.0.1:8000")
-key = os.environ.get("RECO_ADMIN_KEY")
+token = Path(os.environ.get("RECO_STORE", "var/store")) / ".admin-token"
+key = os.environ.get("RECO_ADMIN_KEY") or (token.read_text().strip() if token.is_file() else None)
 with table.open(newline="") as rows:
     pairs = [
         {

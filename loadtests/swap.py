@@ -105,12 +105,18 @@ async def swap_to_and_fro(admin: Admin, versions: Sequence[str], swaps: int, pau
     return done
 
 
+def _admin_key() -> str | None:
+    """The operator's key, else the token that a service on this machine keeps in its store."""
+    token = Path(os.environ.get("RECO_STORE", "var/store")) / ".admin-token"
+    return os.environ.get("RECO_ADMIN_KEY") or (token.read_text().strip() if token.is_file() else None)
+
+
 async def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole test; returns the report."""
     photos = read_photos(arguments.image, limit=16) if arguments.image else [photo for _, photo in crops(16)]
     calls = prepare(photos, arguments.memory)
     async with open_client(arguments.url) as client:
-        admin = Admin(client, arguments.memory, arguments.admin_key or os.environ.get("RECO_ADMIN_KEY"))
+        admin = Admin(client, arguments.memory, arguments.admin_key or _admin_key())
         learned: dict[str, list[np.ndarray]] = {}
         for version in arguments.versions:
             await admin.activate(version)
@@ -217,7 +223,7 @@ def main() -> int:
     )
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--apart", type=float, default=1e-3, help="least difference between the versions' answers")
-    parser.add_argument("--admin-key", help="default: RECO_ADMIN_KEY; none is needed from loopback")
+    parser.add_argument("--admin-key", help="default: RECO_ADMIN_KEY, else the admin token of the store in RECO_STORE")
     parser.add_argument("--image", type=Path, nargs="+", help="photos to send (default: crops of scikit-image's)")
     parser.add_argument("--out", type=Path, default=Path("loadtests/results/swap.json"))
     arguments = parser.parse_args()

@@ -8,25 +8,23 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from index_store.errors import StoreError
 from models.errors import ModelError
+from service.api import pages
 from service.api.middleware import RequestMiddleware
 from service.api.responses import dump_json, error_response
 from service.api.routes import classify, embed, health, label_sets, memories, openai
 from service.batching.batcher import BatcherError
 from service.engine import Engine
 from service.errors import BadRequest, InvalidValue, Refusal, ServiceError
-
-PAGE = Path(__file__).parent / "page"
 
 
 def create_app(engine: Engine) -> FastAPI:
@@ -41,14 +39,16 @@ def create_app(engine: Engine) -> FastAPI:
         title="RECO Serve",
         version=version("reco-serve"),
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
         summary="Retrieval-enhanced CLIP embeddings",
     )
     app.state.engine = engine
-    for family in (embed, openai, classify, label_sets, memories, health):
+    for family in (embed, openai, classify, label_sets, memories, health, pages):
         app.include_router(family.router)
-    app.include_router(label_sets.admin_router)
-    app.mount("/page", StaticFiles(directory=PAGE), name="page")
-    app.add_api_route("/", _index, include_in_schema=False)
+    app.include_router(label_sets.write_router)
+    app.include_router(memories.admin_router)
+    app.mount("/page", StaticFiles(directory=pages.PAGE), name="page")
     for kind in (ServiceError, StoreError, ModelError, BatcherError):
         app.add_exception_handler(kind, _answer_refusal)
     app.add_exception_handler(RequestValidationError, _answer_invalid_body)
@@ -56,12 +56,6 @@ def create_app(engine: Engine) -> FastAPI:
     app.add_exception_handler(ClientDisconnect, _answer_disconnect)
     app.add_middleware(RequestMiddleware, engine=engine)
     return app
-
-
-async def _index() -> FileResponse:
-    return FileResponse(
-        PAGE / "index.html", headers={"Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:"}
-    )
 
 
 async def _answer_refusal(_: Request, error: Exception) -> Response:

@@ -18,6 +18,7 @@ from index_store import SearchParams, Snapshot, Store
 from models.encoder.device import gpu_memory
 from models.reco import Reco
 from models.starter import MEMORY, install_starter, starter_labels
+from service.access.gate import Gate
 from service.batching.batcher import DeadlinePassed
 from service.decoding.fork_server import ForkServer
 from service.errors import InvalidValue, ItemRefused
@@ -57,6 +58,7 @@ class Engine:
         fork_server: ForkServer | None = None,
     ) -> None:
         self.settings, self.reco, self.metrics = settings, reco, metrics
+        self.gate = Gate(settings)
         self.memories = MemoryRegistry(
             store,
             encoder=reco.encoder.fingerprint,

@@ -5,6 +5,8 @@
     ├── InvalidValue         an option or an item has a value outside what is allowed
     ├── MissingKey           no key was sent, or not one of ours
     ├── WrongKey             a key that does not open this door
+    ├── WrongHost            called by a name that is not the service's own
+    ├── RateExceeded         this key has used what it may per second
     ├── NotFound             no label set, job or route by that name
     ├── RetiredVersion       the version asked for exists but is not the one being served
     ├── SwapInProgress       another swap of the same memory is running
@@ -48,7 +50,26 @@ class MissingKey(ServiceError):
 
 
 class WrongKey(ServiceError):
-    """The key is not enough for this route."""
+    """The key is not enough for this route. key_name: the name of the key."""
+
+    def __init__(self, message: str, *, key_name: str) -> None:
+        super().__init__(message)
+        self.key_name = key_name
+
+
+class WrongHost(ServiceError):
+    """The Host header holds a name that is not the service's own."""
+
+
+class RateExceeded(ServiceError):
+    """The key has used what it may per second.
+
+    retry_after_s: seconds until it may go on.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class NotFound(ServiceError):
@@ -98,6 +119,8 @@ STATUS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (BadRequest, 400, "invalid_request_error", "bad_request"),
     (MissingKey, 401, "authentication_error", "missing_key"),
     (WrongKey, 403, "permission_error", "wrong_key"),
+    (WrongHost, 403, "permission_error", "wrong_host"),
+    (RateExceeded, 429, "rate_limit_error", "rate_exceeded"),
     (NotFound, 404, "not_found_error", "not_found"),
     (store.UnknownMemory, 404, "not_found_error", "unknown_memory"),
     (store.UnknownVersion, 404, "not_found_error", "unknown_version"),

@@ -101,6 +101,20 @@ class Settings(BaseSettings):
         "processes: prefer the environment or the file",
     )
 
+    keys_file: Path | None = Field(
+        default=None,
+        description="TOML file of keys with names, roles (read, write, admin) and limits; read again when it changes",
+    )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)] = Field(
+        default=(),
+        description="names under which the service is called, besides addresses, localhost and this machine's name; "
+        "*.example.com is every name below it, * every name. Unset: these alone where no API key is asked for",
+    )
+    unix_socket: Path | None = Field(
+        default=None,
+        description="socket file to listen on too, for programs of the same user: who may open it needs no key",
+    )
+
     max_body_bytes: int = Field(default=64 * 2**20, ge=1024, description="bytes of one request's body")
     max_json_values: int = Field(
         default=2_000_000, ge=1000, description="values of one JSON body, counted by its commas and brackets"
@@ -237,7 +251,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise UsageError(f"--config {path} is not TOML: {error}") from error
     for key in found:
         if key not in Settings.model_fields:
-            raise UsageError(f"{key} (in {path}) is no setting: {_nearest(key, Settings.model_fields)}")
+            raise UsageError(f"{key} (in {path}) is no setting: {nearest(key, Settings.model_fields)}")
     return found
 
 
@@ -247,7 +261,7 @@ def _read_variables() -> dict[str, Any]:
     for variable, value in os.environ.items():
         ours = variable.startswith(PREFIX) and value and not _is_service_link(variable, value)
         if ours and variable not in known | OTHER_VARIABLES:
-            raise UsageError(f"{variable} (in the environment) is no setting: {_nearest(variable, known)}")
+            raise UsageError(f"{variable} (in the environment) is no setting: {nearest(variable, known)}")
     found = EnvSettingsSource(Settings)()
     return {name: value for name, value in found.items() if not _is_service_link(PREFIX + name.upper(), value)}
 
@@ -257,7 +271,8 @@ def _is_service_link(variable: str, value: object) -> bool:
     return bool(SERVICE_LINK.fullmatch(variable)) or (variable.endswith("_PORT") and "://" in str(value))
 
 
-def _nearest(key: str, known: Collection[str]) -> str:
+def nearest(key: str, known: Collection[str]) -> str:
+    """What to say of an unknown key: the nearest known one, or where all are listed."""
     found = get_close_matches(key, sorted(known), n=1)
     return f"did you mean {found[0]}?" if found else "correct it or take it out; `reco serve --help` lists all"
 

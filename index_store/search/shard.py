@@ -128,7 +128,7 @@ class Shard:
     def _map(self, name: str, open_map: Callable[[Path], np.memmap]) -> np.ndarray:
         """A mapped file as an array; `check_sizes` watches its size from now on."""
         rows: np.memmap = self._read(name, open_map)
-        self._maps[name] = rows._mmap
+        self._maps[name] = _mapping(rows)
         return np.asarray(rows)
 
     def _read(self, name: str, read: Callable[[Path], Any]) -> Any:
@@ -144,8 +144,13 @@ class Shard:
 def _map_array(path: Path, random_access: bool) -> np.memmap:
     rows: np.memmap = np.load(path, mmap_mode="r", allow_pickle=False)
     if random_access and hasattr(mmap, "MADV_RANDOM"):
-        rows._mmap.madvise(mmap.MADV_RANDOM)
+        _mapping(rows).madvise(mmap.MADV_RANDOM)
     return rows
+
+
+def _mapping(rows: np.memmap) -> mmap.mmap:
+    found: mmap.mmap = vars(rows)["_mmap"]
+    return found
 
 
 def build_flat_index(keys: np.ndarray) -> faiss.Index:

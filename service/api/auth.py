@@ -1,103 +1,110 @@
-"""API keys: who may call which route.
+"""Who may call which route.
 
-A router that is made with `route_class=KeyRoute` or `AdminRoute` guards its routes before a byte of
-the body is read.
+A router that is made with `route_class=ReadRoute`, `WriteRoute` or `AdminRoute` guards its routes
+before a byte of the body is read.
 """
 
 from __future__ import annotations
 
-import hmac
-import ipaddress
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, ClassVar
 
 from fastapi import Request
 from fastapi.routing import APIRoute
-from pydantic import SecretStr
 from starlette.responses import Response
 
+from service.access.keys import Role
 from service.api.dependencies import engine_of
 from service.api.json_body import read_json
-from service.engine import Engine
-from service.errors import MissingKey, WrongKey
+from service.errors import MissingKey, RateExceeded, ServiceError, WrongKey, refusal
+from service.observability.audit import audit
+from service.observability.logging import current_request
 
-LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
-
-
-def _bearer_key(request: Request) -> str | None:
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" and key.strip() else None
-
-
-def _is_one_of(key: str, keys: Iterable[SecretStr]) -> bool:
-    """Compare with every key in constant time, so that timing tells neither a key nor its place."""
-    found = [hmac.compare_digest(key.encode(), known.get_secret_value().encode()) for known in keys]
-    return any(found)
-
-
-def _admin_keys(engine: Engine) -> list[SecretStr]:
-    return [engine.settings.admin_key] if engine.settings.admin_key else []
-
-
-def _require_key(request: Request) -> None:
-    """Require an API key or the admin key, where the operator has set API keys."""
-    engine = engine_of(request)
-    if not engine.settings.api_keys:
-        return
-    key = _bearer_key(request)
-    if key is None or not _is_one_of(key, [*engine.settings.api_keys, *_admin_keys(engine)]):
-        raise MissingKey("no valid key: send 'Authorization: Bearer KEY'")
-
-
-def _require_admin(request: Request) -> None:
-    """Require the admin key; where none is set, a direct call from this machine."""
-    engine, key = engine_of(request), _bearer_key(request)
-    if not engine.settings.admin_key:
-        if not _is_direct_local_call(request):
-            raise WrongKey(
-                "no admin key is set, so this route answers on this machine only: set RECO_ADMIN_KEY, "
-                "or call 127.0.0.1 directly"
-            )
-        return
-    if key is None:
-        raise MissingKey("this route needs the admin key: send 'Authorization: Bearer KEY'")
-    if not _is_one_of(key, _admin_keys(engine)):
-        raise WrongKey("this key is not the admin key")
-
-
-def _is_direct_local_call(request: Request) -> bool:
-    """Whether a call came over loopback, not through a proxy and not from a page of another site.
-
-    The Host header is checked too: another site may resolve its name to a loopback address.
-    """
-    headers = request.headers
-    if request.client is None or not ipaddress.ip_address(request.client.host).is_loopback:
-        return False
-    host = headers.get("host", "").rsplit(":", 1)[0] if not headers.get("host", "").endswith("]") else headers["host"]
-    origin = headers.get("origin")
-    same_site = origin is None or origin.partition("://")[2] == headers.get("host")
-    return host in LOOPBACK_NAMES and same_site and "x-forwarded-for" not in headers and "forwarded" not in headers
+SAFE_METHODS = frozenset({"GET", "HEAD"})
 
 
 class GuardedRoute(APIRoute):
     """A route whose caller is checked first; a JSON body is then read within the limits."""
 
-    def check_caller(self, request: Request) -> None:
-        """Raise MissingKey or WrongKey."""
-        raise NotImplementedError
+    role: ClassVar[Role]
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler behind both checks."""
         handle = super().get_route_handler()
 
         async def check_and_handle(request: Request) -> Response:
-            self.check_caller(request)
+            self._admit(request)
             if self.body_field is None:
                 return await handle(request)
             body = await read_json(request, engine_of(request).settings, exact=True)
             return await handle(_ParsedRequest(request, body))
 
-        return check_and_handle
+        if self.role == "read":
+            return check_and_handle
+
+        async def check_and_audit(request: Request) -> Response:
+            if request.method in SAFE_METHODS:
+                return await check_and_handle(request)
+            start = time.perf_counter()
+            try:
+                response = await check_and_handle(request)
+            except Exception as error:
+                if not isinstance(error, MissingKey | WrongKey):  # these are audited where they are raised
+                    self._audit(request, refusal(error).status, start)
+                raise
+            self._audit(request, response.status_code, start)
+            return response
+
+        return check_and_audit
+
+    def _admit(self, request: Request) -> None:
+        """Check the key and its limits. Raises MissingKey, WrongKey, RateExceeded, each audited."""
+        try:
+            key = engine_of(request).gate.admit(
+                request.headers.get("authorization", ""), self.role, over_unix_socket=over_unix_socket(request)
+            )
+            request.state.key = key
+            _note_caller(key.name)
+            declared = request.headers.get("content-length", "")
+            key.usage.begin(int(declared) if declared.isascii() and declared.isdigit() else 0)
+        except (MissingKey, WrongKey, RateExceeded) as error:
+            self._audit_refusal(request, error)
+            raise
+
+    def _audit_refusal(self, request: Request, error: ServiceError) -> None:
+        refused = refusal(error)
+        who = getattr(error, "key_name", None)
+        audit("refused", outcome=refused.code, who=who, route=self._route(request), client=_client(request))
+
+    def _audit(self, request: Request, status: int, start: float) -> None:
+        audit(
+            "admin",
+            outcome=str(status),
+            route=self._route(request),
+            client=_client(request),
+            seconds=round(time.perf_counter() - start, 6),
+            job=getattr(request.state, "job", None),
+            **{name: str(value)[:200] for name, value in request.path_params.items()},
+        )
+
+    def _route(self, request: Request) -> str:
+        return f"{request.method} {self.path}"
+
+
+def over_unix_socket(request: Request) -> bool:
+    """Whether the request came over the service's own Unix socket."""
+    return bool(request.scope.get("state", {}).get("unix_socket"))
+
+
+def _note_caller(name: str) -> None:
+    context = current_request.get()
+    if context is not None:
+        context.caller = name
+
+
+def _client(request: Request) -> str:
+    return request.client.host if request.client is not None else "unix socket"
 
 
 class _ParsedRequest(Request):
@@ -116,17 +123,19 @@ class _ParsedRequest(Request):
         return self._parsed
 
 
-class KeyRoute(GuardedRoute):
-    """A route for an API key or the admin key, where the operator has set API keys."""
+class ReadRoute(GuardedRoute):
+    """Embedding, classifying, reading label sets: any key, or none where no key is asked for."""
 
-    def check_caller(self, request: Request) -> None:
-        """Raise MissingKey."""
-        _require_key(request)
+    role = "read"
+
+
+class WriteRoute(GuardedRoute):
+    """Editing pairs and label sets, and reading what is served: a key with the role write."""
+
+    role = "write"
 
 
 class AdminRoute(GuardedRoute):
-    """A route for the admin key; where none is set, for a direct call from this machine."""
+    """Swaps, rollbacks, compactions: a key with the role admin."""
 
-    def check_caller(self, request: Request) -> None:
-        """Raise MissingKey or WrongKey."""
-        _require_admin(request)
+    role = "admin"

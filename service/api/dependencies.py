@@ -17,7 +17,7 @@ from index_store import SearchParams, Snapshot
 from service.api.schemas import Options
 from service.engine import Engine
 from service.errors import InvalidValue
-from service.pipeline.stages import Query
+from service.pipeline.stages import Items, Query
 
 T = TypeVar("T")
 
@@ -64,6 +64,11 @@ def deadline(request: Request, engine: Engine) -> float:
     if not math.isfinite(allowed_s) or allowed_s <= 0:
         raise InvalidValue(f"X-Request-Timeout-Ms = {given[:40]!r}: send a positive number of milliseconds")
     return time.monotonic() + min(allowed_s, engine.settings.timeout_s)
+
+
+def spend_items(request: Request, *parts: Items) -> None:
+    """Take the items of a request from what its key may use. Raises RateExceeded."""
+    request.state.key.usage.spend_items(sum(len(part.images) + len(part.texts) for part in parts))
 
 
 async def run_until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -26,6 +26,12 @@ CALLERS_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 UNGUARDED = frozenset(
     {"/health", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/ping", "/metrics", "/info", "/v1/models"}
 )
+# of every reply; a page sets a policy of its own
+SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"referrer-policy", b"no-referrer"),
+)
 CALLER_LEFT = 499  # the status that is counted where the caller hung up before the reply
 
 
@@ -45,6 +51,7 @@ class RequestMiddleware:
         method = scope["method"]
         if method == "HEAD":
             scope = {**scope, "method": "GET"}
+        scope.setdefault("state", {})["modality"] = "none"
         exchange = _Exchange(scope, receive, send, self._engine.settings, self._bodies)
         exchange.context = RequestContext(exchange.id, method, scope)
         token = current_request.set(exchange.context)
@@ -58,7 +65,6 @@ class RequestMiddleware:
 
     async def _answer_guarded(self, scope: Scope, exchange: _Exchange, send: Send) -> None:
         """Answer a request that is limited, counted, logged and traced."""
-        scope.setdefault("state", {})["modality"] = "none"
         tracing = self._engine.tracing
         self._engine.inside += 1
         try:
@@ -69,6 +75,8 @@ class RequestMiddleware:
         finally:
             self._bodies.release(exchange)
             self._engine.inside -= 1
+            if "key" in scope["state"]:
+                scope["state"]["key"].usage.charge_bytes(exchange.undeclared_bytes)
             self._count(scope, exchange)
 
     async def _answer(self, scope: Scope, exchange: _Exchange, send: Send, *, guard: bool = False) -> None:
@@ -77,6 +85,7 @@ class RequestMiddleware:
         A failure after the reply has begun is raised again.
         """
         try:
+            self._check_host(scope)
             if guard:
                 if self._engine.draining:
                     raise NotServing("shutting down: send the request to another instance, or retry later")
@@ -90,6 +99,14 @@ class RequestMiddleware:
             if exchange.status:
                 raise
             await response(scope, exchange.receive_unlimited, exchange.send)
+
+    def _check_host(self, scope: Scope) -> None:
+        """Raise WrongHost; a caller over the Unix socket is no browser."""
+        if scope["state"].get("unix_socket"):
+            return
+        for name, value in scope["headers"]:
+            if name == b"host":
+                self._engine.gate.hosts.check(value.decode("latin-1"))
 
     def _count(self, scope: Scope, exchange: _Exchange) -> None:
         """Count and log a guarded request, once it is answered."""
@@ -127,6 +144,11 @@ class _Exchange:
         if self._declared.isdigit() and int(self._declared) > self._max_bytes:
             raise self._too_large(int(self._declared))
 
+    @property
+    def undeclared_bytes(self) -> int:
+        """Bytes of the body that came beyond what the head declared, as in a chunked one."""
+        return max(0, self._read_bytes - (int(self._declared) if self._declared.isdigit() else 0))
+
     async def receive(self) -> Message:
         """The next message.
 
@@ -163,7 +185,10 @@ class _Exchange:
         """Send a message of the reply, its head with the request's id."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", []), (b"x-request-id", self.id.encode("ascii"))]
+            given = list(message.get("headers", []))
+            own = {name for name, _ in given}
+            security = [header for header in SECURITY_HEADERS if header[0] not in own]
+            message["headers"] = [*given, *security, (b"x-request-id", self.id.encode("ascii"))]
         await self._send(message)
 
     def _too_large(self, found: int) -> TooLarge:

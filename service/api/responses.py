@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ def error_response(error: Exception) -> Response:
     refused = refuse(error)
     headers = {}
     if refused.status in (429, 503):
-        headers["Retry-After"] = "1"
+        headers["Retry-After"] = str(math.ceil(getattr(error, "retry_after_s", 1)))
     elif refused.status == 408:  # the rest of the body may still come
         headers["Connection"] = "close"
     return Response(dump_json(refused.body), refused.status, headers=headers, media_type="application/json")

@@ -31,6 +31,9 @@ METAVARS = {
     "search_devices": "N,N,…",
     "api_keys": "KEY,KEY,…",
     "admin_key": "KEY",
+    "keys_file": "TOML",
+    "allowed_hosts": "NAME,NAME,…",
+    "unix_socket": "PATH",
 }
 
 Config = Annotated[

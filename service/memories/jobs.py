@@ -69,6 +69,10 @@ class Jobs:
             raise NotFound(f"no job {job_id[:40]!r}: the last {MAX_JOBS} are kept, until a restart")
         return self._jobs[job_id]
 
+    def version(self, job: Job) -> str | None:
+        """The version that a job makes or activates, None while a compaction has not named it."""
+        return self._jobs.get(job.id, job).version
+
     def update(self, job_id: str, **changes: Any) -> None:
         """Change fields of a job, if it is still in the list."""
         if job_id in self._jobs:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from service.errors import SwapInProgress
 from service.memories.drift import lowest_mean
 from service.memories.jobs import Job, Jobs
 from service.memories.registry import MemoryRegistry
+from service.observability.audit import audit
 from service.observability.metrics import Metrics
 
 log = logging.getLogger("reco")
@@ -100,6 +102,7 @@ class Swaps:
     async def _run(self, job: Job, work: Coroutine[Any, Any, None]) -> None:
         """Run one job to its end and record the outcome."""
         outcome = "dry_run" if job.dry_run else "done" if job.kind == "swap" else "compacted"
+        before, start = self._live.current_versions().get(job.memory), time.perf_counter()
         try:
             await work
             self._jobs.update(job.id, state="done", phase="done", progress=1.0)
@@ -112,6 +115,14 @@ class Swaps:
         finally:
             self._running.discard(job.memory)
         self._metrics.memory_swaps_total.labels(job.memory, outcome).inc()
+        audit(
+            job.kind,
+            outcome=outcome,
+            memory=job.memory,
+            job=job.id,
+            seconds=round(time.perf_counter() - start, 6),
+            **{"from": before, "to": self._jobs.version(job)},
+        )
 
     async def _swap(self, job: Job) -> None:
         """The phases of a swap.

@@ -1,6 +1,7 @@
 """Logs of the service: one handler on stderr, as text or as JSON lines, with the request's id.
 
-Loggers: `reco` for events and failures, `reco.access` for one line per request. A record never
+Loggers: `reco` for events and failures, `reco.access` for one line per request, `reco.audit`
+(`observability/audit`) for changes and refused keys. A record never
 holds a key, a caption, a query string or pixels: the route is logged as it is declared, not as it
 was called.
 """
@@ -32,12 +33,16 @@ current_request: ContextVar[RequestContext | None] = ContextVar("current_request
 
 @dataclass(slots=True, eq=False)
 class RequestContext:
-    """The request that the current task answers. logged: the failures of it that are in the log."""
+    """The request that the current task answers.
+
+    logged: the failures of it that are in the log.  caller: the name of its key, once checked.
+    """
 
     id: str
     method: str
     scope: Scope
     logged: list[Exception] = field(default_factory=list)
+    caller: str | None = None
 
     @property
     def route(self) -> str:
@@ -52,12 +57,16 @@ def configure_logging(kind: LogFormat, *, verbose: bool, access_log: bool) -> No
         {
             "version": 1,
             "disable_existing_loggers": False,
-            "formatters": {"chosen": {"()": formatter}},
-            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "chosen"}},
+            "formatters": {"chosen": {"()": formatter}, "bare": {"format": "%(message)s"}},
+            "handlers": {
+                "stderr": {"class": "logging.StreamHandler", "formatter": "chosen"},
+                "audit": {"class": "logging.StreamHandler", "formatter": "bare"},
+            },
             "root": {"handlers": ["stderr"], "level": "INFO" if verbose else "WARNING"},
             "loggers": {
                 "reco": {"level": "INFO"},
                 "reco.access": {"level": "INFO" if access_log else "CRITICAL"},
+                "reco.audit": {"level": "INFO", "handlers": ["audit"], "propagate": False},
             },
         }
     )

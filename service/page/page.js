@@ -212,7 +212,7 @@ function showNeighbors(neighbors, answer) {
 
 function showError(error) {
   at("error").textContent = error.message;
-  const hints = { 401: "Enter your key under Memory, Keys.", 403: "Enter the admin key under Memory, Keys.", 429: "The service is busy. Try again in a moment." };
+  const hints = { 401: "Enter your key under Memory, Keys, or open the link that the service printed at its start.", 403: "Enter the admin key under Memory, Keys.", 429: "The service is busy. Try again in a moment." };
   at("error-hint").textContent = hints[error.status] ?? "";
   if (error.status === 401 || error.status === 403) at("keys").open = true;
   show("error");
@@ -275,5 +275,14 @@ function listen() {
   for (const id of ["api-key", "admin-key"]) at(id).addEventListener("change", () => { at("swap-note").textContent = ""; loadOffers().then(again, showError); });
 }
 
+// The link that the service prints at its start holds the admin token; a fragment never leaves the browser.
+function takeToken() {
+  const token = new URLSearchParams(location.hash.slice(1)).get("token");
+  if (!token) return;
+  at("admin-key").value = token;
+  history.replaceState(null, "", location.pathname + location.search);
+}
+
+takeToken();
 listen();
 loadOffers().catch((error) => { at("serving").textContent = "not connected"; showError(error); });

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import socket
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -64,6 +65,7 @@ class LimitedProtocol(HttpToolsProtocol):
     _linger_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _address: str | None = None
+    _over_unix_socket = False
 
     @classmethod
     def with_limits(cls, limits: ConnectionLimits) -> type[LimitedProtocol]:
@@ -76,6 +78,7 @@ class LimitedProtocol(HttpToolsProtocol):
         One connection too many of an address is answered 429 and closed.
         """
         super().connection_made(transport)
+        self._over_unix_socket = transport.get_extra_info("socket").family == socket.AF_UNIX
         self._timer = self.loop.call_later(self.limits.head_s, self._refuse, b"408 Request Timeout")
         peer = transport.get_extra_info("peername")
         if not isinstance(peer, tuple) or self.limits.trusts(peer[0]):  # a Unix socket has no address
@@ -106,8 +109,9 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._refuse(b"431 Request Header Fields Too Large")
 
     def on_message_begin(self) -> None:
-        """Start the timer at the first byte of a request."""
+        """Start the timer at the first byte of a request, and note over which socket it comes."""
         super().on_message_begin()
+        self.scope["state"]["unix_socket"] = self._over_unix_socket
         if self._timer is None:
             self._timer = self.loop.call_later(self.limits.head_s, self._refuse, b"408 Request Timeout")
         if self._send_timer is not None and not self.transport.get_write_buffer_size():

@@ -10,7 +10,10 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -96,6 +99,43 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+@contextmanager
+def bind_unix(path: Path | None) -> Iterator[list[socket.socket]]:
+    """The listening Unix socket with mode 600, none without a path; its file goes at the end.
+
+    A file that a killed service left behind is replaced. Raises UsageError.
+    """
+    if path is None:
+        yield []
+        return
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)  # of the process: nothing else runs yet
+    try:
+        _remove_dead_socket(path)
+        bound.bind(str(path))
+    except OSError as error:
+        bound.close()
+        raise UsageError(f"cannot listen on {path}: {error.strerror or error}; choose another --unix-socket") from error
+    finally:
+        os.umask(before)
+    with bound:
+        try:
+            yield [bound]
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _remove_dead_socket(path: Path) -> None:
+    """Remove a socket file on which nobody listens; any other file stays, and binding fails."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+
+
 def serve(settings: Settings) -> None:
     """Open everything, answer until a signal comes, and end the process.
 
@@ -110,7 +150,7 @@ def serve(settings: Settings) -> None:
         settings.log_format, verbose=logging.getLogger().isEnabledFor(logging.INFO), access_log=settings.access_log
     )
     faulthandler.enable()  # a fatal signal, as after an I/O error under a mapping, writes the stacks
-    with bind(settings.host, settings.port) as bound:
+    with bind(settings.host, settings.port) as bound, bind_unix(settings.unix_socket) as unix:
         print(f"loading {settings.model}: this takes some seconds…", flush=True)
         # torch takes seconds: import it once the port is bound
         from models.encoder.loading.load import import_libraries
@@ -127,18 +167,18 @@ def serve(settings: Settings) -> None:
             create_app(engine), log_config=None, access_log=False, proxy_headers=False, server_header=False, lifespan="on", loop="uvloop",
             http=LimitedProtocol.with_limits(ConnectionLimits.from_settings(settings)), backlog=2048,
         )  # fmt: skip
-        DrainingServer(config, engine).run(sockets=[bound])
-        sys.stdout.flush()
-        os._exit(0)
+        DrainingServer(config, engine).run(sockets=[bound, *unix])
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _print_address(engine: Engine, url: str) -> None:
-    memory = engine.memories.default
+    snapshot = engine.default_snapshot()
     print(f"RECO Serve answers on {url}   (page: {url}/   reference: {url}/docs)", flush=True)
-    print(
-        f"  model {engine.reco.encoder.fingerprint}   memory {engine.memories.resolve(None).ref if memory else 'none'}",
-        flush=True,
-    )
+    memory = snapshot.ref if snapshot is not None else engine.memories.not_ready() or "none"
+    print(f"  model {engine.reco.encoder.fingerprint}   memory {memory}", flush=True)
+    if engine.gate.token is not None:
+        print(f"  page with the admin token of this store: {url}/#token={engine.gate.token}", flush=True)
     print("  try it:", flush=True)
     print(f"  curl -s -F file=@photo.jpg '{url}/embed/image?neighbors=true'", flush=True)
     print("  Ctrl-C stops it.", flush=True)

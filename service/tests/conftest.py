@@ -22,6 +22,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from service.access.token import read_token
 from service.tests import warm
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,14 @@ class Server:
     store: Path
 
     def client(self, **given: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, **given)
+        """A client that sends the admin token of the store, where there is one."""
+        return httpx.Client(base_url=self.url, timeout=60, **{"headers": self.admin, **given})
+
+    @property
+    def admin(self) -> dict[str, str]:
+        """The header with the admin token of the store; empty where the operator has set a key."""
+        token = read_token(self.store)
+        return {"authorization": f"Bearer {token}"} if token else {}
 
 
 def _environ(given: dict[str, str]) -> dict[str, str]:

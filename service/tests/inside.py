@@ -21,7 +21,8 @@ def scenario(engine: Engine, work: Callable[[httpx.AsyncClient], Awaitable[None]
     async def run() -> None:
         async with asyncio.timeout(PATIENCE_S), engine.running():
             transport = httpx.ASGITransport(create_app(engine))
-            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            headers = {"authorization": f"Bearer {engine.gate.token}"}
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers) as client:
                 await work(client)
 
     asyncio.run(run())

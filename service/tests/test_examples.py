@@ -17,7 +17,7 @@ EXAMPLES = ROOT / "examples"
 
 def run(server: Server, name: str, *arguments: object) -> str:
     """What the example prints."""
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "RECO_URL": server.url}
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "RECO_URL": server.url, "RECO_STORE": str(server.store)}
     command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

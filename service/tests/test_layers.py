@@ -51,7 +51,8 @@ ROOMS = {
     ],
     "models": ["errors", "progress", "encoder", "fusion", "reco", "data", "training", "evaluation", "starter"],
     "service": [
-        "batching", "observability", "errors", "settings", "decoding", "labels", "pipeline", "memories", "engine", "api", "app", "server",
+        "batching", "observability", "errors", "settings", "access", "decoding", "labels", "pipeline", "memories", "engine", "api",
+        "app", "server",
         "client", "cli",
     ],
 }  # fmt: skip

@@ -8,8 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.api.auth import KeyRoute
-from service.api.dependencies import EngineDep, deadline, query_of, run_until_disconnect
+from service.api.auth import ReadRoute
+from service.api.dependencies import EngineDep, deadline, query_of, run_until_disconnect, spend_items
 from service.api.requests import ParsedRequest, read_images_or_texts
 from service.api.responses import json_reply, raise_first_refusal, refuse, reply_head
 from service.api.schemas import ClassifyOptions, describe_body
@@ -19,7 +19,7 @@ from service.labels.label_set import LabelSet
 from service.labels.scoring import Ranked
 from service.pipeline.stages import EmbeddedItem, EmbedResult
 
-router = APIRouter(route_class=KeyRoute, tags=["classify"])
+router = APIRouter(route_class=ReadRoute, tags=["classify"])
 SCORE_BYTES = 50  # {"label":"","score":0.0123456789012345},
 
 
@@ -37,6 +37,7 @@ async def classify(request: Request, engine: EngineDep) -> Response:
     """
     parsed = await read_images_or_texts(request, ClassifyOptions, engine.settings)
     request.state.modality = parsed.items.side
+    spend_items(request, parsed.items)
     # reading a large set takes a second
     labels = await asyncio.to_thread(_find_labels, engine, parsed.options)
     _check_reply_size(parsed, labels, engine.settings.max_reply_bytes)

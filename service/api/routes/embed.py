@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from index_store import Side
-from service.api.auth import KeyRoute
-from service.api.dependencies import EngineDep, deadline, query_of, run_until_disconnect
+from service.api.auth import ReadRoute
+from service.api.dependencies import EngineDep, deadline, query_of, run_until_disconnect, spend_items
 from service.api.requests import ParsedRequest, read_images, read_texts
 from service.api.responses import (
     NPY,
@@ -27,7 +27,7 @@ from service.engine import Engine
 from service.errors import BadRequest, ItemRefused
 from service.pipeline.stages import EmbeddedItem, EmbedResult, Query
 
-router = APIRouter(route_class=KeyRoute, tags=["embed"])
+router = APIRouter(route_class=ReadRoute, tags=["embed"])
 
 
 @router.post("/embed/image", response_class=Response, openapi_extra=describe_body(EmbedOptions, "images"))
@@ -48,6 +48,7 @@ async def embed_text(request: Request, engine: EngineDep) -> Response:
 
 
 async def _embed(request: Request, engine: Engine, parsed: ParsedRequest[EmbedOptions]) -> Response:
+    spend_items(request, parsed.items)
     query = pin_query(request, engine, parsed.options)
     result = await run_until_disconnect(request, engine.embed(parsed.items, query, deadline(request, engine)))
     return build_reply(request, engine, parsed.items.side, parsed.options, query, result)

@@ -10,14 +10,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body
 
-from service.api.auth import AdminRoute, KeyRoute
+from service.api.auth import ReadRoute, WriteRoute
 from service.api.dependencies import EngineDep
 from service.api.schemas import LabelSetBody
 from service.engine import Engine
 from service.labels.store import DamagedLabelSet
 
-router = APIRouter(route_class=KeyRoute, tags=["label sets"])
-admin_router = APIRouter(route_class=AdminRoute, tags=["label sets"])
+router = APIRouter(route_class=ReadRoute, tags=["label sets"])
+write_router = APIRouter(route_class=WriteRoute, tags=["label sets"])
 
 
 @router.get("/label-sets")
@@ -40,7 +40,7 @@ async def get_label_set(name: str, engine: EngineDep) -> dict[str, Any]:
     return {"name": name, "version": found.version, "versions": versions, **found.body, "embedded": embedded}
 
 
-@admin_router.put("/label-sets/{name}")
+@write_router.put("/label-sets/{name}")
 async def put_label_set(name: str, body: Annotated[LabelSetBody, Body()], engine: EngineDep) -> dict[str, Any]:
     """Store or replace a set.
 
@@ -52,7 +52,7 @@ async def put_label_set(name: str, body: Annotated[LabelSetBody, Body()], engine
     return {"name": name, "version": found.version, **found.body}
 
 
-@admin_router.delete("/label-sets/{name}")
+@write_router.delete("/label-sets/{name}")
 async def delete_label_set(name: str, engine: EngineDep) -> dict[str, Any]:
     """Delete a set."""
     await engine.label_sets.delete(name)

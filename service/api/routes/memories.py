@@ -11,12 +11,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request
 
-from service.api.auth import AdminRoute
+from service.api.auth import AdminRoute, WriteRoute
 from service.api.dependencies import EngineDep, deadline
 from service.api.requests import new_pairs
 from service.api.schemas import ActivateBody, PairsBody
+from service.memories.jobs import Job
 
-router = APIRouter(route_class=AdminRoute, tags=["memories"])
+router = APIRouter(route_class=WriteRoute, tags=["memories"])
+admin_router = APIRouter(route_class=AdminRoute, tags=["memories"])
 
 
 @router.get("/memories")
@@ -32,28 +34,30 @@ async def get_memory(name: str, engine: EngineDep) -> dict[str, Any]:
     return await asyncio.to_thread(engine.memories.row, name)
 
 
-@router.post("/memories/{name}/activate", status_code=202)
-async def activate(name: str, body: Annotated[ActivateBody, Body()], engine: EngineDep) -> dict[str, Any]:
+@admin_router.post("/memories/{name}/activate", status_code=202)
+async def activate(
+    request: Request, name: str, body: Annotated[ActivateBody, Body()], engine: EngineDep
+) -> dict[str, Any]:
     """Start serving another version; poll the job at GET /jobs/{id}.
 
     A failure leaves the current one serving.
     """
-    return asdict(engine.swaps.swap(name, body.version, dry_run=body.dry_run))
+    return _accepted(request, engine.swaps.swap(name, body.version, dry_run=body.dry_run))
 
 
-@router.post("/memories/{name}/rollback", status_code=202)
-async def rollback(name: str, engine: EngineDep) -> dict[str, Any]:
+@admin_router.post("/memories/{name}/rollback", status_code=202)
+async def rollback(request: Request, name: str, engine: EngineDep) -> dict[str, Any]:
     """Start serving the version that was served before."""
     previous = await asyncio.to_thread(engine.memories.previous, name)
-    return asdict(engine.swaps.swap(name, previous))
+    return _accepted(request, engine.swaps.swap(name, previous))
 
 
-@router.post("/memories/{name}/compact", status_code=202)
-async def compact(name: str, engine: EngineDep) -> dict[str, Any]:
+@admin_router.post("/memories/{name}/compact", status_code=202)
+async def compact(request: Request, name: str, engine: EngineDep) -> dict[str, Any]:
     """Start folding the online edits into a new version, which is then served; edits go on
     meanwhile.
     """
-    return asdict(engine.swaps.compact(name))
+    return _accepted(request, engine.swaps.compact(name))
 
 
 @router.post("/memories/{name}/pairs")
@@ -63,6 +67,7 @@ async def put_pairs(
     """Add pairs, or replace those of the same id: on the disk, and visible to the next request,
     before this is answered.
     """
+    request.state.key.usage.spend_items(len(body.pairs))
     return await engine.edits.put(name, new_pairs(body, engine.settings), deadline(request, engine))
 
 
@@ -76,3 +81,9 @@ async def delete_pair(name: str, pair_id: str, engine: EngineDep) -> dict[str, A
 async def job(job_id: str, engine: EngineDep) -> dict[str, Any]:
     """The phase, timings and outcome of a swap or a compaction."""
     return asdict(engine.jobs.get(job_id))
+
+
+def _accepted(request: Request, started: Job) -> dict[str, Any]:
+    """The fields of a job that was started; its id goes into the audit line of the request."""
+    request.state.job = started.id
+    return asdict(started)

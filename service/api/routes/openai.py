@@ -8,8 +8,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.api.auth import KeyRoute
-from service.api.dependencies import EngineDep, deadline, run_until_disconnect
+from service.api.auth import ReadRoute
+from service.api.dependencies import EngineDep, deadline, run_until_disconnect, spend_items
 from service.api.openai_input import MixedInput, read_input
 from service.api.routes.embed import build_reply, pin_query
 from service.api.schemas import OpenAIOptions, describe_body
@@ -18,7 +18,7 @@ from service.engine import Engine
 from service.errors import BadRequest
 from service.pipeline.stages import EmbedResult, Query
 
-router = APIRouter(route_class=KeyRoute, tags=["openai"])
+router = APIRouter(route_class=ReadRoute, tags=["openai"])
 
 
 @router.post("/v1/embeddings", response_class=Response, openapi_extra=describe_body(OpenAIOptions, "input"))
@@ -30,6 +30,7 @@ async def embeddings(request: Request, engine: EngineDep) -> Response:
     mixed = await read_input(request, engine.settings)
     request.state.modality = mixed.modality
     _check_dimensions(mixed.options, engine.reco.encoder.dim)
+    spend_items(request, *mixed.parts)
     query = pin_query(request, engine, mixed.options)
     result = await run_until_disconnect(request, _embed(engine, mixed, query, deadline(request, engine)))
     return build_reply(request, engine, mixed.parts[0].side, mixed.options, query, result)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -12,6 +14,7 @@ from service.cli.options import STORE, complete_memory, with_settings
 from service.settings import Settings, UsageError
 
 app = typer.Typer(rich_markup_mode=None)
+UNIX = "unix:"
 Name = Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete_memory)]
 Ref = Annotated[str, typer.Argument(metavar="NAME@VERSION", autocompletion=complete_memory)]
 
@@ -22,7 +25,8 @@ def compact(
     settings: Settings,
     name: Name,
     url: Annotated[
-        str | None, typer.Option(help="do it in the running service that edits it, e.g. http://127.0.0.1:8000")
+        str | None,
+        typer.Option(help="do it in the running service that edits it, e.g. http://127.0.0.1:8000 or unix:PATH"),
     ] = None,
 ) -> None:
     """Fold the online edits into a new version; with --url, in the running service."""
@@ -32,7 +36,7 @@ def compact(
     from models.progress import progress
 
     if url:
-        job = _run_job(url, f"/memories/{check_name(name)}/compact", {})
+        job = _run_job(settings, url, f"/memories/{check_name(name)}/compact", {})
         print(f"{name}@{job['version']} is being served, with every edit of {job['retired']}")
         return
     store = Store(settings.store)
@@ -63,7 +67,8 @@ def activate(
     url: Annotated[
         str | None,
         typer.Option(
-            help="swap it in a running service instead, e.g. http://127.0.0.1:8000 (RECO_ADMIN_KEY is sent if set)"
+            help="swap it in a running service instead, e.g. http://127.0.0.1:8000 or unix:PATH; RECO_ADMIN_KEY is "
+            "sent if set, else, on this machine, the token of the store"
         ),
     ] = None,
 ) -> None:
@@ -72,7 +77,7 @@ def activate(
 
     name, version = _split_ref(ref)
     if url:
-        job = _run_job(url, f"/memories/{name}/activate", {"version": version})
+        job = _run_job(settings, url, f"/memories/{name}/activate", {"version": version})
         print(f"{name}@{version} is being served" + (f", {job['retired']} was before" if job["retired"] else ""))
         return
     Store(settings.store).activate(name, version)
@@ -89,15 +94,13 @@ def _split_ref(ref: str) -> tuple[str, str]:
     return check_name(name), check_name(version)
 
 
-def _run_job(url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+def _run_job(settings: Settings, url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
     """Start a job in a running service, and wait for its end."""
     import httpx
 
     from service.errors import ServiceError
 
-    key = os.environ.get("RECO_ADMIN_KEY")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=30) as client:
+    with _open_client(settings.store, url) as client:
         try:
             job = _body(client.post(path, json=body))
             while job["state"] == "running":
@@ -108,6 +111,25 @@ def _run_job(url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
     if job["state"] != "done":
         raise ServiceError(f"the {job['kind']} of {job['memory']} failed, what served goes on: {job['error']}")
     return job
+
+
+def _open_client(store: Path, url: str) -> Any:
+    """An httpx client with the admin key, or with the token of the store.
+
+    The token is sent to this machine alone: an address elsewhere is not the service of this store.
+    """
+    import httpx
+
+    from service.access.token import read_token
+
+    if url.startswith(UNIX):
+        return httpx.Client(
+            base_url="http://localhost", transport=httpx.HTTPTransport(uds=url.removeprefix(UNIX)), timeout=30
+        )
+    local = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
+    key = os.environ.get("RECO_ADMIN_KEY") or (read_token(store) if local else None)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=30)
 
 
 def _body(reply: Any) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 if TYPE_CHECKING:
-    from service.tests.conftest import Server
+    from service.access.token import read_token
+from service.tests.conftest import Server
 
 FLAGS = (
     "--no-sandbox",
@@ -55,7 +56,7 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
             "console",
             lambda message: failed.append(message.text) if "Content Security Policy" in message.text else None,
         )
-        page.goto(server.url)
+        page.goto(f"{server.url}/#token={read_token(server.store)}")
         expect(page.locator("#serving")).to_contain_text("grocery@all")
         yield page
         assert [url for url in asked if not url.startswith((f"{server.url}/", f"blob:{server.url}/", "data:,"))] == []

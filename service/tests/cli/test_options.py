@@ -22,6 +22,7 @@ VALUES = {
     "search_devices": "0,2",
     "api_keys": "a-key,b-key",
     "admin_key": "c-key",
+    "allowed_hosts": "a.example,b.example",
     "max_queue": "700",
     "max_body_bytes": "2000",
     "max_image_bytes": "2000",

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from service.access.token import read_token
 from service.client.bodies import Limits
 from service.client.client import AsyncRecoClient, RecoClient, RecoError
 from service.tests.conftest import ROOT, Server
@@ -32,7 +33,7 @@ SMALL = Limits(max_items=2, retries=2)
 
 @pytest.fixture(scope="module")
 def reco(server: Server) -> Iterator[RecoClient]:
-    with RecoClient(server.url, limits=SMALL) as client:
+    with RecoClient(server.url, api_key=read_token(server.store), limits=SMALL) as client:
         yield client
 
 
@@ -120,7 +121,7 @@ def test_a_refusal_names_the_place_in_the_callers_list(reco: RecoClient, photos:
 
 def test_the_async_client_says_the_same(reco: RecoClient, server: Server, photos: dict[str, bytes]) -> None:
     async def ask() -> tuple[np.ndarray, np.ndarray, list[Any]]:
-        async with AsyncRecoClient(server.url, limits=SMALL) as client:
+        async with AsyncRecoClient(server.url, api_key=read_token(server.store), limits=SMALL) as client:
             texts, images = await asyncio.gather(
                 client.embed_texts(["a", "b", "c"]), client.embed_images(list(photos.values()))
             )

