@@ -105,9 +105,7 @@ class Siege:
         """Send half a body, half a head, or a request whose reply is not read, and hold on."""
         url = self.client.base_url
         _, writer = await asyncio.open_connection(url.host, url.port or 80)
-        half_body = (
-            b"POST /embed/text HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9000000\r\n\r\n"
-        )
+        half_body = b"POST /embed/text HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9000000\r\n\r\n"
         texts = json.dumps({"texts": ["a"] * 100}).encode()
         unread = half_body.replace(b"9000000", str(len(texts)).encode()) + texts
         try:

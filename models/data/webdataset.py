@@ -3,6 +3,7 @@
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 from index_store.build.source import Reject
 from models.data.samples import (
@@ -18,7 +19,29 @@ from models.data.samples import (
 from models.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+EXTENDED_TYPES = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+MAX_HEADER_BYTES = 2**20  # of the names and attributes of one member
 ReadMember = Callable[[], bytes]  # called only where the bytes are needed, so that counting reads no image
+
+
+class _BoundedHeader(tarfile.TarInfo):
+    """A member's header; one of names or attributes that claims an absurd size is refused.
+
+    tarfile would ask for that much memory before it reads.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Raise SubsequentHeaderError, which tarfile turns into ReadError."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in EXTENDED_TYPES and header.size > MAX_HEADER_BYTES:
+            raise tarfile.SubsequentHeaderError(  # type: ignore[attr-defined]
+                f"an extended header of {header.size} bytes, the limit is {MAX_HEADER_BYTES}"
+            )
+        return header
 
 
 def read_tar(path: Path, template: str | None, skip: int) -> Iterator[Sample | Reject]:
@@ -93,7 +116,7 @@ def _group_members(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, dict
 
 def _open_tar(path: Path) -> tarfile.TarFile:
     try:
-        return tarfile.open(path, "r:")
+        return tarfile.open(path, "r:", tarinfo=_BoundedHeader)
     except (tarfile.TarError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path.name} is not a plain .tar file ({reason}): unpack a compressed one first") from error

@@ -147,7 +147,8 @@ class _Exchange:
     @property
     def undeclared_bytes(self) -> int:
         """Bytes of the body that came beyond what the head declared, as in a chunked one."""
-        return max(0, self._read_bytes - (int(self._declared) if self._declared.isdigit() else 0))
+        declared = int(self._declared) if self._declared.isdigit() else 0
+        return max(0, self.read_bytes - declared)
 
     async def receive(self) -> Message:
         """The next message.

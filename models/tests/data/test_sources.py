@@ -265,3 +265,24 @@ def test_real_tars_are_read_completely(tar: str, caption: str | None, count: int
     assert len(found) == len({sample.id for sample in found}) == count
     assert read_image(found[0].image).mode == "RGB"
     assert all(sample.caption for sample in found)
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_of_an_absurd_size_is_refused_before_memory_is_asked_for(tmp_path: Path, kind: bytes) -> None:
+    header = tarfile.TarInfo("attributes")
+    header.type, header.size = kind, 2**40
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in (("a.jpg", image_bytes(picture(1), "JPEG")), ("a.txt", b"a caption")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    content = buffer.getvalue()
+    end = len(content.rstrip(b"\0"))
+    members = content[: -(-end // 512) * 512]
+    path = tmp_path / "absurd.tar"
+    path.write_bytes(members + header.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+    found = list(read_samples(path))
+    assert [each.id for each in found if isinstance(each, Sample)] == ["a"]
+    (reject,) = (each for each in found if isinstance(each, Reject))
+    assert f"an extended header of {2**40} bytes, the limit is {2**20}" in reject.reason

@@ -34,7 +34,7 @@ role = "write"
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time in seconds that rates and files see; tests set it."""
     now = [100.0]
-    monkeypatch.setattr(rates.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("service.access.rates.time.monotonic", lambda: now[0])
     return now
 
 

@@ -25,6 +25,10 @@ VALUES = {
     "allowed_hosts": "a.example,b.example",
     "max_queue": "700",
     "max_body_bytes": "2000",
+    "max_json_values": "2000",
+    "max_reply_bytes": "2000",
+    "max_inflight_bytes": "700000000",
+    "trusted_proxies": "10.0.0.0/8",
     "max_image_bytes": "2000",
 }
 

@@ -72,7 +72,7 @@ def test_one_answer_is_never_of_two_versions(server: Server, photos: dict[str, b
     """The memory is swapped, then edited, between two requests of one call: all begins anew."""
     pair = {"id": "new", "caption": "a new thing", "image": base64.b64encode(photos["coffee"]).decode()}
     texts = [f"a photo of fruit {i}" for i in range(40)]
-    with RecoClient(server.url, limits=Limits(max_items=4)) as reco:
+    with RecoClient(server.url, api_key=read_token(server.store), limits=Limits(max_items=4)) as reco:
         changes = iter(
             (
                 lambda: reco.activate("grocery", "fruit-and-vegetables"),

@@ -151,8 +151,10 @@ def test_raw_http(fuzzed: Server) -> None:
         b"POST /embed/text HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nX-Request-ID: a\r\n"
         b"Content-Length: %d\r\n\r\n" % len(body)
     ) + body
-    chunked = b'POST /embed/text HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"tex\r\n0\r\n\r\n'
-    upgrade = b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    chunked = (
+        b'POST /embed/text HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"tex\r\n0\r\n\r\n'
+    )
+    upgrade = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
     with steady(fuzzed):
         for number, rng in enumerate(rounds()):
             data = mutate_bytes(choose([whole, whole * 3, chunked, upgrade], rng), rng)
