@@ -163,10 +163,11 @@ class Store:
         """A new version name of today (UTC) that sorts behind all others of today.
 
         Names are 2026-11-22a, then b …, z, za. The name of a deleted version is used again only if
-        it was the last one and no longer in CURRENT.
+        it was the last one and no longer in CURRENT. The name of an unfinished build is taken.
         """
         day = (today or datetime.now(UTC)).strftime("%Y-%m-%d")
-        existing = {*self._list_versions(check_name(name)), *self._read_pointer_or_none(name)}
+        unfinished = {path.name[1:].removesuffix(".partial") for path in (self.root / name).glob(".*.partial")}
+        existing = {*self._list_versions(check_name(name)), *self._read_pointer_or_none(name), *unfinished}
         taken = [version for version in existing if version.startswith(day)]
         labels = map(_version_label, repeat(day), count())
         return next(label for label in labels if all(label > version for version in taken))

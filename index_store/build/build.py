@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from index_store.build.checkpoint import unfinished_version
+from index_store.build.checkpoint import refuse_other_build, unfinished_version
 from index_store.build.index import index_version
 from index_store.build.shards import VersionWriter, fill, fill_from
 from index_store.build.source import BuildSource
@@ -16,6 +16,7 @@ from index_store.build.staging import forget_notes, workplace
 from index_store.search.probes import RECALL_K
 from index_store.storage.atomic import file_digests, fsync_path, replace_text, translate_write_errors
 from index_store.storage.checksums import FileStats, record_verified
+from index_store.storage.layout import partial_folder
 from index_store.storage.manifest import MANIFEST_FILE, Manifest
 from index_store.store import Store, check_name, check_version_name
 from index_store.types import KeyKind, Pairs, Side
@@ -53,7 +54,7 @@ def build_version(
         if isinstance(blocks, BuildSource)
         else ""
     )
-    version = _chosen(store, name, version, job)
+    version = _chosen(store, name, version, blocks if isinstance(blocks, BuildSource) else None, job)
     with workplace(store.root / check_name(name), version) as work:
         filling = VersionWriter(work, kinds, index, shard_pairs)
         content = fill_from(filling, blocks, job, version) if isinstance(blocks, BuildSource) else fill(filling, blocks)
@@ -72,14 +73,18 @@ def build_version(
         return _published(work, *index_version(work, draft))
 
 
-def _chosen(store: Store, name: str, version: str | None, job: str) -> str:
+def _chosen(store: Store, name: str, version: str | None, job: BuildSource | None, digest: str) -> str:
     """The version asked for, else the one that an interrupted run of this job was building, else
-    the next name; free of deleted ones.
+    the next name; free of deleted ones, and never that of an unfinished build of something else.
     """
     store.remove_deleted(name)
-    if version is not None:
-        return check_version_name(version)
-    return unfinished_version(store.root / name, job) or store.next_version(name)
+    memory = store.root / name
+    if version is None:
+        return (job and unfinished_version(memory, job, digest)) or store.next_version(name)
+    check_version_name(version)
+    if job is not None:
+        refuse_other_build(partial_folder(memory, version), job, digest, f"{name}@{version}")
+    return version
 
 
 def _published(work: Path, indexed: Manifest, written: Iterable[str]) -> Manifest:

@@ -8,7 +8,8 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 
 from index_store.build.source import BuildProgress, BuildSource, Kept, Reject, SourceStep
 from index_store.build.staging import IDS, LOCK, PROGRESS, REJECTS
+from index_store.errors import VersionExists
 from index_store.storage.atomic import fsync_path, replace_text, translate_write_errors
 from index_store.storage.columns import map_rows, open_lines
 from index_store.types import SIDES, Id, Side
@@ -29,14 +31,11 @@ KEPT_ROWS = 8192  # rows of one block given back to a source that goes on
 class Progress:
     """What counts. Everything on the disk beyond it is cut off by the next run.
 
-    job: digest.  items, rejected: of the source.  dim, keys, id_kind: as in the manifest.  shards:
-    the finished ones.
+    job: digest.  dim, keys, id_kind: as in the manifest.  shards: the finished ones.
     files: theirs.  filled: rows of the shard after them, 0 where none was begun.
     """
 
     job: str
-    items: int
-    rejected: int
     dim: int
     keys: dict[Side, dict[str, Any]]
     id_kind: str
@@ -54,6 +53,18 @@ class Progress:
         """Stored in all."""
         return self.filled + sum(int(shard["pairs"]) for shard in self.shards)
 
+    def cut(self, rows: int) -> "Progress":
+        """The progress of the first rows only; the shard that they end in is open again."""
+        shards, left = list[dict[str, Any]](), rows
+        for shard in self.shards:
+            if shard["pairs"] > left:
+                break
+            shards.append(shard)
+            left -= int(shard["pairs"])
+        folders = {shard["folder"] for shard in shards}
+        files = [file for file in self.files if file.partition("/")[0] in folders]
+        return replace(self, shards=shards, files=files, filled=left)
+
     def rows(self) -> Iterator[tuple[str, int]]:
         """(folder, rows that count) of every shard."""
         yield from ((shard["folder"], shard["pairs"]) for shard in self.shards)
@@ -70,23 +81,57 @@ def earlier_progress(work: Path, job: BuildSource, digest: str) -> Progress | No
     found = _read(work)
     if found is None:
         log.warning("%s: what an interrupted build left cannot be read, it begins anew", work.parent.name)
-    elif job.fresh or found.job != digest:
+        return None
+    kept = usable_rows(work, found, job, digest)
+    if job.fresh or not kept:
         why = "as asked" if job.fresh else "its sources or options were others"
-        log.warning("%s: an interrupted build of %d items is forgotten, %s", work.parent.name, found.items, why)
+        log.warning("%s: an interrupted build of %d pairs is forgotten, %s", work.parent.name, found.pairs, why)
     elif not _whole(work, found):
         log.warning("%s: what an interrupted build left is damaged, it begins anew", work.parent.name)
     else:
-        return found
+        if kept < found.pairs:
+            lost = found.pairs - kept
+            log.warning("%s: %d of %d pairs are kept; %d came from or after a source that has changed",
+                        work.parent.name, kept, found.pairs, lost)  # fmt: skip
+        return found.cut(kept)
     return None
 
 
-def unfinished_version(memory: Path, digest: str) -> str | None:
-    """The version that an interrupted run of this very job was building."""
+def usable_rows(work: Path, found: Progress, job: BuildSource, digest: str) -> int:
+    """How many of the first rows stored a run of this job may keep."""
+    if found.job != digest:
+        return 0
+    if job.origins is None:
+        return found.pairs
+    rows = 0
+    with suppress(OSError, ValueError), (work / IDS).open("rb") as file:
+        for line in islice(file, found.pairs):
+            if json.loads(line)[1] not in job.origins:
+                break
+            rows += 1
+    return rows
+
+
+def unfinished_version(memory: Path, job: BuildSource, digest: str) -> str | None:
+    """The version that an interrupted run was building of which this job may keep the most."""
+    usable = dict[str, int]()
     for path in sorted(memory.glob(f".*.partial/{PROGRESS}")):
         found = _read(path.parent)
-        if found is not None and found.job == digest:
-            return path.parent.name[1:].removesuffix(".partial")
-    return None
+        if found is not None and (rows := usable_rows(path.parent, found, job, digest)):
+            usable[path.parent.name[1:].removesuffix(".partial")] = rows
+    return max(usable, key=lambda version: usable[version]) if usable else None
+
+
+def refuse_other_build(work: Path, job: BuildSource, digest: str, ref: str) -> None:
+    """Raise VersionExists where a folder holds an unfinished build that this job cannot go on
+    with: its work would be lost.
+    """
+    found = _read(work)
+    if found is not None and not job.fresh and found.pairs and not usable_rows(work, found, job, digest):
+        raise VersionExists(
+            f"{ref} is the unfinished build of other sources or options, with {found.pairs} pairs: choose another "
+            f"version, delete it with `reco memory delete {ref}`, or begin anew with --fresh"
+        )
 
 
 def keep_only(work: Path, progress: Progress) -> None:
@@ -113,27 +158,28 @@ class BuildCheckpoint:
 
     def __init__(self, work: Path, job: BuildSource, digest: str, earlier: Progress | None) -> None:
         self._work, self._job, self._digest = work, job, digest
-        self._items, self._rejected = (earlier.items, earlier.rejected) if earlier else (0, 0)
+        self._rejected = 0
         self._settled = earlier
         self._saved, self._saved_at = earlier, time.monotonic()
         with translate_write_errors(work.parent.name):
             self._ids, _ = open_lines(work / IDS, earlier.pairs if earlier else 0)
-            self._rejects, _ = open_lines(work / REJECTS, self._rejected)
+            self._rejects, _ = open_lines(work / REJECTS, 0)
 
     def note(self, step: SourceStep) -> None:
         """Remember what a step brought; it counts once `settle` says that its rows are written."""
         with translate_write_errors(self._work.parent.name):
             if step.pairs is not None:
-                self._ids.writelines(json.dumps(name).encode() + b"\n" for name in step.pairs.ids.tolist())
+                names = step.pairs.ids.tolist()
+                origins = step.origins or [""] * len(names)
+                self._ids.writelines(json.dumps(pair).encode() + b"\n" for pair in zip(names, origins, strict=True))
             self._rejects.writelines(_line(reject) for reject in step.rejects)
-        self._items += step.items
         self._rejected += len(step.rejects)
 
     def settle(self, **stored: Any) -> None:
         """From here on a run may go on after this step.  stored: the fields of Progress that the
         shards answer for.
         """
-        self._settled = Progress(job=self._digest, items=self._items, rejected=self._rejected, **stored)
+        self._settled = Progress(job=self._digest, **stored)
 
     def due(self) -> bool:
         """True where a kill would by now cost more work than a checkpoint does."""
@@ -183,7 +229,7 @@ class BuildCheckpoint:
 
     @property
     def rejected(self) -> int:
-        """Items left out, by this run and those before it."""
+        """Items left out by this run; what earlier runs left out is tried again."""
         return self._rejected
 
     def close(self) -> None:
@@ -199,14 +245,24 @@ def done_of(work: Path, progress: Progress | None) -> BuildProgress:
     """What a source is told so that it goes on."""
     if progress is None:
         return BuildProgress()
-    rejects, kept = progress.rejected, progress
-    return BuildProgress(progress.items, progress.pairs, lambda: read_rejects(work, rejects), lambda: _kept(work, kept))
+    kept = progress
+    return BuildProgress(progress.pairs, lambda: _stored(work, kept.pairs), lambda: _kept(work, kept))
 
 
 def read_ids(work: Path, count: int) -> list[Id]:
     """The first ids stored, in the order of their rows."""
     with (work / IDS).open("rb") as file:
-        return [json.loads(line) for line in islice(file, count)]
+        return [json.loads(line)[0] for line in islice(file, count)]
+
+
+def _stored(work: Path, count: int) -> dict[str, set[Id]]:
+    """The first ids stored, by their origin."""
+    found: dict[str, set[Id]] = {}
+    with (work / IDS).open("rb") as file:
+        for line in islice(file, count):
+            name, origin = json.loads(line)
+            found.setdefault(origin, set()).add(name)
+    return found
 
 
 def read_rejects(work: Path, count: int) -> Iterable[Reject]:
@@ -226,7 +282,7 @@ def _kept(work: Path, progress: Progress) -> Iterator[Kept]:
             image, text = (map_rows(work / folder / f"{side}.npy", progress.dim, rows) for side in SIDES)
             for start in range(0, rows, KEPT_ROWS):
                 part = slice(start, min(rows, start + KEPT_ROWS))
-                ids: list[Id] = [json.loads(line) for line in islice(file, part.stop - part.start)]
+                ids: list[Id] = [json.loads(line)[0] for line in islice(file, part.stop - part.start)]
                 yield Kept(id_array(ids, progress.id_kind), np.asarray(image[part]), np.asarray(text[part]))
 
 
@@ -260,7 +316,7 @@ def _whole(work: Path, progress: Progress) -> bool:
                 if progress.keys[side]["kind"] != "vector":
                     map_rows(work / folder / f"{side}_key.npy", progress.keys[side]["dim"], rows)
         records = f"{progress.open_folder}/records.jsonl"
-        for name, lines in ((IDS, progress.pairs), (REJECTS, progress.rejected), (records, progress.filled)):
+        for name, lines in ((IDS, progress.pairs), (records, progress.filled)):
             if lines and _lines(work / name, lines) < lines:
                 return False
         return all((work / name).is_file() for name in progress.files)

@@ -68,7 +68,9 @@ class Deduplicator:
                 key=itemgetter(0),
             )
             if cosine >= self._least:
-                rejects.append(Reject(str(name), f"near-duplicate of {twin} (cosine {min(cosine, 1):.3f})"))
+                rejects.append(
+                    Reject(str(name), f"near-duplicate of {twin} (cosine {min(cosine, 1):.3f})", "duplicate")
+                )
             else:
                 good[row] = None
         return self._split(step, pairs, list(good), rejects, image)
@@ -80,7 +82,8 @@ class Deduplicator:
         ids = pairs.ids.tolist()
         self._keep([ids[row] for row in good], image[good], pairs.text[good])
         kept = pairs if len(good) == len(ids) else pairs.take(good)
-        return replace(step, pairs=kept if good else None, rejects=(*step.rejects, *rejects))
+        origins = [step.origins[row] for row in good] if step.origins else ()
+        return replace(step, pairs=kept if good else None, rejects=(*step.rejects, *rejects), origins=origins)
 
     def _among_kept(self, image: np.ndarray, text: np.ndarray) -> list[tuple[float, Id]]:
         """For each row the lesser cosine to its best twin among the kept, and that one's id; -1

@@ -3,7 +3,7 @@ them without encoding anything.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,40 +51,50 @@ def stored_manifest(path: Path, *, encoder: str, kinds: Mapping[Side, KeyKind]) 
 
 
 def stored_steps(
-    path: Path, manifest: Manifest, *, kinds: Mapping[Side, KeyKind], seen: set[Id], skip: int = 0
+    path: Path,
+    manifest: Manifest,
+    *,
+    kinds: Mapping[Side, KeyKind],
+    seen: set[Id],
+    origin: str = "",
+    done: Collection[Id] = (),
 ) -> Iterator[SourceStep]:
     """Every pair of a verified version in the order of its rows, edits made online apart: fold
     those in by compacting first.
 
-    seen: ids taken so far, added to; a pair whose id is among them is rejected.  skip: rows passed
-    over, of which only the ids are read.
+    seen: ids taken so far, added to; a pair whose id is among them is rejected.  origin: of the
+    pairs.  done: ids that an earlier run has stored.
     """
     verify(path, manifest)
     for shard in manifest.shards:
-        yield from _shard_steps(path / shard["folder"], kinds, seen, min(skip, shard["pairs"]))
-        skip -= min(skip, shard["pairs"])
+        yield from _shard_steps(path / shard["folder"], kinds, seen, origin, done)
 
 
-def _shard_steps(folder: Path, kinds: Mapping[Side, KeyKind], seen: set[Id], skip: int) -> Iterator[SourceStep]:
+def _shard_steps(
+    folder: Path, kinds: Mapping[Side, KeyKind], seen: set[Id], origin: str, done: Collection[Id]
+) -> Iterator[SourceStep]:
     names = ["ids", "records", *SIDES, *(f"{side}_key" for side in SIDES if kinds[side] != "vector")]
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
     lines = np.memmap(folder / "records.jsonl", np.uint8, mode="r")
-    seen.update(decode_ids(np.asarray(arrays["ids"][:skip])).tolist())
-    for start in range(skip, len(arrays["ids"]), BLOCK_ROWS):
-        yield _step(arrays, lines, start, seen)
+    for start in range(0, len(arrays["ids"]), BLOCK_ROWS):
+        yield _step(arrays, lines, start, seen, origin, done)
 
 
-def _step(arrays: Mapping[str, np.ndarray], lines: np.ndarray, start: int, seen: set[Id]) -> SourceStep:
+def _step(
+    arrays: Mapping[str, np.ndarray], lines: np.ndarray, start: int, seen: set[Id], origin: str, done: Collection[Id]
+) -> SourceStep:
     """The rows of one block whose ids are new."""
     ids = decode_ids(np.asarray(arrays["ids"][start : start + BLOCK_ROWS]))
     first = np.array(first_of_each(ids.tolist(), seen))
-    rows = start + np.flatnonzero(first)
-    rejects = [Reject(str(name), REPEATED) for name in ids[~first].tolist()]
+    fresh = first & np.array([name not in done for name in ids.tolist()])
+    rows, stored = start + np.flatnonzero(fresh), int((first & ~fresh).sum())
+    rejects = [Reject(str(name), REPEATED, "duplicate") for name in ids[~first].tolist()]
     if not len(rows):
-        return SourceStep(None, len(ids), rejects)
+        return SourceStep(None, len(ids), rejects, stored=stored)
     values = {name: array[rows] for name, array in arrays.items() if name not in ("ids", "records")}
     records = [_record(lines, arrays["records"], row) for row in rows.tolist()]
-    return SourceStep(Pairs(ids=ids[first], records=records, **values), len(ids), rejects)
+    pairs = Pairs(ids=ids[fresh], records=records, **values)
+    return SourceStep(pairs, len(ids), rejects, [origin] * len(rows), stored)
 
 
 def _record(lines: np.ndarray, offsets: np.ndarray, row: int) -> dict[str, Any]:

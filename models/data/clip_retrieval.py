@@ -2,39 +2,67 @@
 
     img_emb/*.npy   text_emb/*.npy   metadata/*.parquet     row i of each is one pair
 
+Without text_emb the captions of the metadata are encoded here.
+
 Alphabet: N pairs in a part, R rows in a block, D width.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from index_store.build.source import Reject, SourceStep
 from index_store.types import SIDES, Id, Pairs, Side
 from models.data.encode import invalid_id_reason
-from models.data.tables import column_names, count_rows, is_integer_column, parquet_rows
+from models.data.tables.arrow import column_names, count_rows, is_integer_column, parquet_rows
 from models.errors import DataError
 
 FOLDERS = {"image": ("img_emb", ".npy"), "text": ("text_emb", ".npy"), "metadata": ("metadata", ".parquet")}
 ID_COLUMNS = ("key", "image_path", "url")  # the first that exists holds the ids, else the row number is the id
 BLOCK_ROWS = 4096
+Block = tuple[list[dict[str, Any]], dict[Side, np.ndarray]]  # fields of R rows, and (R, D) of each side
+EncodeCaptions = Callable[[list[str]], np.ndarray]  # R captions -> (R, D) float32 unit
+
+
+class Blocks(Protocol):
+    """Rows with their vectors, in blocks."""
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """The files that are read, by what they hold."""
+
+    @property
+    def rows(self) -> int:
+        """N, the number of rows."""
+
+    def blocks(self) -> Iterator[Block]:
+        """The rows, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingPart:
-    """The three files with one number.
+    """The two or three files with one number.
 
-    files: by "image", "text" and "metadata".  rows: N, in each of them.  width: D.
+    files: by "image", "metadata", and "text" unless captions are to be encoded.
+    rows: N, in each of them.  width: D.
     """
 
     files: Mapping[str, Path]
     rows: int
     width: int
+
+    def blocks(self) -> Iterator[Block]:
+        """The rows in blocks: fields, and vectors (R, D) of each side that there is."""
+        rows = parquet_rows(self.files["metadata"], BLOCK_ROWS)
+        vectors: dict[Side, np.ndarray] = {side: _map_vectors(self.files[side]) for side in SIDES if side in self.files}
+        for start in range(0, self.rows, BLOCK_ROWS):
+            fields = list(islice(rows, min(BLOCK_ROWS, self.rows - start)))
+            yield fields, {side: array[start : start + len(fields)] for side, array in vectors.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +74,7 @@ class EmbeddingFolder:
     """
 
     name: str
-    parts: Sequence[EmbeddingPart]
+    parts: Sequence[Blocks]
     id_column: str | None
     integer_ids: bool
 
@@ -76,7 +104,11 @@ def read_embedding_folder(folder: Path, *, dim: int, encoder: str, id_column: st
     """
     files = {kind: _files_by_number(folder, name, suffix) for kind, (name, suffix) in FOLDERS.items()}
     numbers = sorted(set().union(*files.values()))
+    if not files["text"]:  # image-only embeddings
+        del files["text"]
     for kind, (name, suffix) in FOLDERS.items():
+        if kind not in files:
+            continue
         missing = [number for number in numbers if number not in files[kind]]
         if missing or not numbers:
             which = f"part {missing[0]}" if missing else f"any *{suffix}"
@@ -84,39 +116,51 @@ def read_embedding_folder(folder: Path, *, dim: int, encoder: str, id_column: st
                 f"{folder.name}/{name} lacks {which}, which img_emb, text_emb and metadata must all have: "
                 "export it again"
             )
-    parts = [_read_part({kind: files[kind][number] for kind in FOLDERS}) for number in numbers]
+    parts = [_read_part({kind: files[kind][number] for kind in files}) for number in numbers]
     for part in parts:
-        if part.width != dim:
-            raise DataError(
-                f"{_short_path(part.files['image'])} holds rows of width {part.width}, {encoder} gives {dim}: "
-                "name the encoder that made them with --model and --pretrained"
-            )
+        check_width(_short_path(part.files["image"]), part.width, dim, encoder)
     tables = [part.files["metadata"] for part in parts]
     column = _choose_id_column(tables, id_column)
     integer_ids = column is None or all(is_integer_column(table, column) for table in tables)
     return EmbeddingFolder(folder.name, parts, column, integer_ids)
 
 
-def embedding_steps(source: EmbeddingFolder, *, seen: set[Id], skip: int = 0) -> Iterator[SourceStep]:
+def check_width(what: str, width: int, dim: int, encoder: str) -> None:
+    """Raise DataError where vectors do not have the width of the encoder in use."""
+    if width != dim:
+        raise DataError(
+            f"{what} holds rows of width {width}, {encoder} gives {dim}: "
+            "name the encoder that made them with --model and --pretrained"
+        )
+
+
+def embedding_steps(
+    source: EmbeddingFolder,
+    *,
+    seen: set[Id],
+    origin: str = "",
+    done: Collection[Id] = (),
+    encode: EncodeCaptions | None = None,
+) -> Iterator[SourceStep]:
     """The rows as pairs of unit vectors, block by block.
 
     Rows with a zero vector, without an id or with a duplicate one become rejects.
-    seen: the ids so far; those read are added.  skip: the number of first rows of which only the
-    ids are read.
+    seen: the ids so far; those read are added.  origin: of the pairs.
+    done: ids that an earlier run has stored.  encode: of captions where there are no text vectors.
     """
-    part_start = 0
+    first = 0
     for part in source.parts:
-        rows = parquet_rows(part.files["metadata"], BLOCK_ROWS)
-        vectors: dict[Side, np.ndarray] = {side: _map_vectors(part.files[side]) for side in SIDES}
-        for start in range(0, part.rows, BLOCK_ROWS):
-            fields = list(islice(rows, min(BLOCK_ROWS, part.rows - start)))
-            ids = [_row_id(source, row, part_start + start + i) for i, row in enumerate(fields)]
-            skipped = min(max(0, skip - part_start - start), len(fields))
-            seen.update(row_id for row_id in ids[:skipped] if row_id is not None)
-            if skipped < len(fields):
-                block = {side: array[start + skipped : start + len(fields)] for side, array in vectors.items()}
-                yield _build_step(source, fields[skipped:], ids[skipped:], block, part_start + start + skipped, seen)
-        part_start += part.rows
+        for fields, vectors in part.blocks():
+            ids = [_row_id(source, row, first + i) for i, row in enumerate(fields)]
+            stored = [i for i, row_id in enumerate(ids) if row_id in done and row_id not in seen]
+            seen.update(row_id for i in stored if (row_id := ids[i]) is not None)
+            left = sorted(set(range(len(ids))) - set(stored))
+            some = {side: array[left] for side, array in vectors.items()}
+            numbers = [first + i for i in left]
+            step = _build_step(source, [fields[i] for i in left], [ids[i] for i in left], some, numbers, seen, encode)
+            origins = [origin] * (len(step.pairs) if step.pairs is not None else 0)
+            yield replace(step, items=len(ids), origins=origins, stored=len(stored))
+            first += len(fields)
 
 
 def _build_step(
@@ -124,34 +168,43 @@ def _build_step(
     fields: list[dict[str, Any]],
     ids: list[Id | None],
     vectors: Mapping[Side, np.ndarray],
-    first: int,
+    numbers: Sequence[int],
     seen: set[Id],
+    encode: EncodeCaptions | None,
 ) -> SourceStep:
     """The usable rows of one block as pairs, the others as rejects.
 
-    vectors: (R, D) of any float dtype.  first: the number of the block's first row.
+    vectors: (R, D) of any float dtype.  numbers: of the rows.
     """
     units: dict[Side, np.ndarray] = {}
     reasons: list[str | None] = [None] * len(ids)
-    for side in SIDES:
+    for side in vectors:
         units[side], lengths = _normalize(vectors[side])
         for row in np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0))).tolist():
             reasons[row] = reasons[row] or f"its {side} vector has length {lengths[row]:.3g}: it has no direction"
+    captions = [_caption(row) for row in fields]
+    rejects = list[Reject]()
     for row, row_id in enumerate(ids):
+        if "text" not in vectors and not captions[row]:
+            reasons[row] = reasons[row] or "no caption, and no text vector"
+        twice = reasons[row] is None and row_id is not None and row_id in seen
         reasons[row] = reasons[row] or _id_reject_reason(row_id, seen)
         if row_id is not None and reasons[row] is None:
             seen.add(row_id)
-    rejects = [
-        Reject(str(first + row if ids[row] is None else ids[row]), reason)
-        for row, reason in enumerate(reasons)
-        if reason is not None
-    ]
+        if (reason := reasons[row]) is not None:
+            name = str(numbers[row] if row_id is None else row_id)
+            rejects.append(Reject(name, reason, "duplicate" if twice else "reject"))
     usable = [row for row, reason in enumerate(reasons) if reason is None]
     if not usable:
         return SourceStep(None, len(ids), rejects)
-    records = [_record(fields[row], source.id_column) for row in usable]
+    records = [_record(fields[row], captions[row], source.id_column) for row in usable]
     pair_ids = np.array([ids[row] for row in usable], np.int64 if source.integer_ids else np.str_)
-    return SourceStep(Pairs(pair_ids, units["image"][usable], units["text"][usable], records), len(ids), rejects)
+    if "text" in units:
+        text = units["text"][usable]
+    else:
+        assert encode is not None, "the caller gives an encoder for image-only embeddings"  # noqa: S101
+        text = encode([captions[row] for row in usable])
+    return SourceStep(Pairs(pair_ids, units["image"][usable], text, records), len(ids), rejects)
 
 
 def _normalize(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -179,15 +232,22 @@ def _row_id(source: EmbeddingFolder, row: Mapping[str, Any], number: int) -> Id 
     return value if value is None or source.integer_ids else str(value)
 
 
-def _record(row: dict[str, Any], id_column: str | None) -> dict[str, Any]:
-    """The caption and the user's fields. The caption may be missing, since nothing is encoded."""
-    caption = row.get("caption")
+def _caption(row: Mapping[str, Any]) -> str:
+    """The caption of a row, "" for none: it may be missing where its vector is given."""
+    for name in ("caption", "text", "title"):
+        if isinstance(caption := row.get(name), str) and caption.strip():
+            return caption.strip()
+    return ""
+
+
+def _record(row: dict[str, Any], caption: str, id_column: str | None) -> dict[str, Any]:
+    """The caption and the user's fields."""
     fields = {
         "source_id" if name == "id" else name: value
         for name, value in row.items()
         if name not in ("caption", id_column)
     }
-    return {**fields, "caption": caption.strip() if isinstance(caption, str) else ""}
+    return {**fields, "caption": caption}
 
 
 def _files_by_number(folder: Path, name: str, suffix: str) -> dict[int, Path]:
@@ -204,8 +264,9 @@ def _files_by_number(folder: Path, name: str, suffix: str) -> dict[int, Path]:
 
 
 def _read_part(files: dict[str, Path]) -> EmbeddingPart:
-    image, text = _map_vectors(files["image"]), _map_vectors(files["text"])
-    counts = {"image": len(image), "text": len(text), "metadata": count_rows(files["metadata"])}
+    vectors = {kind: _map_vectors(files[kind]) for kind in files if kind != "metadata"}
+    counts = {**{kind: len(rows) for kind, rows in vectors.items()}, "metadata": count_rows(files["metadata"])}
+    image, text = vectors["image"], vectors.get("text", vectors["image"])
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{_short_path(files[kind])} {count}" for kind, count in counts.items())
         raise DataError(f"the parts do not have the same rows ({listed}): export them again")

@@ -4,7 +4,7 @@ Samples that cannot be used become rejects.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -56,15 +56,20 @@ def encode_samples(
         on_progress=on_progress,
     )
     for kept, image in images:
-        text = encode_texts([sample.caption for sample in kept], encoder)
-        yield Pairs(
-            ids=np.array([sample.id for sample in kept]),
-            image=image.vectors,
-            text=text.vectors,
-            records=[{**sample.metadata, "caption": sample.caption} for sample in kept],
-            image_key=image.key("trunk") if kinds["image"] == "trunk" else None,
-            text_key=text.key("trunk") if kinds["text"] == "trunk" else None,
-        )
+        yield pairs_of(kept, image, encoder, kinds)
+
+
+def pairs_of(kept: list[Sample], image: Encoded, encoder: Encoder, kinds: Mapping[Side, KeyKind]) -> Pairs:
+    """The pairs of samples whose images are encoded; their captions are encoded here."""
+    text = encode_texts([sample.caption for sample in kept], encoder)
+    return Pairs(
+        ids=np.array([sample.id for sample in kept]),
+        image=image.vectors,
+        text=text.vectors,
+        records=[{**sample.metadata, "caption": sample.caption} for sample in kept],
+        image_key=image.key("trunk") if kinds["image"] == "trunk" else None,
+        text_key=text.key("trunk") if kinds["text"] == "trunk" else None,
+    )
 
 
 def encode_steps(
@@ -73,36 +78,47 @@ def encode_steps(
     *,
     kinds: Mapping[Side, KeyKind],
     seen: set[Id],
-    skip: int = 0,
+    done: Mapping[str, Collection[Id]] | None = None,
     batch: int = 32,
     workers: int = 2,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[SourceStep]:
     """The blocks of `encode_samples` as steps of a build.
 
-    skip: the number of first samples that are neither decoded nor encoded; their ids are added to
-    `seen`.
+    done: by origin, the ids that an earlier run has stored: these are neither decoded nor encoded.
     """
-    stream = iter(samples)
-    seen.update(item.id for item in islice(stream, skip) if isinstance(item, Sample))
-    rejects, done = list[Reject](), list[int]()
-    blocks = encode_samples(
-        stream,
+    rejects, counted, stored = list[Reject](), list[int](), list[Id]()
+    images = encode_images(
+        _remaining(reject_duplicate_ids(samples, seen), done or {}, stored),
         encoder,
-        kinds=kinds,
         batch=batch,
         workers=workers,
         max_pixels=max_pixels,
         on_reject=rejects.append,
-        on_progress=done.append,
-        seen=seen,
+        on_progress=counted.append,
     )
-    for pairs in blocks:
-        yield SourceStep(pairs, sum(done), tuple(rejects))
-        done.clear()
-        rejects.clear()
-    if done:
-        yield SourceStep(None, sum(done), tuple(rejects))
+
+    def step(pairs: Pairs | None, origins: Sequence[str]) -> SourceStep:
+        made = SourceStep(pairs, sum(counted) + len(stored), tuple(rejects), origins, len(stored))
+        for each in (counted, rejects, stored):
+            each.clear()
+        return made
+
+    for kept, image in images:
+        yield step(pairs_of(kept, image, encoder, kinds), [sample.origin for sample in kept])
+    if counted or stored:
+        yield step(None, ())
+
+
+def _remaining(
+    items: Iterable[Sample | Reject], done: Mapping[str, Collection[Id]], stored: list[Id]
+) -> Iterator[Sample | Reject]:
+    """The items without the samples that an earlier run has stored, whose ids go to `stored`."""
+    for item in items:
+        if isinstance(item, Sample) and item.id in done.get(item.origin, ()):
+            stored.append(item.id)
+        else:
+            yield item
 
 
 def encode_images(
@@ -158,7 +174,7 @@ def reject_duplicate_ids(samples: Iterable[Sample | Reject], seen: set[Id] | Non
         if isinstance(item, Reject) or reason is None:
             yield item
         else:
-            yield Reject(item.id, reason)
+            yield Reject(item.id, reason, "duplicate" if item.id in seen else "reject")
         if isinstance(item, Sample):
             seen.add(item.id)
 

@@ -3,21 +3,27 @@
 A stream is a group of sample sources, a finished version, or a folder of embeddings.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count, groupby
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from index_store.build.dedup import Deduplicator
 from index_store.build.from_version import is_version, stored_manifest, stored_steps
 from index_store.build.source import BuildProgress, SourceStep
 from index_store.types import Id, KeyKind, Side
 from models.data.clip_retrieval import EmbeddingFolder, embedding_steps
-from models.data.encode import encode_steps
-from models.data.sources import SKIP_ALL, identity_files, read_all
+from models.data.encode import encode_steps, encode_texts
+from models.data.folders.files import digest_of, stamp
+from models.data.samples import Part, Reading, Sample, read_no_image
+from models.data.sources import PrefixedPart, open_sources
 from models.encoder.encoder import Encoder
 from models.encoder.image_io import MAX_PIXELS
+
+Stored = Mapping[str, Collection[Id]]  # ids that an earlier run has stored, by origin
+TEXT_BATCH = 256  # captions encoded at once beside embeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,119 +31,158 @@ class Stream:
     """One part of a build's input.
 
     name: for display.  items: their number, rejects included.
-    identity: a JSON value that changes when the input files do.
-    steps: (ids so far, items to skip) -> the remaining steps.
-    samples: the sample sources, empty where nothing is encoded.
+    origins: digests of its files, which change when these do.
+    steps: (ids so far, ids stored by an earlier run by origin) -> the remaining steps.
+    parts: of the sample sources, empty where no image is encoded.
     version: name@version of the version that is read, if it is one.
     """
 
     name: str
     items: int
-    identity: Any
-    steps: Callable[[set[Id], int], Iterator[SourceStep]]
-    samples: Sequence[Path] = ()
+    origins: frozenset[str]
+    steps: Callable[[set[Id], Stored], Iterator[SourceStep]]
+    parts: Sequence[Part] = ()
     version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How samples are encoded to pairs. Fields as in `read_samples` and `encode_samples`."""
+    """How samples are encoded to pairs. Fields as in `open_sources` and `encode_samples`."""
 
     encoder: Encoder
     kinds: Mapping[Side, KeyKind]
-    caption: str | None = None
+    reading: Reading = field(default_factory=Reading)
     batch: int = 32
     workers: int = 2
     max_pixels: int = MAX_PIXELS
 
 
-def count_items(sources: Iterable[Path], caption: str | None) -> int:
-    """The number of items of sample sources, rejects included. No image is read."""
-    return sum(1 for _ in read_all(sources, caption=caption, skip=SKIP_ALL))
+def count_parts(
+    parts: Sequence[Part], on_progress: Callable[[int], object] = lambda _: None
+) -> tuple[list[Part], list[int]]:
+    """The parts with ids that no two of them share, and the number of items of each.
+
+    No image is read. A part of which an earlier one has some ids gets a prefix of its own.
+    on_progress: called with the number of further items counted.
+    """
+    known, taken = set[str](), set[str]()
+    separate, counts = list[Part](), list[int]()
+    for part in parts:
+        own, items = set[str](), 0
+        for item in part.read(read_no_image):
+            items += 1
+            if isinstance(item, Sample):
+                own.add(item.id)
+            on_progress(1)
+        if shared := len(own & known):
+            prefix = _free_label(part.label, taken)
+            part, own = PrefixedPart(part, f"{prefix}/", shared), {f"{prefix}/{name}" for name in own}
+        taken.add(part.label)
+        known |= own
+        separate.append(part)
+        counts.append(items)
+    return separate, counts
 
 
-def build_streams(sources: Sequence[Path], encoding: Encoding, count: Callable[[Sequence[Path]], int]) -> list[Stream]:
+def _free_label(label: str, taken: set[str]) -> str:
+    labels = (label, *(f"{label}-{number}" for number in count(2)))
+    return next(each for each in labels if each not in taken)
+
+
+def build_streams(
+    sources: Sequence[Path], encoding: Encoding, on_progress: Callable[[int], object] = lambda _: None
+) -> list[Stream]:
     """One stream per group of consecutive sample sources, and one per finished version.
 
-    count: the number of items of sample sources, such as `count_items`.
+    on_progress: called with the number of further items counted.  Raises DataError.
     """
-    streams: list[Stream] = []
-    for versions, group in groupby(sources, is_version):
-        paths = list(group)
-        if versions:
-            streams += [version_stream(path, encoding.encoder.fingerprint, encoding.kinds) for path in paths]
-        else:
-            streams.append(sample_stream(paths, encoding, count(paths)))
-    return streams
+    opened = open_streams(sources, encoding.reading, on_progress)
+    return [
+        version_stream(found, encoding.encoder.fingerprint, encoding.kinds)
+        if isinstance(found, Path)
+        else sample_stream(found[0], found[1], encoding)
+        for found in opened
+    ]
 
 
-def sample_stream(sources: Sequence[Path], encoding: Encoding, items: int) -> Stream:
+def open_streams(
+    sources: Sequence[Path], reading: Reading, on_progress: Callable[[int], object] = lambda _: None
+) -> list[Path | tuple[list[Part], int]]:
+    """The finished versions among the sources, and the parts between them with their items.
+
+    It needs no encoder: a source that cannot be read is refused before a model is loaded.
+    """
+    found: list[Path | tuple[list[Part], int]] = []
+    groups = [(versions, list(group)) for versions, group in groupby(sources, is_version)]
+    opened = [paths if versions else open_sources(paths, reading) for versions, paths in groups]
+    parts, counts = count_parts([each for group in opened for each in group if not isinstance(each, Path)], on_progress)
+    at = 0
+    for group in opened:
+        if any(isinstance(each, Path) for each in group):
+            found += [each for each in group if isinstance(each, Path)]
+            continue
+        found.append((parts[at : at + len(group)], sum(counts[at : at + len(group)])))
+        at += len(group)
+    return found
+
+
+def sample_stream(parts: Sequence[Part], items: int, encoding: Encoding) -> Stream:
     """A stream that encodes images and captions. items: their number."""
 
-    def steps(seen: set[Id], skip: int) -> Iterator[SourceStep]:
-        samples = read_all(sources, caption=encoding.caption, skip=skip)
+    def steps(seen: set[Id], stored: Stored) -> Iterator[SourceStep]:
+        def skip(origin: str, name: str) -> bool:
+            return name in stored.get(origin, ())
+
         return encode_steps(
-            samples,
+            (item for part in parts for item in part.read(skip)),
             encoding.encoder,
             kinds=encoding.kinds,
             seen=seen,
-            skip=skip,
+            done=stored,
             batch=encoding.batch,
             workers=encoding.workers,
             max_pixels=encoding.max_pixels,
         )
 
-    identity = [
-        _file_stamps([file for source in sources for file in identity_files(source)]),
-        encoding.caption,
-        encoding.max_pixels,
-    ]
-    return Stream(", ".join(source.name for source in sources), items, identity, steps, sources)
+    origins = frozenset(origin for part in parts for origin in part.origins)
+    return Stream(", ".join(part.name for part in parts), items, origins, steps, parts)
 
 
 def version_stream(path: Path, encoder: str, kinds: Mapping[Side, KeyKind]) -> Stream:
     """A stream of the pairs of a finished version."""
     manifest = stored_manifest(path, encoder=encoder, kinds=kinds)
+    origin = digest_of("version", manifest.to_json())
 
-    def steps(seen: set[Id], skip: int) -> Iterator[SourceStep]:
-        return stored_steps(path, manifest, kinds=kinds, seen=seen, skip=skip)
+    def steps(seen: set[Id], stored: Stored) -> Iterator[SourceStep]:
+        return stored_steps(path, manifest, kinds=kinds, seen=seen, origin=origin, done=stored.get(origin, ()))
 
-    return Stream(manifest.ref, manifest.pairs, manifest.to_json(), steps, version=manifest.ref)
+    return Stream(manifest.ref, manifest.pairs, frozenset([origin]), steps, version=manifest.ref)
 
 
-def embedding_stream(source: EmbeddingFolder) -> Stream:
-    """A stream of precomputed embeddings."""
+def embedding_stream(source: EmbeddingFolder, encoder: Encoder) -> Stream:
+    """A stream of precomputed embeddings; captions without vectors are encoded."""
+    origin = digest_of("embeddings", [stamp(path) for path in source.files], source.id_column)
 
-    def steps(seen: set[Id], skip: int) -> Iterator[SourceStep]:
-        return embedding_steps(source, seen=seen, skip=skip)
+    def encode(captions: list[str]) -> np.ndarray:
+        blocks = [captions[at : at + TEXT_BATCH] for at in range(0, len(captions), TEXT_BATCH)]
+        return np.concatenate([encode_texts(block, encoder).vectors for block in blocks])
 
-    return Stream(source.name, source.rows, [_file_stamps(source.files), source.id_column], steps)
+    def steps(seen: set[Id], stored: Stored) -> Iterator[SourceStep]:
+        return embedding_steps(source, seen=seen, origin=origin, done=stored.get(origin, ()), encode=encode)
+
+    return Stream(source.name, source.rows, frozenset([origin]), steps)
 
 
 def chain_streams(
     streams: Iterable[Stream], done: BuildProgress, near: Deduplicator | None = None
 ) -> Iterator[SourceStep]:
-    """The steps of all streams that an earlier run has not done.
+    """The steps of all streams, without what an earlier run has stored.
 
     near: drops near-duplicate pairs, None = all are kept.
     """
+    seen, stored = set[Id](), done.stored()
+    steps = (step for stream in streams for step in stream.steps(seen, stored))
     if near is None:
-        return _remaining_steps(streams, done.items)
+        return steps
     near.restore(done.kept())
-    return near.filter(_remaining_steps(streams, done.items))
-
-
-def _remaining_steps(streams: Iterable[Stream], skip: int) -> Iterator[SourceStep]:
-    seen = set[Id]()
-    for stream in streams:
-        skipped = min(skip, stream.items)
-        skip -= skipped
-        yield from stream.steps(seen, skipped)
-
-
-def _file_stamps(files: Iterable[Path]) -> list[list[str | int]]:
-    """Path, size and modification time of each file.
-
-    Of a folder only the table counts: a stat of every image would take minutes.
-    """
-    return [[str(path.resolve()), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]
+    return near.filter(steps)

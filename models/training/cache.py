@@ -35,8 +35,7 @@ from index_store.storage.columns import Column
 from index_store.storage.layout import partial_folder as unfinished
 from index_store.storage.layout import rejects_path
 from index_store.types import SIDES, Id, KeyKind, Side, decode_ids, other
-from models.data.sources import SKIP_ALL, expand_sources
-from models.data.streams import Encoding, Stream, build_streams, chain_streams, count_items
+from models.data.streams import Encoding, Stream, build_streams, chain_streams
 from models.encoder.encoder import Encoded
 from models.errors import DataError
 from models.fusion.checkpoint import read_tensors, write_tensors
@@ -74,15 +73,14 @@ def prepare_pairs(folder: Path, sources: Sequence[Path], encoding: Encoding) -> 
     """The pairs of all sources, encoded unless they lie in the folder already; DataError where no
     source holds any.
     """
-    sources = expand_sources(sources)
     names = ", ".join(source.name for source in sources)
-    identity = {"streams": [stream.identity for stream in build_streams(sources, encoding, lambda _: SKIP_ALL)]}
+    streams = build_streams(sources, encoding)
+    identity = {"streams": [sorted(stream.origins) for stream in streams], "max_pixels": encoding.max_pixels}
     digest = BuildSource(identity, lambda _: ()).digest(
         encoder=encoding.encoder.fingerprint, kinds=dict(encoding.kinds)
     )
     path, before = folder / "pairs" / digest[:16], None
     if not path.exists():
-        streams = build_streams(sources, encoding, partial(count_items, caption=encoding.caption))
         done = list[BuildProgress]()
         try:
             _encode(path, BuildSource(identity, partial(_steps, streams, done)), digest, encoding.kinds)
@@ -100,10 +98,10 @@ def _steps(streams: Sequence[Stream], runs: list[BuildProgress], done: BuildProg
     runs.append(done)
     items = sum(stream.items for stream in streams)
     with progress(items, "encode") as meter:
-        meter.start_at(done.items)
+        meter.start_at(done.pairs)
         for step in chain_streams(streams, done):
             yield step
-            meter.advance(step.items)
+            meter.advance(step.items - step.stored)
 
 
 def _encode(path: Path, job: BuildSource, digest: str, kinds: Mapping[Side, KeyKind]) -> None:

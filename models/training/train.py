@@ -18,6 +18,7 @@ import torch
 
 from index_store.store import Store
 from index_store.types import SIDES, KeyKind, Side
+from models.data.samples import Reading
 from models.data.streams import Encoding
 from models.encoder.encoder import Encoder
 from models.errors import ConfigError
@@ -134,7 +135,7 @@ def _episode(episode: EpisodeConfig, config: TrainConfig, reco: Reco, folder: Pa
     kinds: dict[Side, KeyKind] = {side: snapshot.key_kind(side) for side in SIDES}
     limits: dict[Side, float | None] = {"image": episode.max_image_similarity, "text": episode.max_text_similarity}
     sources = [expanded(source) for source in episode.sources]
-    pairs = prepare_pairs(folder, sources, Encoding(reco.encoder, kinds, episode.caption))
+    pairs = prepare_pairs(folder, sources, Encoding(reco.encoder, kinds, Reading(episode.caption)))
     return look_up_prepared(folder, pairs, Asking(snapshot, reco, config.k, limits))
 
 

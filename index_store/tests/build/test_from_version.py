@@ -12,10 +12,12 @@ from index_store.tests.support.small import ENCODER, TRUNKS, VECTORS, build_memo
 from index_store.types import Id, Pairs
 
 
-def stored(path: Path, *, trunks: bool = False, seen: set[Id] | None = None, skip: int = 0) -> list[SourceStep]:
+def stored(
+    path: Path, *, trunks: bool = False, seen: set[Id] | None = None, done: set[Id] | None = None
+) -> list[SourceStep]:
     kinds = TRUNKS if trunks else VECTORS
     manifest = stored_manifest(path, encoder=ENCODER, kinds=kinds)
-    return list(stored_steps(path, manifest, kinds=kinds, seen=set() if seen is None else seen, skip=skip))
+    return list(stored_steps(path, manifest, kinds=kinds, seen=set() if seen is None else seen, done=done or ()))
 
 
 @pytest.mark.parametrize("ints", [False, True])
@@ -48,7 +50,7 @@ def test_keys_that_are_not_asked_for_are_left(tmp_path: Path) -> None:
 def test_ids_that_are_taken_are_rejected_and_rows_passed_over_are_taken(tmp_path: Path) -> None:
     build_memory(tmp_path, some_pairs(10), shard_pairs=4)
     path, seen = Store(tmp_path).path("things", "v1"), set[Id]({"pair-7"})
-    found = stored(path, seen=seen, skip=5)
+    found = stored(path, seen=seen, done={f"pair-{i}" for i in range(5)})
     assert [name for step in found if step.pairs for name in step.pairs.ids.tolist()] == [
         "pair-5",
         "pair-6",
@@ -56,7 +58,7 @@ def test_ids_that_are_taken_are_rejected_and_rows_passed_over_are_taken(tmp_path
         "pair-9",
     ]
     assert [reject.item for step in found for reject in step.rejects] == ["pair-7"]
-    assert sum(step.items for step in found) == 5
+    assert (sum(step.items for step in found), sum(step.stored for step in found)) == (10, 5)
     assert seen == {f"pair-{i}" for i in range(10)}
 
 

@@ -20,7 +20,7 @@ import pytest
 from index_store.build.build import build_version
 from index_store.build.source import BuildProgress, BuildSource, Reject, SourceStep
 from index_store.build.staging import NOTES
-from index_store.errors import PairsRefused, RecallTooLow, StoreBusy, StoreUnwritable
+from index_store.errors import PairsRefused, RecallTooLow, StoreBusy, StoreUnwritable, VersionExists
 from index_store.storage.manifest import Manifest
 from index_store.store import Store
 from index_store.tests.build.test_crash import limited
@@ -51,18 +51,34 @@ class Source:
         self.began.append(done)
         if self.log is not None:
             with self.log.open("a") as file:
-                file.write(f"{done.items}\n")
-        for start in range(done.items, self.items, BLOCK):
+                file.write(f"{done.pairs}\n")
+        stored = {name for ids in done.stored().values() for name in ids}
+        for start in range(0, self.items, BLOCK):
             if self.stop_at is not None and start >= self.stop_at:
                 raise self.error
+            pairs, reject = self._pairs(start), Reject(f"bad-{start}", "no caption")
+            if pairs is not None and stored.issuperset(pairs.ids.tolist()):
+                yield SourceStep(None, BLOCK, [reject], stored=len(pairs))
+                continue
             time.sleep(self._pause_s)
-            self.encoded += BLOCK
-            yield SourceStep(self._pairs(start), BLOCK, [Reject(f"bad-{start}", "no caption")])
+            self.encoded += 0 if pairs is None else len(pairs)
+            origins = [self.origin(start)] * (0 if pairs is None else len(pairs))
+            yield SourceStep(pairs, BLOCK, [reject], origins)
+
+    @staticmethod
+    def origin(start: int) -> str:
+        """The file of an item: each holds 500."""
+        return f"file-{start // 500}"
 
     def _pairs(self, start: int) -> Pairs | None:
         if start == 2 * BLOCK:
             return None  # a step of rejects alone
         return some_pairs(BLOCK - 1, 16, seed=start, first=start, key_width=self._key_width, ints=self._ints)
+
+
+def pairs_of(items: int) -> int:
+    """How many of the first items are pairs."""
+    return items // BLOCK * (BLOCK - 1) - (BLOCK - 1) * (items > 2 * BLOCK)
 
 
 def build(root: Path, job: BuildSource, version: str | None = "v1", **options: Any) -> Manifest:
@@ -103,8 +119,8 @@ def test_a_stopped_build_goes_on_and_equals_a_whole_one(tmp_path: Path, stop_at:
     assert Store(tmp_path / "halves").names() == []
     source.stop_at = None
     build(tmp_path / "halves", source.job(), **kinds)
-    assert [done.items for done in source.began] == [0, stop_at]
-    assert source.encoded == source.items
+    assert [done.pairs for done in source.began] == [0, pairs_of(stop_at)]
+    assert source.encoded == pairs_of(source.items)
     same(tmp_path / "whole", tmp_path / "halves")
 
 
@@ -116,7 +132,6 @@ def test_what_was_kept_is_given_back(tmp_path: Path) -> None:
     seen: list[tuple[list[str], np.ndarray, np.ndarray]] = []
 
     def steps(done: BuildProgress) -> Iterator[SourceStep]:
-        assert [reject.item for reject in done.rejects()] == [f"bad-{start}" for start in range(0, 900, BLOCK)]
         blocks = list(done.kept())
         seen.append(
             (
@@ -152,13 +167,12 @@ def test_without_a_name_the_same_version_is_found_again(tmp_path: Path) -> None:
     source = stopped(tmp_path, None)
     build(tmp_path, Source(500).job(), "0-another")
     manifest = build(tmp_path, source.job(), None)
-    assert source.began[-1].items == 800
+    assert source.began[-1].pairs == pairs_of(800)
     assert Store(tmp_path).versions("things") == ["0-another", manifest.version]
     assert not list((tmp_path / "things").glob(".*"))
 
 
 CHANGES: dict[str, Callable[[Source], tuple[BuildSource, dict[str, Any]]]] = {
-    "fresh": lambda source: (source.job(fresh=True), {}),
     "sources": lambda source: (source.job(identity={"items": "others"}), {}),
     "encoder": lambda source: (source.job(), {"encoder": "tiny/test@ffff00001111"}),
     "shard size": lambda source: (source.job(), {"shard_pairs": 300}),
@@ -166,18 +180,50 @@ CHANGES: dict[str, Callable[[Source], tuple[BuildSource, dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_another_job_begins_anew_and_says_so(tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_job_never_takes_the_place_of_an_unfinished_build(tmp_path: Path, change: str) -> None:
     source = stopped(tmp_path)
     job, options = CHANGES[change](source)
-    manifest = build(tmp_path, job, **options)
-    assert source.began[-1].items == 0
-    assert manifest.pairs == 29 * (BLOCK - 1)
-    assert "things: an interrupted build of 800 items is forgotten" in caplog.text
+    with pytest.raises(VersionExists, match=rf"things@v1 is the unfinished build of .* with {pairs_of(800)} pairs"):
+        build(tmp_path, job, **options)
+    other = build(tmp_path, job, None, **options)
+    assert other.version != "v1"
+    build(tmp_path, source.job())
+    assert source.began[-1].pairs == pairs_of(800)
 
 
-@pytest.mark.parametrize(
-    "file", [".progress.json", ".ids.jsonl", ".rejects.jsonl", "shard-0001/text.npy", "shard-0001/records.jsonl"]
-)
+def test_a_trial_of_other_files_takes_another_name(tmp_path: Path) -> None:
+    source = stopped(tmp_path, None)
+    (work,) = (tmp_path / "things").glob(".*.partial")
+    trial = build(tmp_path, replace(Source(100).job(identity={"items": 1500}), origins={"file-7"}), None)
+    assert f".{trial.version}.partial" != work.name
+    assert work.exists()
+    manifest = build(tmp_path, source.job(), None)
+    assert f".{manifest.version}.partial" == work.name
+
+
+@pytest.mark.parametrize("file", [0, 1])
+def test_a_build_goes_on_at_the_first_file_that_changed(tmp_path: Path, file: int) -> None:
+    build(tmp_path / "whole", Source().job())
+    source = stopped(tmp_path / "halves")
+    origins = {f"file-{number}" for number in range(4)} - {f"file-{file}"}
+    job = replace(source.job(), origins=origins)
+    if not file:
+        with pytest.raises(VersionExists):
+            build(tmp_path / "halves", job)
+        job = replace(job, fresh=True)
+    build(tmp_path / "halves", job)
+    assert source.began[-1].pairs == pairs_of(500 * file)
+    same(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_a_fresh_build_begins_anew_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = stopped(tmp_path)
+    build(tmp_path, source.job(fresh=True))
+    assert source.began[-1].pairs == 0
+    assert f"things: an interrupted build of {pairs_of(800)} pairs is forgotten, as asked" in caplog.text
+
+
+@pytest.mark.parametrize("file", [".progress.json", ".ids.jsonl", "shard-0001/text.npy", "shard-0001/records.jsonl"])
 @pytest.mark.parametrize("harm", ["cut", "gone"])
 def test_a_damaged_leftover_is_not_gone_on_from(tmp_path: Path, file: str, harm: str) -> None:
     build(tmp_path / "whole", Source().job())
@@ -188,7 +234,7 @@ def test_a_damaged_leftover_is_not_gone_on_from(tmp_path: Path, file: str, harm:
     else:
         path.unlink()
     build(tmp_path / "halves", source.job())
-    assert source.began[-1].items == 0
+    assert source.began[-1].pairs == 0
     same(tmp_path / "whole", tmp_path / "halves")
 
 
@@ -205,7 +251,7 @@ def test_what_lies_beyond_the_checkpoint_is_cut_off(tmp_path: Path) -> None:
     (work / "shard-0009" / "image.npy").write_bytes(b"begun")
     (work / "manifest.json").write_text("{}")
     build(tmp_path / "halves", source.job())
-    assert source.began[-1].items == 800
+    assert source.began[-1].pairs == pairs_of(800)
     same(tmp_path / "whole", tmp_path / "halves")
 
 
@@ -214,8 +260,8 @@ def test_a_failure_after_the_last_row_costs_no_row(tmp_path: Path) -> None:
     with pytest.raises(RecallTooLow, match="SQ4"):
         build(tmp_path, source.job(), index="SQ4")
     build(tmp_path, source.job(), index="Flat")
-    assert [done.items for done in source.began] == [0, 1500]
-    assert source.encoded == 1500
+    assert [done.pairs for done in source.began] == [0, pairs_of(1500)]
+    assert source.encoded == pairs_of(1500)
     build(tmp_path / "whole", Source().job())
     same(tmp_path / "whole", tmp_path)
 
@@ -227,7 +273,7 @@ def test_an_error_of_the_source_keeps_what_was_done(tmp_path: Path) -> None:
         build(tmp_path, source.job())
     source.stop_at = None
     build(tmp_path, source.job())
-    assert source.began[-1].items == 600
+    assert source.began[-1].pairs == pairs_of(600)
 
 
 def test_refused_pairs_leave_nothing_to_go_on_from(tmp_path: Path) -> None:
@@ -262,7 +308,7 @@ def test_a_leftover_held_by_the_living_is_not_gone_on_from(tmp_path: Path) -> No
         with pytest.raises(StoreBusy):
             build(tmp_path, source.job(), None)
     build(tmp_path, source.job(), None)
-    assert source.began[-1].items == 800
+    assert source.began[-1].pairs == pairs_of(800)
 
 
 def test_without_a_job_nothing_is_remembered(tmp_path: Path) -> None:
@@ -329,7 +375,7 @@ def test_a_full_disk_costs_only_what_came_after_the_checkpoint(tmp_path: Path) -
     assert done.stdout.count("\n") == 1
     source = Source()
     build(tmp_path / "store", source.job(), shard_pairs=10_000)
-    assert 400 <= source.began[0].items < 1500
+    assert 300 <= source.began[0].pairs < pairs_of(1500)
     same(tmp_path / "whole", tmp_path / "store")
 
 

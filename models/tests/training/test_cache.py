@@ -12,6 +12,7 @@ import pytest
 from index_store.build.source import BuildSource
 from index_store.store import Store
 from index_store.types import SIDES, Pairs
+from models.data.samples import Reading
 from models.data.streams import Encoding
 from models.encoder.encoder import Encoder
 from models.reco import Reco
@@ -40,7 +41,7 @@ def deadly(work, calls):
     return counted
 
 def steps(streams, done):
-    yield from map(deadly(lambda step: step, 2 if done.items == 0 else 99), chain_streams(streams, done))
+    yield from map(deadly(lambda step: step, 2 if done.pairs == 0 else 99), chain_streams(streams, done))
 
 train.Encoding, prepared.BLOCK = partial(train.Encoding, batch=8), 8
 prepared.BuildSource = partial(prepared.BuildSource, every_pairs=1, least_s=0.0)
@@ -130,7 +131,7 @@ def test_on_disk_and_in_memory_the_same_is_found(
 ) -> None:
     snapshot = Store(Path(TrainConfig.read(recipe).store)).open("things", encoder=encoder.fingerprint)
     pairs = prepare_pairs(
-        tmp_path, [photos], Encoding(encoder, {"image": "vector", "text": "vector"}, "a photo of {class}")
+        tmp_path, [photos], Encoding(encoder, {"image": "vector", "text": "vector"}, Reading("a photo of {class}"))
     )
     episode = look_up_prepared(tmp_path, pairs, Asking(snapshot, reco, 4, {"image": 0.9}))
     records = [{"caption": str(number)} for number in pairs.captions]

@@ -40,9 +40,10 @@ class Data:
 
     def __iter__(self) -> Iterator[Sample | Reject]:
         """The items, read anew each time."""
+        from models.data.samples import Reading
         from models.data.sources import read_all
 
-        return islice(read_all(self.sources, caption=self.caption), self.limit)
+        return islice(read_all(self.sources, Reading(self.caption)), self.limit)
 
 
 def open_memory(settings: Settings) -> tuple[Reco, Snapshot]:
@@ -138,7 +139,7 @@ def encode_captioned(data: Data, reco: Reco) -> Captioned:
 
 def read_rival(options: AblateOptions, data: Data, names: Sequence[str]) -> Rival | None:
     """The pairs that full fine-tuning and the fusion both learn from, None without --tune-on."""
-    from models.data.samples import Sample
+    from models.data.samples import Reading, Sample
     from models.data.sources import read_all
     from models.evaluation.finetune import Tuning
     from models.evaluation.queries import encode_photos
@@ -146,7 +147,7 @@ def read_rival(options: AblateOptions, data: Data, names: Sequence[str]) -> Riva
 
     if not options.tune_on:
         return None
-    found = [item for item in read_all(options.tune_on, caption=options.tune_caption) if isinstance(item, Sample)]
+    found = [item for item in read_all(options.tune_on, Reading(options.tune_caption)) if isinstance(item, Sample)]
     drawn = np.random.default_rng(0).permutation(len(found))[: options.tune_pairs]
     return Rival(
         [found[row] for row in sorted(drawn.tolist())],

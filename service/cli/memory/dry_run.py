@@ -18,8 +18,7 @@ from index_store.build.index import FLAT, candidates
 from index_store.build.source import Reject
 from index_store.types import SIDES, Id, Pairs
 from models.data.encode import encode_images, encode_texts, reject_duplicate_ids
-from models.data.samples import Sample
-from models.data.sources import read_all
+from models.data.samples import Sample, read_all_images
 from models.data.streams import Encoding, Stream
 from models.encoder.image_io import check_header
 from models.errors import ImageError
@@ -65,10 +64,10 @@ def estimate(
 
     index, shard_pairs: as given to the build.  near: what drops near-duplicates, None for nothing.
     """
-    found, to_encode = BuildEstimate(), sum(stream.items for stream in streams if stream.samples)
+    found, to_encode = BuildEstimate(), sum(stream.items for stream in streams if stream.parts)
     for stream in streams:
         found.items += stream.items
-        if stream.samples:
+        if stream.parts:
             _read_headers(stream, encoding, found)
         else:
             _read_vectors(stream, found, near)
@@ -106,7 +105,8 @@ def estimate_bytes(found: BuildEstimate, encoding: Encoding, index: str, shard_p
 def _read_headers(stream: Stream, encoding: Encoding, found: BuildEstimate) -> None:
     """Count the items of a stream by their image headers; then encode one batch of those kept."""
     batch: list[Sample] = []
-    for item in reject_duplicate_ids(read_all(stream.samples, caption=encoding.caption), found.seen):
+    items = (item for part in stream.parts for item in part.read(read_all_images))
+    for item in reject_duplicate_ids(items, found.seen):
         checked = _check_header(item, encoding.max_pixels)
         if isinstance(checked, Reject):
             found.reject(checked)
@@ -130,7 +130,7 @@ def _check_header(item: Sample | Reject, max_pixels: int) -> Sample | Reject:
 
 def _read_vectors(stream: Stream, found: BuildEstimate, near: Deduplicator | None) -> None:
     """Count a stream whose vectors exist, by the same steps as a build."""
-    steps = stream.steps(found.seen, 0)
+    steps = stream.steps(found.seen, {})
     for step in steps if near is None else near.filter(steps):
         for reject in step.rejects:
             found.reject(reject)

@@ -137,10 +137,12 @@ def test_a_version_is_a_source_and_near_duplicates_are_dropped(crops: Path, buil
     ]
     assert len(reasons) == dropped
     assert all(re.fullmatch(r"near-duplicate of \d{3}\.jpg \(cosine \d\.\d{3}\)", reason) for reason in reasons)
+    reco("memory", "import", "fewer", version, "--dedup", "0.9", "--version", "v2", *store)
     after = reco("memory", "import", "fewer", version, "--version", "a", "--keep", "1", *store)
-    assert "fewer@v1 is deleted: the newest 1 are kept" in after.stdout, after.stderr
-    assert Store(tmp_path).versions("fewer") == ["a"]  # the one built last, though its name comes first
-    assert not (tmp_path / "fewer" / "rejects-v1.jsonl").exists()
+    assert "fewer@v2 is deleted: the newest 1 are kept" in after.stdout, after.stderr
+    # the one built last, though its name comes first, and the one that became current as the first
+    assert Store(tmp_path).versions("fewer") == ["a", "v1"]
+    assert not (tmp_path / "fewer" / "rejects-v2.jsonl").exists()
 
 
 def test_a_retention_of_nothing_is_wrong_usage(crops: Path, tmp_path: Path) -> None:

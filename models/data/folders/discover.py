@@ -1,0 +1,135 @@
+"""What a folder holds: tables, tars and photos, and which of these belong together."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from models.data.archives.members import is_tar_name
+from models.data.folders.files import is_hidden, is_image, walk_folder
+from models.data.samples import Reading
+from models.data.tables.table import KINDS, open_table
+from models.errors import DataError
+
+# Tables by name, the first that a folder holds is meant; a table of another name must have known
+# columns.
+PREFERRED = ("captions", "metadata")
+QUIET = (".txt", ".token", ".json")  # files of these kinds that are no tables are nothing special
+NO_TABLES = ("_stats.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+
+@dataclass(slots=True)
+class Places:
+    """What one folder holds.
+
+    tables: (file, folder that holds its images).  photos: (folder relative to the root, its files).
+    notes: what is left alone.
+    """
+
+    tables: list[tuple[Path, Path]] = field(default_factory=list)
+    tars: list[Path] = field(default_factory=list)
+    photos: list[tuple[Path, list[str]]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to read."""
+        return bool(self.tables or self.tars or self.photos)
+
+
+def find_places(root: Path, reading: Reading) -> Places:
+    """Walk a folder and tell its tables, tars and photos apart.
+
+    Raises DataError where a folder holds two tables of captions, of which one must be meant.
+    """
+    places, tables, links = Places(), list[Path](), 0
+    for folder, folders, files in walk_folder(root, follow_links=reading.follow_links):
+        if not reading.follow_links:
+            links += sum((folder / name).is_symlink() for name in folders)
+        if "dataset_info.json" in files and any(name.endswith(".arrow") for name in files):
+            places.tables += [(path, folder) for path in _arrow_files(folder, files)]
+            folders.clear()
+            continue
+        places.tars += [folder / name for name in files if is_tar_name(name) and not is_hidden(name)]
+        tables += _find_tables(folder, folders, files, reading, places.notes)
+        if any(is_image(name) and not is_hidden(name) for name in files):
+            places.photos.append((folder.relative_to(root), files))
+    if links:
+        places.notes.append(f"{links} linked folders are not entered: --follow-links enters them")
+    places.tars.sort()
+    _assign_photos(root, tables, places)
+    return places
+
+
+def _find_tables(
+    folder: Path, folders: Sequence[str], files: Sequence[str], reading: Reading, notes: list[str]
+) -> list[Path]:
+    """The tables of one folder that name images."""
+    images = {Path(name).stem for name in files if is_image(name)}
+    shards = {*folders, *(name.partition(".")[0] for name in files if is_tar_name(name))}
+    found = [
+        folder / name
+        for name in files
+        if Path(name).suffix.lower() in KINDS
+        and not is_hidden(name)
+        and not name.endswith(NO_TABLES)
+        and Path(name).stem not in images
+        and not (name.endswith(".parquet") and Path(name).stem in shards)  # what img2dataset writes beside its output
+    ]
+    for stem in PREFERRED:
+        named = [path for path in found if path.stem.lower() == stem and path.suffix.lower() not in (".json", ".txt")]
+        if len(named) > 1:
+            raise DataError(
+                f"{folder.resolve().name} holds {' and '.join(path.name for path in named)}: keep the one that is meant"
+            )
+        if named:
+            return named
+    return list(_known_tables(found, reading, notes))
+
+
+def _known_tables(found: Sequence[Path], reading: Reading, notes: list[str]) -> Iterator[Path]:
+    """The tables whose columns are known, or that are damaged: the build names these."""
+    for path in found:
+        try:
+            open_table(path, reading)
+        except DataError as error:
+            if path.suffix.lower() in QUIET:
+                continue
+            if "has the columns" in str(error) and len(found) > 1:
+                notes.append(f"{path.name} is left alone: {error}")
+                continue
+        yield path
+
+
+def _arrow_files(folder: Path, files: Sequence[str]) -> list[Path]:
+    """The data files of a `save_to_disk` folder, in their order."""
+    try:
+        listed = json.loads((folder / "state.json").read_bytes())["_data_files"]
+        return [folder / each["filename"] for each in listed]
+    except (OSError, ValueError, KeyError, TypeError):
+        return [folder / name for name in files if name.endswith(".arrow")]
+
+
+def _assign_photos(root: Path, tables: Sequence[Path], places: Places) -> None:
+    """Give each table the folder of its images; photos of a table are no photos of their own."""
+    with_photos = [root / folder for folder, _ in places.photos]
+    taken: list[Path] = []
+    for table in tables:
+        own = table.parent
+        if any(other != own and own.is_relative_to(other) for other in taken):
+            places.notes.append(f"{table.name} of {own.name} is left alone: a table above names its photos")
+            continue
+        base = own if any(folder.is_relative_to(own) for folder in with_photos) else root
+        holds_images = table.suffix.lower() in (".arrow", ".feather")
+        places.tables.append((table, base))
+        if not holds_images and with_photos:
+            taken.append(base)
+    places.photos = [
+        (folder, files)
+        for folder, files in places.photos
+        if not any((root / folder).is_relative_to(base) for base in taken)
+    ]
+    left = [tar for tar in places.tars if any(tar.is_relative_to(table.parent) for table in tables)]
+    if left and tables:
+        places.tars = [tar for tar in places.tars if tar not in left]
+        places.notes.append(f"{len(left)} tars beside a table are left alone: name them as sources of their own")

@@ -1,0 +1,1 @@
+"""Readers of tables (delimited text, JSON, spreadsheets, parquet, arrow) as rows of JSON values."""
