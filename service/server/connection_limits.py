@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import resource
 import socket
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ __all__ = ["ConnectionLimits", "LimitedProtocol"]
 MAX_HEAD_BYTES = 64 * 2**10
 LINGER_S = 5.0  # for the rest of a body whose request is already answered
 MIN_SEND_BYTES = 4096  # a second, of a reply that a caller reads
+MAX_PIPELINED = 64  # requests that wait on one connection for the reply to the one before
+FILES_SHARE = 0.75  # of the files that the process may open, for the connections of one address
 
 
 @dataclass(eq=False)
@@ -28,25 +31,47 @@ class ConnectionLimits:
     """What all connections of one server share.
 
     head_s, send_s: seconds.  per_address: connections of one peer address; trusted peers are
-    proxies and have no limit here.
-    State: the open connections by address.
+    proxies and have no limit here.  unread_bytes: of all replies that callers have yet to read.
+    State: the open connections by address, and those with an unread reply, longest first.
     """
 
     head_s: float = 30.0
     send_s: float = 30.0
     per_address: int = 1024
     trusted: tuple[Network, ...] = ()
+    unread_bytes: int = 512 * 2**20
     connections: Counter[str] = field(default_factory=Counter)
+    unread: dict[asyncio.Transport, None] = field(default_factory=dict)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> ConnectionLimits:
-        """The operator's limits."""
-        per_address, trusted = settings.max_connections_per_address, settings.trusted_proxies
-        return cls(settings.receive_s, settings.send_s, per_address, trusted)
+        """The operator's limits; one address never takes all files that the process may open."""
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        per_address = settings.max_connections_per_address
+        if files != resource.RLIM_INFINITY:
+            per_address = min(per_address, max(1, int(FILES_SHARE * files)))
+        return cls(
+            settings.receive_s, settings.send_s, per_address, settings.trusted_proxies, settings.max_inflight_bytes
+        )
 
     def trusts(self, address: str) -> bool:
         """Whether a peer is a proxy of the operator's."""
         return any(ipaddress.ip_address(address) in network for network in self.trusted)
+
+    def hold_unread(self, transport: asyncio.Transport) -> None:
+        """Count a reply as unread; where all are too large, end the connections that have waited
+        longest for their readers.
+        """
+        self.unread.setdefault(transport)
+        sizes = {each: each.get_write_buffer_size() for each in self.unread}
+        self.unread = dict.fromkeys(each for each, size in sizes.items() if size)
+        excess = sum(sizes.values()) - self.unread_bytes
+        for each in list(self.unread):
+            if excess <= 0:
+                break
+            excess -= sizes[each]
+            del self.unread[each]
+            each.abort()
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -54,7 +79,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     A head must be complete within `head_s` seconds of the connection or, on a connection that is
     kept alive, of its first byte. A reply must be read at MIN_SEND_BYTES a second, looked at every
-    `send_s` seconds; a body that goes on after its reply is read for LINGER_S.
+    `send_s` seconds; a body that goes on after its reply is read for LINGER_S. At most
+    MAX_PIPELINED requests wait on it. Empty lines between requests do not prolong its rest.
     State: the timers of an incomplete head, of an unread reply and of an unfinished body; the bytes
     of the head so far, and of the reply at the last look.
     """
@@ -96,12 +122,16 @@ class LimitedProtocol(HttpToolsProtocol):
                 timer.cancel()
         if self._address is not None:
             self.limits.connections -= Counter((self._address,))  # an address without any is forgotten
+        self.limits.unread.pop(self.transport, None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Count the bytes of an incomplete head."""
-        running = self._timer
+        running, rest = self._timer, self.timeout_keep_alive_task
         super().data_received(data)
+        if self._is_resting() and self.timeout_keep_alive_task is None:  # uvicorn has ended its timer
+            until = self.loop.time() + self.timeout_keep_alive if rest is None else rest.when()
+            self.timeout_keep_alive_task = self.loop.call_at(until, self.timeout_keep_alive_handler)
         # still the same head: bytes that end one request and begin another are not counted
         if running is not None and self._timer is running:
             self._head_bytes += len(data)
@@ -119,15 +149,21 @@ class LimitedProtocol(HttpToolsProtocol):
             self._send_timer = None
 
     def on_headers_complete(self) -> None:
-        """Stop the timer: the head is complete."""
+        """Stop the timer: the head is complete.
+
+        Raises RuntimeError, which the parser answers with 400, for a request too many that waits.
+        """
         self._stop_timer()
         super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED:
+            raise RuntimeError(f"more than {MAX_PIPELINED} requests wait on one connection")
 
     def on_message_complete(self) -> None:
         """Stop the timer of a body that went on after its reply."""
         if self._linger_timer is not None:
             self._linger_timer.cancel()
             self._linger_timer = None
+            self.cycle.more_body = False
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -146,6 +182,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def _watch_reply(self) -> None:
         """Look again in `send_s` seconds, unless a look is due or all is sent."""
         unread = self.transport.get_write_buffer_size()
+        if unread:
+            self.limits.hold_unread(self.transport)
         if unread and self._send_timer is None:
             self._send_timer = self.loop.call_later(self.limits.send_s, self._check_reply, unread)
 
@@ -157,6 +195,11 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.abort()
         else:
             self._watch_reply()
+
+    def _is_resting(self) -> bool:
+        """Whether all that came is answered and no request has begun."""
+        answered = self.cycle is not None and self.cycle.response_complete and not self.cycle.more_body
+        return answered and self._timer is None and not self.transport.is_closing()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -108,6 +108,55 @@ def test_a_body_that_goes_on_after_its_reply_is_not_read_for_ever(limited: Serve
                 connection.sendall(b" ")
                 time.sleep(0.5)
     wait_for_sockets(limited, before)
+
+
+def test_a_connection_that_rests_after_a_late_body_is_closed(limited: Server) -> None:
+    """The body ends after its reply, and nothing follows."""
+    before = open_sockets(limited)
+    with connected(limited) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n")
+        assert connection.recv(4096).split()[1] == b"200"
+        connection.sendall(b"{}")
+        wait_for_sockets(limited, before)
+
+
+def test_empty_lines_do_not_keep_a_connection(limited: Server) -> None:
+    with connected(limited) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(4096).split()[1] == b"200"
+        end = time.monotonic() + 15
+        with pytest.raises(OSError, match=r"pipe|reset"):
+            while time.monotonic() < end:
+                connection.sendall(b"\r\n")
+                time.sleep(0.3)
+
+
+def test_requests_that_wait_on_one_connection_are_limited(limited: Server) -> None:
+    with connected(limited) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+        received = b""
+        with suppress(ConnectionResetError):
+            while part := connection.recv(2**20):
+                received += part
+    assert received.count(b"HTTP/1.1 200") < 1000
+    assert received.count(b"HTTP/1.1 400") <= 1
+
+
+def test_replies_that_nobody_reads_are_limited_together(tmp_path: Path) -> None:
+    body = json.dumps({"texts": ["a"] * 256, "plain": True}).encode()
+    with serving(tmp_path, RECO_MAX_BODY_BYTES="100000", RECO_MAX_INFLIGHT_BYTES="100000") as server:
+        with server.client() as client:
+            client.get("/livez")
+        before = open_sockets(server)
+        with ExitStack() as stack:
+            for _ in range(4):  # twelve replies of each are more than the kernel's buffers hold
+                connection = stack.enter_context(connected(server))
+                connection.sendall((head(len(body)) + body) * 12)
+                assert connection.recv(1) == b"H"
+            end = time.monotonic() + 20  # long before send_s
+            while open_sockets(server) > before + 1 and time.monotonic() < end:
+                time.sleep(0.05)
+            assert open_sockets(server) <= before + 1
 
 
 def test_connections_of_one_address_are_limited(limited: Server) -> None:

@@ -3,10 +3,12 @@ in silence.
 """
 
 import inspect
+import resource
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.server.connection_limits import ConnectionLimits, LimitedProtocol
+from service.settings import Settings
 
 
 def test_every_overridden_method_is_one_of_uvicorn() -> None:
@@ -24,3 +26,12 @@ def test_every_overridden_method_is_one_of_uvicorn() -> None:
 def test_the_limit_belongs_to_one_class() -> None:
     quick = LimitedProtocol.with_limits(ConnectionLimits(head_s=1.5))
     assert (quick.limits.head_s, LimitedProtocol.limits.head_s) == (1.5, 30.0)
+
+
+def test_one_address_never_takes_every_file_of_the_process() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (800, before[1]))
+    try:
+        assert ConnectionLimits.from_settings(Settings()).per_address == 600
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
