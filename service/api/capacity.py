@@ -44,8 +44,10 @@ class BodyBudget:
         self._bodies.add(body)
         body.read_bytes += size
         self._total += size
+        if self._total <= self._max_bytes:
+            return
         arriving = [each for each in self._bodies if not each.complete]
-        if self._total > self._max_bytes and arriving:
+        if arriving:
             largest = max(arriving, key=lambda each: each.read_bytes)
             largest.refuse(
                 CapacityExceeded(
