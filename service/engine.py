@@ -74,6 +74,7 @@ class Engine:
             reco.embed_labels,
             function=self.score_function,
             max_texts=settings.max_labels,
+            max_chars=settings.max_list_chars,
             max_stored=settings.max_stored_labels,
             max_sets=settings.max_label_sets,
             metrics=metrics,

@@ -129,6 +129,11 @@ class Settings(BaseSettings):
     max_labels: int = Field(
         default=10_000, ge=1, description="texts of a label list sent with a request: labels times templates"
     )
+    max_list_chars: int = Field(
+        default=2_000_000,
+        ge=1,
+        description="characters of a label list sent with a request: over all labels times templates",
+    )
     max_stored_labels: int = Field(default=1_000_000, ge=1, description="texts of one stored label set")
     max_label_sets: int = Field(default=1_000, ge=0, description="stored label sets")
     max_metadata_bytes: int = Field(

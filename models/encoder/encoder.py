@@ -17,6 +17,7 @@ from index_store.types import KeyKind, Side
 from models.encoder.image_io import MAX_PIXELS, read_image
 from models.encoder.image_tower import build_crop, unit_vectors
 from models.encoder.loading.load import STARTER, load_model, model_digest
+from models.encoder.text_bounds import BoundedTokenizer
 from models.encoder.text_tower import TrimmedText
 from models.errors import ConfigError, EncoderUnavailable
 
@@ -110,10 +111,10 @@ class Encoder:
         bias = getattr(model, "logit_bias", None)
         self.logit_bias = None if bias is None else bias.item()
         self._model = _freeze(model, self.device, spec.precision)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._tokens = tokenizer, BoundedTokenizer(tokenizer)
         self.crop = build_crop(model.visual.preprocess_cfg)
         self.image_size = self.crop.size
-        self.context_length = int(self.tokenize([""]).shape[1])
+        self.context_length = self._tokens.context_length
         towers = self._optimize()
         self.dim, self.trunk_dim = towers.dim, towers.trunk_dim
         self.trims_texts = isinstance(towers.text, TrimmedText)
@@ -146,12 +147,8 @@ class Encoder:
         return self.preprocess(read_image(data, max_pixels=max_pixels, target_size=self.image_size))
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
-        """(B, L) int64, cut at the context length.
-
-        A lone surrogate becomes a "?", because tokenizers fail on it.
-        """
-        tokens: np.ndarray = self._tokenizer([text.encode("utf-8", "replace").decode() for text in texts]).numpy()
-        return tokens
+        """(B, L) int64, cut at the context length, at a bounded cost (`text_bounds`)."""
+        return self._tokens(texts)
 
     def encode(self, batch: np.ndarray, side: Side) -> Encoded:
         """Compute the unit vectors of a batch.

@@ -17,10 +17,10 @@ import numpy as np
 from models.errors import BrokenImage, CostlyImage
 from service.batching.batcher import DeadlinePassed
 from service.batching.executors import IdleThreads
+from service.batching.turns import PixelBudget, Turns
 from service.batching.workers import WorkerLost
 from service.decoding.fork_server import ForkServer
 from service.decoding.messages import ASKS, REFUSED, DecodeJob, unpack_refusal
-from service.decoding.turns import PixelBudget, Turns
 from service.decoding.worker import ProcessEnded, Reply, Worker, fork_worker
 from service.errors import NotServing
 from service.observability.metrics import Metrics

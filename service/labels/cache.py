@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from index_store import Snapshot
+from service.batching.batcher import QueueFull
 from service.batching.executors import IdleThreads, low_priority_threads
+from service.batching.turns import Turns
 from service.errors import NotFound, NotServing
+from service.labels.embedding import Candidates, Embed, ListEmbedding
 from service.labels.index import LabelIndex
 from service.labels.label_set import LabelSet
 from service.labels.scoring import Ranked, ScoreFunction, rank
@@ -27,36 +28,7 @@ CACHED_LISTS = 64
 CACHED_BYTES = 5 * 2**30
 INDEXED_LABELS = 10_000  # up to here, scoring all labels takes a millisecond or two
 SHORT_LIST_THREADS = 2
-STEP_LABELS = 512  # labels embedded between two checks whether the list is still wanted
-
-Candidates = np.ndarray | LabelIndex  # (labels, D) float32 unit, or what searches them
-Embed = Callable[[Sequence[str], Sequence[str], Snapshot | None], np.ndarray]
-
-
-@dataclass(slots=True)
-class _EmbeddingState:
-    """done: labels embedded so far, set by the thread.  unwanted: why to stop, set on the event
-    loop.
-    """
-
-    done: int = 0
-    unwanted: Exception | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Entry:
-    """One label list under one memory version. result: its vectors, once they are made."""
-
-    memory: str | None
-    count: int
-    progress: _EmbeddingState
-    result: asyncio.Future[Candidates]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the vectors; 0 while they are computed, or where that failed."""
-        finished = self.result.done() and not self.result.cancelled() and self.result.exception() is None
-        return self.result.result().nbytes if finished else 0
+WAITING_LISTS = 4  # of max_characters, that may wait to be embedded
 
 
 class LabelVectors:
@@ -64,89 +36,131 @@ class LabelVectors:
 
     embed: `Reco.embed_labels`, blocking.  function: of the model's scores.
     large: lists of more labels are embedded one after the other in a low-priority thread, so that
-    neither a list sent with a request nor the requests themselves wait behind an hour's work.
+    neither a list sent with a request nor the requests themselves wait behind an hour's work. Other
+    lists take turns.
+    max_characters: of the texts of one such list; WAITING_LISTS times as many are admitted. A list
+    that nobody waits for is embedded no further, and what is done of it is kept.
     """
 
-    def __init__(self, embed: Embed, *, function: ScoreFunction, large: int, metrics: Metrics) -> None:
+    def __init__(
+        self, embed: Embed, *, function: ScoreFunction, large: int, max_characters: int, metrics: Metrics
+    ) -> None:
         self._embed, self._function, self._large, self._metrics = embed, function, large, metrics
-        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
+        self._max_waiting = WAITING_LISTS * max_characters
+        self._entries: OrderedDict[tuple[str, str], ListEmbedding] = OrderedDict()
         self._quick, self._slow = IdleThreads(SHORT_LIST_THREADS, "short-labels"), low_priority_threads(1, "labels")
+        self._turns, self._slow_turn = Turns(), asyncio.Lock()
+        for _ in range(SHORT_LIST_THREADS):
+            self._turns.give()
 
     async def get(self, labels: LabelSet, snapshot: Snapshot | None) -> Candidates:
         """The unit vectors of the labels, each the mean over the templates.
 
-        snapshot: what enhances the texts, None = nothing.
+        snapshot: what enhances the texts, None = nothing.  Raises QueueFull.
         """
         key = (labels.digest, _version(snapshot))
         self._metrics.label_cache_total.labels("hit" if key in self._entries else "miss").inc()
-        entry = self._entries.get(key) or self._start(key, labels, snapshot)
-        self._entries.move_to_end(key)
-        # a caller who leaves must not cancel it for the others
-        return await asyncio.shield(entry.result)
+        entry = self._entries.get(key) or ListEmbedding(labels, snapshot, kept=False)
+        self._run(key, entry)
+        entry.waiting += 1
+        try:
+            # a caller who leaves must not cancel it for the others
+            return await asyncio.shield(entry.result)
+        finally:
+            entry.waiting -= 1
+            if not entry.waiting and not entry.kept:
+                entry.pause()
 
     def prepare(self, labels: LabelSet, snapshot: Snapshot | None) -> None:
         """Start to embed a large list; a small one is embedded at its first use."""
-        key = (labels.digest, _version(snapshot))
-        if len(labels.labels) > self._large and key not in self._entries:
-            self._start(key, labels, snapshot)
+        if len(labels.labels) > self._large:
+            key = (labels.digest, _version(snapshot))
+            entry = self._entries.get(key) or ListEmbedding(labels, snapshot, kept=True)
+            entry.kept = True
+            self._run(key, entry)
 
     def progress(self, labels: LabelSet) -> list[dict[str, Any]]:
         """How many labels are embedded, under each memory version that was asked for."""
         found = [entry for (digest, _), entry in self._entries.items() if digest == labels.digest]
-        return [{"memory": entry.memory, "done": entry.progress.done, "of": entry.count} for entry in found]
+        return [{"memory": entry.memory, "done": entry.done, "of": entry.count} for entry in found]
 
     def drop(self, labels: LabelSet) -> None:
         """Remove a list from the cache, and stop embedding it."""
         reason = NotFound("the label set was replaced or deleted while it was embedded: ask again", "label_set")
         for key in [key for key in self._entries if key[0] == labels.digest]:
-            self._entries.pop(key).progress.unwanted = reason
+            self._entries.pop(key).fail(reason)
 
     def close(self) -> None:
         """Stop what is being embedded."""
         for entry in self._entries.values():
-            entry.progress.unwanted = NotServing("shutting down: send the request to another instance, or retry later")
+            entry.fail(NotServing("shutting down: send the request to another instance, or retry later"))
         for pool in (self._quick, self._slow):
             pool.close()
 
-    def _start(self, key: tuple[str, str], labels: LabelSet, snapshot: Snapshot | None) -> _Entry:
-        pool, progress = self._slow if len(labels.labels) > self._large else self._quick, _EmbeddingState()
-        result = pool.run(self._embed_list, labels, snapshot, progress)
-        entry = self._entries[key] = _Entry(
-            snapshot.ref if snapshot is not None else None, len(labels.labels), progress, result
-        )
-        result.add_done_callback(lambda _: self._finish(key, entry))
-        return entry
+    def _run(self, key: tuple[str, str], entry: ListEmbedding) -> None:
+        """Let an entry be embedded, unless it is done or being done. Raises QueueFull."""
+        if not entry.result.done() and entry.task is None:
+            if entry.count <= self._large:
+                self._admit(entry)
+            entry.task = asyncio.create_task(self._embed_list(key, entry))
+        self._entries[key] = entry
+        self._entries.move_to_end(key)
+        self._trim()
 
-    def _embed_list(self, labels: LabelSet, snapshot: Snapshot | None, progress: _EmbeddingState) -> Candidates:
-        """In a thread: embed the list, and index it where it is long."""
-        rows = self._embed_in_steps(labels, snapshot, progress)
-        index = LabelIndex.build(rows, self._function.scale) if len(rows) > INDEXED_LABELS else None
-        return rows if index is None else index
+    def _admit(self, entry: ListEmbedding) -> None:
+        """Refuse a list while too many characters wait before it. Raises QueueFull."""
+        running = [each for each in self._entries.values() if each.task is not None and each.count <= self._large]
+        waiting = sum(each.left_characters for each in running if not each.result.done())
+        if waiting and waiting + entry.left_characters > self._max_waiting:
+            self._metrics.rejected_total.labels("queue_full").inc()
+            raise QueueFull(
+                f"label lists of {waiting} characters are being embedded, {entry.left_characters} more would pass "
+                f"{self._max_waiting}: retry later, or store the labels as a set"
+            )
 
-    def _embed_in_steps(self, labels: LabelSet, snapshot: Snapshot | None, progress: _EmbeddingState) -> np.ndarray:
-        """In a thread: all rows, (labels, D). Raises what `unwanted` says."""
-        rows = np.empty((0, 0), np.float32)
-        for at in range(0, len(labels.labels), STEP_LABELS):
-            if progress.unwanted is not None:
-                raise progress.unwanted
-            # (STEP_LABELS, D)
-            some = self._embed(labels.labels[at : at + STEP_LABELS], labels.templates, snapshot)
-            if at == 0:
-                rows = np.empty((len(labels.labels), some.shape[1]), np.float32)  # (labels, D)
-            rows[at : at + len(some)] = some
-            progress.done = at + len(some)
-        return rows
+    async def _embed_list(self, key: tuple[str, str], entry: ListEmbedding) -> None:
+        """Embed what is left of a list, and index it where it is long."""
+        try:
+            if entry.count > self._large:
+                async with self._slow_turn:
+                    while entry.done < entry.count:
+                        await self._embed_step(entry, self._slow)
+            else:
+                while entry.done < entry.count:
+                    await self._turns.take(entry)
+                    await self._embed_step(entry, self._quick, self._turns)
+            pool = self._slow if entry.count > self._large else self._quick
+            made = await asyncio.shield(pool.run(entry.build, self._function.scale, INDEXED_LABELS))
+        except Exception as error:  # noqa: BLE001  it belongs to those who wait; the next request tries again
+            entry.task = None
+            entry.fail(error)
+            if self._entries.get(key) is entry:
+                del self._entries[key]
+        else:
+            if not entry.result.done():
+                entry.result.set_result(made)
+            self._trim()
 
-    def _finish(self, key: tuple[str, str], entry: _Entry) -> None:
-        """Keep the vectors within the bounds; a computation that failed is tried again at the next
-        request.
-        """
-        if self._entries.get(key) is entry and entry.bytes == 0:
-            del self._entries[key]
+    async def _embed_step(self, entry: ListEmbedding, pool: IdleThreads, turns: Turns | None = None) -> None:
+        """Embed one step in a thread; the turn ends with the thread's work, not with the caller."""
+        step = entry.next_step()
+        work = pool.run(entry.embed_step, self._embed, step)
+        work.add_done_callback(lambda done: _finish_turn(done, turns))
+        entry.add(step, await asyncio.shield(work))
+
+    def _trim(self) -> None:
+        """Keep the vectors within the bounds."""
         while len(self._entries) > CACHED_LISTS or (
             len(self._entries) > 1 and sum(e.bytes for e in self._entries.values()) > CACHED_BYTES
         ):
             self._entries.popitem(last=False)
+
+
+def _finish_turn(work: asyncio.Future[np.ndarray], turns: Turns | None) -> None:
+    if not work.cancelled():
+        work.exception()  # the task that waited may have been cancelled
+    if turns is not None:
+        turns.give()
 
 
 def rank_candidates(vectors: np.ndarray, candidates: Candidates, function: ScoreFunction, top_k: int) -> Ranked:

@@ -18,21 +18,26 @@ class LabelSet:
     """Candidate labels and their templates, checked by `of`.
 
     digest: sha256 of the content.  mean_bytes: of a label in a reply, about.
+    characters: of all texts, each label in each template.
     """
 
     labels: tuple[str, ...]
     templates: tuple[str, ...] = ("a photo of a {}.",)
     digest: str = field(init=False, repr=False)
     mean_bytes: float = field(init=False, repr=False)
+    characters: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         content = json.dumps([self.labels, self.templates]).encode()
         # computed once: for a million labels it takes a second
         object.__setattr__(self, "digest", hashlib.sha256(content).hexdigest())
+        own = len(self.templates) * sum(map(len, self.labels))
+        characters = own + len(self.labels) * sum(len(template) - 2 for template in self.templates)
+        object.__setattr__(self, "characters", characters)
         object.__setattr__(self, "mean_bytes", len(content) / max(1, len(self.labels)))
 
     @classmethod
-    def of(cls, labels: Sequence[str], templates: Sequence[str], max_texts: int) -> LabelSet:
+    def of(cls, labels: Sequence[str], templates: Sequence[str], max_texts: int, max_characters: int) -> LabelSet:
         """Check and make a label set.
 
         Raises BadRequest for zero labels, InvalidValue for a blank or repeated label, a template
@@ -60,7 +65,14 @@ class LabelSet:
                 raise InvalidValue(
                     f"templates[{i}] = {template[:80]!r} needs exactly one {{}} for the label", f"templates[{i}]"
                 )
-        return cls(tuple(labels), tuple(templates))
+        made = cls(tuple(labels), tuple(templates))
+        if made.characters > max_characters:
+            raise TooLarge(
+                f"labels x templates have {made.characters} characters, at most {max_characters}: send fewer or "
+                "shorter ones",
+                "labels",
+            )
+        return made
 
     @property
     def version(self) -> str:

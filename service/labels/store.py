@@ -22,7 +22,8 @@ from index_store.errors import NameRefused, StoreError
 from index_store.storage.atomic import replace_text, translate_write_errors
 from index_store.store import check_name
 from service.errors import InvalidValue, NotFound, RetiredVersion, TooLarge
-from service.labels.cache import Embed, LabelVectors
+from service.labels.cache import LabelVectors
+from service.labels.embedding import Embed
 from service.labels.label_set import LabelSet
 from service.labels.scoring import ScoreFunction
 from service.observability.metrics import Metrics
@@ -42,6 +43,8 @@ class LabelSets:
     """The stored sets, and through `vectors` the embedded lists.
 
     max_texts: labels x templates of a list sent with a request; max_stored: of a stored set.
+    max_chars: characters of all texts of a list sent with a request; of a stored set as many more
+    as it may have more texts.
     Methods that touch files block: call them outside the event loop.
     State: the files in `folder`, the sets read so far with the stat of their file, and the cache of
     vectors. One lock serialises writers.
@@ -54,21 +57,28 @@ class LabelSets:
         *,
         function: ScoreFunction,
         max_texts: int,
+        max_chars: int,
         max_stored: int,
         max_sets: int,
         metrics: Metrics,
     ) -> None:
         self._folder, self._max_texts, self._max_stored, self._max_sets = folder, max_texts, max_stored, max_sets
+        self._max_chars = max_chars
         self._cached: dict[str, tuple[tuple[int, int], LabelSet]] = {}
         self._writer = threading.Lock()
-        self.vectors = LabelVectors(embed, function=function, large=max_texts, metrics=metrics)
+        self.vectors = LabelVectors(
+            embed, function=function, large=max_texts, max_characters=max_chars, metrics=metrics
+        )
 
     def check(self, labels: Sequence[str], templates: Sequence[str], *, stored: bool = False) -> LabelSet:
         """Make a LabelSet within the operator's limits.
 
         Raises BadRequest, InvalidValue, TooLarge.
         """
-        return LabelSet.of(labels, templates, self._max_stored if stored else self._max_texts)
+        if stored:
+            per_text = max(1, self._max_chars // self._max_texts)
+            return LabelSet.of(labels, templates, self._max_stored, max(self._max_chars, per_text * self._max_stored))
+        return LabelSet.of(labels, templates, self._max_texts, self._max_chars)
 
     def names(self) -> list[str]:
         """The names of the stored sets, sorted."""

@@ -26,6 +26,7 @@ from service.errors import ItemRefused
 from service.observability.metrics import Metrics, Stage
 from service.pipeline.admission import Admission
 from service.pipeline.stages import EmbeddedItem, EmbedResult, Items, Query, QueuedItem, slowest_stages
+from service.pipeline.tokenizing import Tokenizing
 from service.pipeline.tower import TowerWorker
 from service.pipeline.watchdog import Part, Watchdog
 from service.settings import Settings
@@ -58,6 +59,7 @@ class Embedder:
         self.towers: dict[Side, TowerWorker] = {
             side: TowerWorker(side, reco, settings, metrics, self.watchdog.note) for side in SIDES
         }
+        self._tokenizing = Tokenizing(reco.encoder.tokenize)
         self._admission = Admission(settings.max_queue, metrics)
 
     async def embed(self, items: Items, query: Query, deadline: float) -> EmbedResult:
@@ -78,6 +80,7 @@ class Embedder:
     async def close(self) -> None:
         """Answer every admitted item, then end the towers."""
         await asyncio.gather(*(tower.close() for tower in self.towers.values()))
+        self._tokenizing.close()
 
     async def _embed_images(self, images: Sequence[bytes | ItemRefused], query: Query, deadline: float) -> EmbedResult:
         """Decode, then embed; a large request batch by batch, one in the model while the next is
@@ -106,7 +109,7 @@ class Embedder:
         with self._admission.admit("text", len(texts)):
             start = time.perf_counter()
             with self.towers["text"].expecting(len(texts)):
-                tokens = await asyncio.to_thread(self._reco.encoder.tokenize, list(texts))  # (B, L)
+                tokens = await self._tokenizing.tokenize(texts, deadline, object())  # (B, L)
             seconds = time.perf_counter() - start
             self._metrics.observe_stage("tokenize", "text", seconds)
             result = await self._run("text", 0, list(tokens), query, deadline, {"tokenize": seconds})

@@ -1,4 +1,6 @@
-"""Who is next: places given to waiting callers in rotation, and pixels within a budget."""
+"""Who is next: places given to waiting callers in rotation, and pixels within a budget. Standard
+library.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,75 @@
+"""Tokenizing of texts: in a small pool of threads, in steps, so that requests take turns."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+
+import numpy as np
+
+from service.batching.batcher import DeadlinePassed
+from service.batching.executors import IdleThreads
+from service.batching.turns import Turns
+
+__all__ = ["Tokenizing"]
+
+THREADS = 2
+STEP_TEXTS = 64
+STEP_CHARACTERS = 8192  # of texts in rare scripts, which take 10 µs a character to clean
+
+
+class Tokenizing:
+    """tokenize: texts to (B, L) int64, blocking, called from several threads.
+
+    A request whose deadline comes, or whose caller leaves, is tokenized no further than its step.
+    """
+
+    def __init__(self, tokenize: Callable[[Sequence[str]], np.ndarray]) -> None:
+        self._tokenize = tokenize
+        self._threads, self._turns = IdleThreads(THREADS, "tokenize"), Turns()
+        for _ in range(THREADS):
+            self._turns.give()
+
+    async def tokenize(self, texts: Sequence[str], deadline: float, caller: Hashable) -> np.ndarray:
+        """(B, L) int64. deadline: a `time.monotonic()` instant.  caller: the request.
+
+        Raises DeadlinePassed.
+        """
+        steps: list[np.ndarray] = []
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                for some in _split_into_steps(texts):
+                    await self._turns.take(caller)
+                    work = self._threads.run(self._tokenize, some)
+                    work.add_done_callback(self._finish_step)
+                    # the turn ends with the thread's work, not with the caller
+                    steps.append(await asyncio.shield(work))
+        except TimeoutError as error:
+            done = sum(len(step) for step in steps)
+            raise DeadlinePassed(
+                f"{done} of {len(texts)} texts were tokenized before the deadline: allow more time, or send less"
+            ) from error
+        return steps[0] if len(steps) == 1 else np.concatenate(steps)
+
+    def close(self) -> None:
+        """Start no more steps."""
+        self._threads.close()
+
+    def _finish_step(self, work: asyncio.Future[np.ndarray]) -> None:
+        if not work.cancelled():
+            work.exception()  # the caller may have left
+        self._turns.give()
+
+
+def _split_into_steps(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in order, in parts of at most STEP_TEXTS and about STEP_CHARACTERS."""
+    step: list[str] = []
+    characters = 0
+    for text in texts:
+        if step and (len(step) == STEP_TEXTS or characters + len(text) > STEP_CHARACTERS):
+            yield step
+            step, characters = [], 0
+        step.append(text)
+        characters += len(text)
+    yield step
