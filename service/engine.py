@@ -69,16 +69,7 @@ class Engine:
             metrics=metrics,
         )
         self.score_function = ScoreFunction(reco.encoder.logit_scale, reco.encoder.logit_bias)
-        self.label_sets = LabelSets(
-            store.root / ".label-sets",
-            reco.embed_labels,
-            function=self.score_function,
-            max_texts=settings.max_labels,
-            max_chars=settings.max_list_chars,
-            max_stored=settings.max_stored_labels,
-            max_sets=settings.max_label_sets,
-            metrics=metrics,
-        )
+        self.label_sets = _open_label_sets(settings, reco, store, self.score_function, metrics)
         self._fork_server = fork_server or ForkServer()
         self.embedder = Embedder(reco, settings, metrics, self.default_snapshot, self._fork_server)
         self.jobs = Jobs(metrics)
@@ -241,3 +232,18 @@ class Engine:
         for kind, size in gpu_memory(self.reco.encoder.device).items():
             self.metrics.gpu_memory_bytes.labels(kind).set(size)
         self.metrics.ready.set(self.not_ready() is None)
+
+
+def _open_label_sets(
+    settings: Settings, reco: Reco, store: Store, function: ScoreFunction, metrics: Metrics
+) -> LabelSets:
+    return LabelSets(
+        store.root / ".label-sets",
+        reco.embed_labels,
+        function=function,
+        max_texts=settings.max_labels,
+        max_chars=settings.max_list_chars,
+        max_stored=settings.max_stored_labels,
+        max_sets=settings.max_label_sets,
+        metrics=metrics,
+    )

@@ -38,26 +38,23 @@ def build_version(
     parent: str | None = None,
     source: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
 ) -> Manifest:
-    """Write the pairs of all blocks as one new version of a memory, and return its manifest; it is
-    not activated.
+    """Write the pairs of all blocks as one new version of a memory; return its manifest.
 
-    blocks: the pairs, or a Job: then a second run of the same job goes on where this one was
-    stopped, and what was left out is listed in rejects-VERSION.jsonl beside the version.  version:
-    None takes the next free name of today, or the one that the job was building.
+    blocks: the pairs, or a source: a second run of the same source goes on where this one stopped,
+    and what was left out is listed in rejects-VERSION.jsonl.  version: None takes the next free
+    name of today, or the one that the source was building.
     kinds: what each side's search compares.  index: "auto" or a faiss factory string.
-    source: free JSON for the manifest; a callable is asked once all blocks are read, when the
-    counts are known. Whatever stops it, a kill included, leaves no version: neither listed nor
-    openable, and a second run succeeds.
+    source: free JSON for the manifest; a callable is asked once all blocks are read. Whatever stops
+    the build, a kill included, leaves no version, and a second run succeeds.
     """
-    job = (
-        blocks.digest(encoder=encoder, kinds=dict(kinds), shard_pairs=shard_pairs)
-        if isinstance(blocks, BuildSource)
-        else ""
-    )
-    version = _chosen(store, name, version, blocks if isinstance(blocks, BuildSource) else None, job)
+    job = blocks if isinstance(blocks, BuildSource) else None
+    digest = "" if job is None else job.digest(encoder=encoder, kinds=dict(kinds), shard_pairs=shard_pairs)
+    version = _chosen(store, name, version, job, digest)
     with workplace(store.root / check_name(name), version) as work:
-        filling = VersionWriter(work, kinds, index, shard_pairs)
-        content = fill_from(filling, blocks, job, version) if isinstance(blocks, BuildSource) else fill(filling, blocks)
+        writer = VersionWriter(work, kinds, index, shard_pairs)
+        content = (
+            fill_from(writer, blocks, digest, version) if isinstance(blocks, BuildSource) else fill(writer, blocks)
+        )
         draft = Manifest(
             name=name,
             version=version,

@@ -9,15 +9,16 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from index_store.build.ids import id_array, read_ids_by_origin
 from index_store.build.source import BuildProgress, BuildSource, Kept, Reject, SourceStep
-from index_store.build.staging import IDS, LOCK, PROGRESS, REJECTS
+from index_store.build.staging import IDS, LOCK, PROGRESS, REJECTS, Progress
 from index_store.errors import VersionExists
 from index_store.storage.atomic import fsync_path, replace_text, translate_write_errors
 from index_store.storage.columns import map_rows, open_lines
@@ -25,51 +26,6 @@ from index_store.types import SIDES, Id, Side
 
 log = logging.getLogger("reco")
 KEPT_ROWS = 8192  # rows of one block given back to a source that goes on
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What counts. Everything on the disk beyond it is cut off by the next run.
-
-    job: digest.  dim, keys, id_kind: as in the manifest.  shards: the finished ones.
-    files: theirs.  filled: rows of the shard after them, 0 where none was begun.
-    """
-
-    job: str
-    dim: int
-    keys: dict[Side, dict[str, Any]]
-    id_kind: str
-    shards: list[dict[str, Any]]
-    files: list[str]
-    filled: int
-
-    @property
-    def open_folder(self) -> str:
-        """The shard that is being filled."""
-        return f"shard-{len(self.shards):04d}"
-
-    @property
-    def pairs(self) -> int:
-        """Stored in all."""
-        return self.filled + sum(int(shard["pairs"]) for shard in self.shards)
-
-    def cut(self, rows: int) -> "Progress":
-        """The progress of the first rows only; the shard that they end in is open again."""
-        shards, left = list[dict[str, Any]](), rows
-        for shard in self.shards:
-            if shard["pairs"] > left:
-                break
-            shards.append(shard)
-            left -= int(shard["pairs"])
-        folders = {shard["folder"] for shard in shards}
-        files = [file for file in self.files if file.partition("/")[0] in folders]
-        return replace(self, shards=shards, files=files, filled=left)
-
-    def rows(self) -> Iterator[tuple[str, int]]:
-        """(folder, rows that count) of every shard."""
-        yield from ((shard["folder"], shard["pairs"]) for shard in self.shards)
-        if self.filled:
-            yield self.open_folder, self.filled
 
 
 def earlier_progress(work: Path, job: BuildSource, digest: str) -> Progress | None:
@@ -130,7 +86,7 @@ def refuse_other_build(work: Path, job: BuildSource, digest: str, ref: str) -> N
     if found is not None and not job.fresh and found.pairs and not usable_rows(work, found, job, digest):
         raise VersionExists(
             f"{ref} is the unfinished build of other sources or options, with {found.pairs} pairs: choose another "
-            f"version, delete it with `reco memory delete {ref}`, or begin anew with --fresh"
+            "version, or begin anew with --fresh"
         )
 
 
@@ -246,34 +202,13 @@ def done_of(work: Path, progress: Progress | None) -> BuildProgress:
     if progress is None:
         return BuildProgress()
     kept = progress
-    return BuildProgress(progress.pairs, lambda: _stored(work, kept.pairs), lambda: _kept(work, kept))
-
-
-def read_ids(work: Path, count: int) -> list[Id]:
-    """The first ids stored, in the order of their rows."""
-    with (work / IDS).open("rb") as file:
-        return [json.loads(line)[0] for line in islice(file, count)]
-
-
-def _stored(work: Path, count: int) -> dict[str, set[Id]]:
-    """The first ids stored, by their origin."""
-    found: dict[str, set[Id]] = {}
-    with (work / IDS).open("rb") as file:
-        for line in islice(file, count):
-            name, origin = json.loads(line)
-            found.setdefault(origin, set()).add(name)
-    return found
+    return BuildProgress(progress.pairs, lambda: read_ids_by_origin(work, kept.pairs), lambda: _kept(work, kept))
 
 
 def read_rejects(work: Path, count: int) -> Iterable[Reject]:
     """The first rejects noted."""
     with (work / REJECTS).open("rb") as file:
         return [Reject(**json.loads(line)) for line in islice(file, count)]
-
-
-def id_array(ids: list[Id], kind: str) -> np.ndarray:
-    """(R,) int64 or str, whichever the version holds."""
-    return np.array(ids, np.int64 if kind == "i" else np.str_)
 
 
 def _kept(work: Path, progress: Progress) -> Iterator[Kept]:

@@ -1,8 +1,14 @@
-"""Which ids were there before, in no more memory than the ids themselves."""
+"""The ids of a build: which were there before, and those that a stopped build has stored."""
+
+import json
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
+from index_store.build.staging import IDS
 from index_store.errors import PairsRefused
+from index_store.types import Id
 
 
 class SeenIds:
@@ -35,3 +41,24 @@ class SeenIds:
                 np.concatenate([self._runs.pop(), block]), kind="stable"
             )  # merges runs that are sorted already
         self._runs.append(block)
+
+
+def read_ids(work: Path, count: int) -> list[Id]:
+    """The first ids stored, in the order of their rows."""
+    with (work / IDS).open("rb") as file:
+        return [json.loads(line)[0] for line in islice(file, count)]
+
+
+def read_ids_by_origin(work: Path, count: int) -> dict[str, set[Id]]:
+    """The first ids stored, by their origin."""
+    found: dict[str, set[Id]] = {}
+    with (work / IDS).open("rb") as file:
+        for line in islice(file, count):
+            name, origin = json.loads(line)
+            found.setdefault(origin, set()).add(name)
+    return found
+
+
+def id_array(ids: list[Id], kind: str) -> np.ndarray:
+    """(R,) int64 or str, whichever the version holds."""
+    return np.array(ids, np.int64 if kind == "i" else np.str_)

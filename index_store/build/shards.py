@@ -8,19 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from index_store.build.checkpoint import (
-    BuildCheckpoint,
-    Progress,
-    done_of,
-    earlier_progress,
-    id_array,
-    keep_only,
-    read_ids,
-)
-from index_store.build.ids import SeenIds
+from index_store.build.checkpoint import BuildCheckpoint, done_of, earlier_progress, keep_only
+from index_store.build.ids import SeenIds, id_array, read_ids
 from index_store.build.index import check_recipe
 from index_store.build.source import BuildSource, SourceStep
-from index_store.build.staging import clear
+from index_store.build.staging import Progress, clear
 from index_store.errors import PairsRefused, StoreUnwritable
 from index_store.storage.columns import ShardWriter
 from index_store.storage.layout import rejects_path

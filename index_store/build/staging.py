@@ -7,11 +7,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from index_store.errors import PairsRefused, StoreBusy, StoreUnwritable, VersionExists
 from index_store.storage.atomic import make_folder, translate_write_errors
 from index_store.storage.layout import partial_folder
+from index_store.types import Side
 
 # held by the living builder; the kernel lets go when it dies, so a dead one's leftover is told
 # apart
@@ -20,6 +23,51 @@ PROGRESS = ".progress.json"  # how much of the rest counts
 IDS = ".ids.jsonl"  # one line per pair stored
 REJECTS = ".rejects.jsonl"  # one line per item left out
 NOTES = (LOCK, PROGRESS, IDS, REJECTS)  # the builder's own, no part of a version
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What counts. Everything on the disk beyond it is cut off by the next run.
+
+    job: digest.  dim, keys, id_kind: as in the manifest.  shards: the finished ones.
+    files: theirs.  filled: rows of the shard after them, 0 where none was begun.
+    """
+
+    job: str
+    dim: int
+    keys: dict[Side, dict[str, Any]]
+    id_kind: str
+    shards: list[dict[str, Any]]
+    files: list[str]
+    filled: int
+
+    @property
+    def open_folder(self) -> str:
+        """The shard that is being filled."""
+        return f"shard-{len(self.shards):04d}"
+
+    @property
+    def pairs(self) -> int:
+        """Stored in all."""
+        return self.filled + sum(int(shard["pairs"]) for shard in self.shards)
+
+    def cut(self, rows: int) -> "Progress":
+        """The progress of the first rows only; the shard that they end in is open again."""
+        shards, left = list[dict[str, Any]](), rows
+        for shard in self.shards:
+            if shard["pairs"] > left:
+                break
+            shards.append(shard)
+            left -= int(shard["pairs"])
+        folders = {shard["folder"] for shard in shards}
+        files = [file for file in self.files if file.partition("/")[0] in folders]
+        return replace(self, shards=shards, files=files, filled=left)
+
+    def rows(self) -> Iterator[tuple[str, int]]:
+        """(folder, rows that count) of every shard."""
+        yield from ((shard["folder"], shard["pairs"]) for shard in self.shards)
+        if self.filled:
+            yield self.open_folder, self.filled
 
 
 @contextmanager

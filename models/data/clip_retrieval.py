@@ -7,25 +7,21 @@ Without text_emb the captions of the metadata are encoded here.
 Alphabet: N pairs in a part, R rows in a block, D width.
 """
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from index_store.build.source import Reject, SourceStep
-from index_store.types import SIDES, Id, Pairs, Side
+from index_store.types import Id, Pairs, Side
+from models.data.embedding_files import Block, choose_id_column, files_by_number, read_part, short_path
 from models.data.encode import invalid_id_reason
-from models.data.tables.arrow import column_names, count_rows, is_integer_column, parquet_rows
+from models.data.tables.arrow import is_integer_column
 from models.errors import DataError
 
 FOLDERS = {"image": ("img_emb", ".npy"), "text": ("text_emb", ".npy"), "metadata": ("metadata", ".parquet")}
-ID_COLUMNS = ("key", "image_path", "url")  # the first that exists holds the ids, else the row number is the id
-BLOCK_ROWS = 4096
-Block = tuple[list[dict[str, Any]], dict[Side, np.ndarray]]  # fields of R rows, and (R, D) of each side
 EncodeCaptions = Callable[[list[str]], np.ndarray]  # R captions -> (R, D) float32 unit
 
 
@@ -42,27 +38,6 @@ class Blocks(Protocol):
 
     def blocks(self) -> Iterator[Block]:
         """The rows, in order."""
-
-
-@dataclass(frozen=True, slots=True)
-class EmbeddingPart:
-    """The two or three files with one number.
-
-    files: by "image", "metadata", and "text" unless captions are to be encoded.
-    rows: N, in each of them.  width: D.
-    """
-
-    files: Mapping[str, Path]
-    rows: int
-    width: int
-
-    def blocks(self) -> Iterator[Block]:
-        """The rows in blocks: fields, and vectors (R, D) of each side that there is."""
-        rows = parquet_rows(self.files["metadata"], BLOCK_ROWS)
-        vectors: dict[Side, np.ndarray] = {side: _map_vectors(self.files[side]) for side in SIDES if side in self.files}
-        for start in range(0, self.rows, BLOCK_ROWS):
-            fields = list(islice(rows, min(BLOCK_ROWS, self.rows - start)))
-            yield fields, {side: array[start : start + len(fields)] for side, array in vectors.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +77,7 @@ def read_embedding_folder(folder: Path, *, dim: int, encoder: str, id_column: st
     Raises DataError where a file is missing, row counts disagree, or the width is not the
     encoder's.
     """
-    files = {kind: _files_by_number(folder, name, suffix) for kind, (name, suffix) in FOLDERS.items()}
+    files = {kind: files_by_number(folder, name, suffix) for kind, (name, suffix) in FOLDERS.items()}
     numbers = sorted(set().union(*files.values()))
     if not files["text"]:  # image-only embeddings
         del files["text"]
@@ -116,11 +91,11 @@ def read_embedding_folder(folder: Path, *, dim: int, encoder: str, id_column: st
                 f"{folder.name}/{name} lacks {which}, which img_emb, text_emb and metadata must all have: "
                 "export it again"
             )
-    parts = [_read_part({kind: files[kind][number] for kind in files}) for number in numbers]
+    parts = [read_part({kind: files[kind][number] for kind in files}) for number in numbers]
     for part in parts:
-        check_width(_short_path(part.files["image"]), part.width, dim, encoder)
+        check_width(short_path(part.files["image"]), part.width, dim, encoder)
     tables = [part.files["metadata"] for part in parts]
-    column = _choose_id_column(tables, id_column)
+    column = choose_id_column(tables, id_column)
     integer_ids = column is None or all(is_integer_column(table, column) for table in tables)
     return EmbeddingFolder(folder.name, parts, column, integer_ids)
 
@@ -248,60 +223,3 @@ def _record(row: dict[str, Any], caption: str, id_column: str | None) -> dict[st
         if name not in ("caption", id_column)
     }
     return {**fields, "caption": caption}
-
-
-def _files_by_number(folder: Path, name: str, suffix: str) -> dict[int, Path]:
-    """The files of one kind by the last number in their name. Raises DataError without one."""
-    files: dict[int, Path] = {}
-    for path in (folder / name).glob(f"*{suffix}"):
-        numbers = re.findall(r"\d+", path.stem)
-        if not numbers or int(numbers[-1]) in files:
-            raise DataError(
-                f"{_short_path(path)} has no number of its own, by which parts are put in order: rename or remove it"
-            )
-        files[int(numbers[-1])] = path
-    return files
-
-
-def _read_part(files: dict[str, Path]) -> EmbeddingPart:
-    vectors = {kind: _map_vectors(files[kind]) for kind in files if kind != "metadata"}
-    counts = {**{kind: len(rows) for kind, rows in vectors.items()}, "metadata": count_rows(files["metadata"])}
-    image, text = vectors["image"], vectors.get("text", vectors["image"])
-    if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{_short_path(files[kind])} {count}" for kind, count in counts.items())
-        raise DataError(f"the parts do not have the same rows ({listed}): export them again")
-    if image.shape != text.shape:
-        raise DataError(
-            f"{_short_path(files['image'])} and {_short_path(files['text'])} have the widths "
-            f"{image.shape[1]} and {text.shape[1]}"
-        )
-    return EmbeddingPart(files, len(image), image.shape[1])
-
-
-def _map_vectors(path: Path) -> np.ndarray:
-    """(N, D) float, memory-mapped. Raises DataError."""
-    try:
-        rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"{_short_path(path)} is not a readable .npy file ({str(error)[:80]}): export it again"
-        ) from error
-    if rows.ndim != 2 or rows.dtype.kind != "f":
-        raise DataError(f"{_short_path(path)} holds {rows.dtype} of shape {rows.shape}: rows of floats are needed")
-    return rows
-
-
-def _choose_id_column(tables: Sequence[Path], wanted: str | None) -> str | None:
-    columns = [set(column_names(table)) for table in tables]
-    common = set.intersection(*columns)
-    if wanted is not None and wanted not in common:
-        lacking = next(table for table, names in zip(tables, columns, strict=True) if wanted not in names)
-        raise DataError(
-            f"{_short_path(lacking)} has no column {wanted!r}, only {', '.join(column_names(lacking))}: "
-            "choose --id among these"
-        )
-    return wanted or next((column for column in ID_COLUMNS if column in common), None)
-
-
-def _short_path(path: Path) -> str:
-    return f"{path.parent.name}/{path.name}"

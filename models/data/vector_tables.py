@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from index_store.types import SIDES, Side
-from models.data.clip_retrieval import BLOCK_ROWS, Block, EmbeddingFolder, check_width
+from models.data.clip_retrieval import EmbeddingFolder, check_width
+from models.data.embedding_files import BLOCK_ROWS, Block
 from models.data.tables.arrow import ArrowTable, count_rows, is_integer_column
 from models.errors import DataError
 

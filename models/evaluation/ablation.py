@@ -15,7 +15,7 @@ from models.errors import DataError
 from models.evaluation.claims import Planned, contest, plan
 from models.evaluation.evaluate import PLAIN
 from models.evaluation.metrics import paired_interval
-from models.evaluation.report_text import table
+from models.evaluation.report import table
 from models.evaluation.workbench import Bench, Outcome, Trial
 
 

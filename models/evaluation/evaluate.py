@@ -5,7 +5,7 @@ Alphabet: N queries, C labels or candidates, D width, K neighbours.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,13 +18,13 @@ from models.evaluation.metrics import (
     class_means,
     harmonic_mean,
     hubness,
-    paired_interval,
     recall_hits,
     share_per_class,
     top_k_hits,
     worst_pairs,
 )
 from models.evaluation.queries import Photos, Queries, Refined, Setting, encode_prompts, refine
+from models.evaluation.report import Details, Figure, Hits, Line, Report, compared
 from models.evaluation.submemories import SHARES, Parts
 from models.reco import Reco
 
@@ -37,87 +37,6 @@ REFERENCES, HUB_NEAREST = (
     128,
 )  # memory pairs taken as NNN's reference queries, and how many of the nearest are averaged
 WORST = 10  # confused pairs told
-
-Hits = Mapping[str, np.ndarray]  # by figure, (N,) bool: which queries were right
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One share in one line.  queries: N.  share, gain and its 95 % interval [low, high] from 0 to
-    1; the gain is over plain.
-    """
-
-    name: str
-    queries: int
-    share: float
-    gain: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One way of answering, and how well it did."""
-
-    method: str
-    figures: Sequence[Figure]
-
-
-@dataclass(frozen=True, slots=True)
-class Details:
-    """Class by class.  classes: (label, photos, share plain, share enhanced).  confused: (label,
-    taken for, how often), enhanced.
-    """
-
-    classes: Sequence[tuple[str, int, float, float]]
-    confused: Sequence[tuple[str, str, int]]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Report:
-    """What one command measured.  hits: by method and figure, kept for plots and examples and not
-    for JSON.
-    """
-
-    task: str
-    memory: str
-    fusion: str
-    k: int
-    notes: Sequence[str]
-    lines: Sequence[Line]
-    details: Details | None = None
-    hits: Mapping[str, Hits] = field(default_factory=dict, repr=False)
-    # (N,) the best neighbour's score of each image
-    nearest: np.ndarray | None = field(default=None, repr=False)
-    guesses: Mapping[str, np.ndarray] = field(
-        default_factory=dict, repr=False
-    )  # by method, (N,) int, the label each photo is taken for
-    memory_curve: Sequence[
-        tuple[int, float]
-    ] = ()  # (pairs, share right) of the best setting over growing parts of the memory
-
-    def as_json(self) -> dict[str, object]:
-        """The figures without the arrays."""
-        lines = {
-            line.method: {
-                each.name: {"share": each.share, "gain": each.gain, "interval": [each.low, each.high]}
-                for each in line.figures
-            }
-            for line in self.lines
-        }
-        found: dict[str, object] = {
-            "task": self.task,
-            "memory": self.memory,
-            "fusion": self.fusion,
-            "k": self.k,
-            "notes": [*self.notes],
-        }
-        found |= {"queries": {each.name: each.queries for each in self.lines[0].figures}, "lines": lines}
-        if self.details is not None:
-            found |= {"classes": [*self.details.classes], "confused": [*self.details.confused]}
-        if self.memory_curve:
-            found["memory_curve"] = [*self.memory_curve]
-        return found
 
 
 class Labels:
@@ -281,21 +200,6 @@ def excluded(settings: Sequence[Setting]) -> list[str]:
     limits = sorted({(setting.image_limit, setting.text_limit) for setting in settings}, key=str)
     told = [f"images {image or 'any'}, texts {text or 'any'}" for image, text in limits]
     return [f"no query finds itself, by id; neighbours with a cosine above these are passed over: {'; '.join(told)}"]
-
-
-def compared(hits: Mapping[str, Hits]) -> list[Line]:
-    """Every method against the first, which is plain."""
-    plain = next(iter(hits.values()))
-    return [
-        Line(method, [figure(name, plain[name], right) for name, right in found.items()])
-        for method, found in hits.items()
-    ]
-
-
-def figure(name: str, before: np.ndarray, after: np.ndarray) -> Figure:
-    """One share with its gain over plain.  before, after: (N,) bool, which queries were right."""
-    low, high = paired_interval(before, after)
-    return Figure(name, len(after), float(after.mean()), float(after.mean() - before.mean()), low, high)
 
 
 def _harmonic(hits: Hits, plain: Hits) -> Figure:

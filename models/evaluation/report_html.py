@@ -14,9 +14,8 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from models.evaluation.evaluate import Figure, Line, Report, figure
 from models.evaluation.queries import Setting
-from models.evaluation.report_text import markdown
+from models.evaluation.report import Figure, Line, Report, figure, markdown
 
 THUMBNAIL_PIXELS = 96  # of an example's picture, the longer side
 TICKS = 4  # steps of a vertical axis, about

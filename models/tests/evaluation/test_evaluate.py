@@ -13,9 +13,9 @@ from models.data.samples import Sample
 from models.data.sources import read_samples
 from models.encoder.encoder import Encoder
 from models.errors import ConfigError, DataError
-from models.evaluation.evaluate import Captioned, Labels, Report, classify, compared, entities, retrieve
+from models.evaluation.evaluate import Captioned, Labels, classify, entities, retrieve
 from models.evaluation.queries import Photos, Queries, Setting, encode_photos
-from models.evaluation.report_text import markdown, terminal
+from models.evaluation.report import Report, compared, markdown, terminal
 from models.fusion.checkpoint import training_free_fusions
 from models.reco import Reco, RetrievalMode
 from models.tests.small import build_memory, image_bytes, picture, unit_rows, write_tar

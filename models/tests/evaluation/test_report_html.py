@@ -2,8 +2,8 @@ import dataclasses
 
 import numpy as np
 
-from models.evaluation.evaluate import Details, Report, compared
 from models.evaluation.queries import Setting
+from models.evaluation.report import Details, Report, compared
 from models.evaluation.report_html import Example, best_line, page, recommendation, thumbnail
 from models.tests.small import picture
 

@@ -52,7 +52,7 @@ def classify(
 ) -> None:
     """Count how many labels are right, plain and enhanced."""
     from models.evaluation import evaluate
-    from models.evaluation.report_text import details
+    from models.evaluation.report import details
     from service.cli.evaluate import inputs, output
     from service.cli.evaluate.examples import Subject, choose_examples
 

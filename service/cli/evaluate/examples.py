@@ -13,8 +13,9 @@ from index_store import Snapshot
 if TYPE_CHECKING:
     from index_store.build.source import Reject
     from models.data.samples import Sample
-    from models.evaluation.evaluate import Labels, Report
+    from models.evaluation.evaluate import Labels
     from models.evaluation.queries import Photos, Setting
+    from models.evaluation.report import Report
     from models.evaluation.report_html import Example
     from models.reco import Reco
 

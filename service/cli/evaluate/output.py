@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from models.evaluation.evaluate import Report
     from models.evaluation.queries import Setting
+    from models.evaluation.report import Report
     from service.cli.evaluate.examples import Examples, Subject
     from service.cli.evaluate.options import EvaluateOptions
 
@@ -21,8 +21,8 @@ STDOUT = Path("-")
 
 def show(report: Report, options: EvaluateOptions, examples: Examples | None = None) -> None:
     """Print the table; write JSON and the report's folder where the flags name them."""
+    from models.evaluation.report import details, markdown, terminal
     from models.evaluation.report_html import page
-    from models.evaluation.report_text import details, markdown, terminal
 
     print_or_write(terminal(report), report.as_json(), options.json)
     if options.report is None:
