@@ -154,3 +154,14 @@ def test_eval_classify_counts_plain_and_enhanced(tmp_path: Path) -> None:
     page = (folder / "report.html").read_text()
     assert "Recommendation" in page
     assert "data:image/jpeg;base64," in page
+
+
+def test_info_of_a_model_says_what_it_is_before_anything_is_downloaded() -> None:
+    done = run("info", "--model", "ViT-B-16-SigLIP")
+    assert done.code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["dim"], found["image_size"], found["needs"]) == (768, [224, 224], ["reco-serve[hf]"])
+    assert found["tokenizer"] == "timm/ViT-B-16-SigLIP"
+    assert found["parameters"]["image"] == 92_884_224  # open_clip's own model profile says 92.88 million
+    assert {"webli", "random"} <= set(found["weights"])
+    assert found["tested"]["image"] > 0.9999
