@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from service.access.token import read_token
+
 if TYPE_CHECKING:
-    from service.access.token import read_token
-from service.tests.conftest import Server
+    from service.tests.conftest import Server
 
 FLAGS = (
     "--no-sandbox",

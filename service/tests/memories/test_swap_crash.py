@@ -28,6 +28,7 @@ from index_store.tests.edits.test_crash import captions_by_id
 from index_store.tests.support.child_process import ForkServer, kill_count
 from index_store.tests.support.small import some_pairs, unit_rows
 from models.starter import install_starter
+from service.access.token import read_token
 
 VERSIONS = ("all", "fruit-and-vegetables")
 TEXTS = ["a ripe banana", "a carton of oat milk", "a photo of a kiwi"]
@@ -121,7 +122,8 @@ class World:
         raise AssertionError("the service did not start:\n" + (self.root / "log").read_text()[-3000:])
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60)
+        headers = {"authorization": f"Bearer {read_token(self.root / 'store')}"}
+        return httpx.Client(base_url=self.url, timeout=60, headers=headers)
 
     def swap(self, client: httpx.Client) -> None:
         """To the other version; what CURRENT may name until the job has ended is either."""

@@ -46,7 +46,7 @@ def test_keys(guarded: Server) -> None:
     with guarded.client() as client:
         body = {"texts": ["a"]}
         assert client.post("/embed/text", json=body).status_code == 401
-        assert client.post("/embed/text", headers=bearer("wrong"), json=body).status_code == 401
+        assert client.post("/embed/text", headers=bearer("stranger-key"), json=body).status_code == 401
         assert client.post("/embed/text", headers={"authorization": "Basic alpha-key"}, json=body).status_code == 401
         for key in ("alpha-key", "beta-key", "gamma-key"):
             assert client.post("/embed/text", headers=bearer(key), json=body).status_code == 200
@@ -57,7 +57,8 @@ def test_keys(guarded: Server) -> None:
         for route in ("/readyz", "/metrics", "/info", "/v1/models", "/"):
             assert client.get(route).status_code == 200, route
         assert "key" not in client.get("/info").text
-    assert not any(key in line for line in guarded.lines for key in ("alpha-key", "beta-key", "gamma-key", "wrong"))
+    keys = ("alpha-key", "beta-key", "gamma-key", "stranger-key")
+    assert not any(key in line for line in guarded.lines for key in keys)
 
 
 @pytest.mark.parametrize(
