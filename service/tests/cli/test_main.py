@@ -157,8 +157,8 @@ def test_eval_classify_counts_plain_and_enhanced(tmp_path: Path) -> None:
 
 
 def test_info_of_a_model_says_what_it_is_before_anything_is_downloaded() -> None:
-    done = run("info", "--model", "ViT-B-16-SigLIP")
-    assert done.code == 0, done.stderr
+    done = reco("info", "--model", "ViT-B-16-SigLIP")
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["dim"], found["image_size"], found["needs"]) == (768, [224, 224], ["reco-serve[hf]"])
     assert found["tokenizer"] == "timm/ViT-B-16-SigLIP"
