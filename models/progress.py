@@ -89,13 +89,14 @@ class ProgressBar:
 
 
 class ProgressLines:
-    """A line for the start, one every LINE_S seconds, and one for the end."""
+    """A line for the start where the total is known, one every LINE_S seconds, one for the end."""
 
     def __init__(self, total: int | None, label: str, unit: str) -> None:
         self._total, self._label, self._unit = total, label, unit
         self.done = self._before = 0
         self._start = self._printed = time.monotonic()
-        self._print()
+        if total is not None:
+            self._print()
 
     def start_at(self, done: int) -> None:
         """Begin with the items of an earlier run, which count for no rate."""

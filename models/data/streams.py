@@ -85,8 +85,9 @@ def count_parts(
 
 
 def _free_label(label: str, taken: set[str]) -> str:
-    labels = (label, *(f"{label}-{number}" for number in count(2)))
-    return next(each for each in labels if each not in taken)
+    if label not in taken:
+        return label
+    return next(each for number in count(2) if (each := f"{label}-{number}") not in taken)
 
 
 def build_streams(

@@ -72,7 +72,7 @@ def test_help_of_a_group_names_every_command(group: str) -> None:
 
 FAILED = [
     ("memory build ../x .", "'../x' is not a name: 1 to 64 of the characters A-Z"),
-    ("memory build x nowhere", "nowhere is neither a .tar file nor a folder"),
+    ("memory build x nowhere", "nowhere does not exist"),
     ("memory build x folder", "folder holds no table of captions"),
     ("memory build x . --version ../v", "'../v' is not a name"),
     ("memory import x nowhere", "nowhere holds neither img_emb, text_emb and metadata"),

@@ -30,6 +30,7 @@ VALUES = {
     "max_inflight_bytes": "700000000",
     "trusted_proxies": "10.0.0.0/8",
     "max_image_bytes": "2000",
+    "max_pixels_in_flight": "90000000",
 }
 
 
