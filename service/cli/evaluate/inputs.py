@@ -91,9 +91,11 @@ def read_labels(data: Data, options: LabelOptions) -> list[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file. Raises ServiceError where it cannot be read."""
+    """The lines of a UTF-8 file, without the mark that some editors put first. Raises
+    ServiceError.
+    """
     try:
-        return path.read_text("utf-8").splitlines()
+        return path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ServiceError(f"{path} cannot be read as text ({error}): name a UTF-8 file") from error
 

@@ -13,8 +13,9 @@ from service.errors import ServiceError
 NOTHING = Data([], None, None)
 
 
-def test_labels_of_a_file_are_taken_once_each(tmp_path: Path) -> None:
-    (tmp_path / "labels.txt").write_text("hat\n\n  shoe \nhat\n", "utf-8")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_labels_of_a_file_are_taken_once_each(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "labels.txt").write_text("hat\n\n  shoe \nhat\n", encoding)
     assert read_labels(NOTHING, LabelOptions(labels=tmp_path / "labels.txt")) == ["hat", "shoe"]
 
 
