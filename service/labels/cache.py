@@ -61,7 +61,7 @@ class LabelVectors:
         key = (labels.digest, _version(snapshot))
         self._metrics.label_cache_total.labels("hit" if key in self._entries else "miss").inc()
         entry = self._entries.get(key) or ListEmbedding(labels, snapshot, kept=False)
-        self._run(key, entry)
+        self._run(key, entry, snapshot)
         entry.waiting += 1
         try:
             # a caller who leaves must not cancel it for the others
@@ -77,7 +77,7 @@ class LabelVectors:
             key = (labels.digest, _version(snapshot))
             entry = self._entries.get(key) or ListEmbedding(labels, snapshot, kept=True)
             entry.kept = True
-            self._run(key, entry)
+            self._run(key, entry, snapshot)
 
     def progress(self, labels: LabelSet) -> list[dict[str, Any]]:
         """How many labels are embedded, under each memory version that was asked for."""
@@ -97,12 +97,12 @@ class LabelVectors:
         for pool in (self._quick, self._slow):
             pool.close()
 
-    def _run(self, key: tuple[str, str], entry: ListEmbedding) -> None:
+    def _run(self, key: tuple[str, str], entry: ListEmbedding, snapshot: Snapshot | None) -> None:
         """Let an entry be embedded, unless it is done or being done. Raises QueueFull."""
         if not entry.result.done() and entry.task is None:
             if entry.count <= self._large:
                 self._admit(entry)
-            entry.task = asyncio.create_task(self._embed_list(key, entry))
+            entry.task = asyncio.create_task(self._embed_list(key, entry, snapshot))
         self._entries[key] = entry
         self._entries.move_to_end(key)
         self._trim()
@@ -118,17 +118,17 @@ class LabelVectors:
                 f"{self._max_waiting}: retry later, or store the labels as a set"
             )
 
-    async def _embed_list(self, key: tuple[str, str], entry: ListEmbedding) -> None:
+    async def _embed_list(self, key: tuple[str, str], entry: ListEmbedding, snapshot: Snapshot | None) -> None:
         """Embed what is left of a list, and index it where it is long."""
         try:
             if entry.count > self._large:
                 async with self._slow_turn:
                     while entry.done < entry.count:
-                        await self._embed_step(entry, self._slow)
+                        await self._embed_step(entry, snapshot, self._slow)
             else:
                 while entry.done < entry.count:
                     await self._turns.take(entry)
-                    await self._embed_step(entry, self._quick, self._turns)
+                    await self._embed_step(entry, snapshot, self._quick, self._turns)
             pool = self._slow if entry.count > self._large else self._quick
             made = await asyncio.shield(pool.run(entry.build, self._function.scale, INDEXED_LABELS))
         except Exception as error:  # noqa: BLE001  it belongs to those who wait; the next request tries again
@@ -141,10 +141,12 @@ class LabelVectors:
                 entry.result.set_result(made)
             self._trim()
 
-    async def _embed_step(self, entry: ListEmbedding, pool: IdleThreads, turns: Turns | None = None) -> None:
+    async def _embed_step(
+        self, entry: ListEmbedding, snapshot: Snapshot | None, pool: IdleThreads, turns: Turns | None = None
+    ) -> None:
         """Embed one step in a thread; the turn ends with the thread's work, not with the caller."""
         step = entry.next_step()
-        work = pool.run(entry.embed_step, self._embed, step)
+        work = pool.run(entry.embed_step, self._embed, snapshot, step)
         work.add_done_callback(lambda done: _finish_turn(done, turns))
         entry.add(step, await asyncio.shield(work))
 

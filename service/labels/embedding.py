@@ -25,13 +25,13 @@ class ListEmbedding:
     """A label list under one memory version. Used on the event loop only, but for `embed_step`.
 
     result: its vectors, once they are made.  kept: it is embedded although nobody waits, as a
-    large stored set is.
+    large stored set is. The snapshot itself is not held, so that a retired one is freed.
     State: the rows made so far, how many callers wait, the task that makes the others, None while
     it is paused.
     """
 
     def __init__(self, labels: LabelSet, snapshot: Snapshot | None, *, kept: bool) -> None:
-        self._labels, self._snapshot, self.kept = labels, snapshot, kept
+        self._labels, self.kept = labels, kept
         self.memory = None if snapshot is None else snapshot.ref
         self.count, self.done, self.waiting = len(labels.labels), 0, 0
         self.result: asyncio.Future[Candidates] = asyncio.get_running_loop().create_future()
@@ -53,9 +53,9 @@ class ListEmbedding:
         """The labels of the next step: as many as make STEP_TEXTS texts, one at least."""
         return slice(self.done, self.done + max(1, STEP_TEXTS // len(self._labels.templates)))
 
-    def embed_step(self, embed: Embed, step: slice) -> np.ndarray:
+    def embed_step(self, embed: Embed, snapshot: Snapshot | None, step: slice) -> np.ndarray:
         """In a thread: the rows of one step."""
-        return embed(self._labels.labels[step], self._labels.templates, self._snapshot)
+        return embed(self._labels.labels[step], self._labels.templates, snapshot)
 
     def add(self, step: slice, rows: np.ndarray) -> None:
         """Keep the rows of a step."""

@@ -114,8 +114,10 @@ def test_swaps_under_load_fail_none_and_mix_none(running: Server, photos: dict[s
                 thread.join(60)
         assert not wrong, wrong[:5]
         assert set(seen) == set(expected), seen
-        time.sleep(0.2)
-        assert 'reco_snapshots_alive{name="grocery"} 1.0' in client.get("/metrics").text
+        end = time.monotonic() + 10  # a thread that ends lets go of the last batch
+        while 'reco_snapshots_alive{name="grocery"} 1.0' not in client.get("/metrics").text:
+            assert time.monotonic() < end, client.get("/metrics").text
+            time.sleep(0.05)
 
 
 def test_rollback_goes_to_the_one_before(running: Server) -> None:
