@@ -1,14 +1,4 @@
-"""What serving costs beside the bare model, in one run on the same cores (`make bench`).
-
-    python -m loadtests.bench [--only FIGURE...] [--repeats 5] [--seconds 12] [--threads 2]
-    [--device cuda --precision bf16] [--quick]
-
-Each figure takes turns with its yardstick, open_clip with the same random weights in another
-process; never two at once. The memory holds `--pairs` synthetic pairs, written once for that
-encoder and kept in var/bench. Exit code 1 where a figure misses its target. `--quick` runs
-everything once with a small model and little data: it shows that the bench works, and says nothing
-about speed.
-"""
+"""Cost of serving beside the bare model, in one run on the same cores (`make bench`)."""
 
 from __future__ import annotations
 
@@ -26,11 +16,11 @@ from typing import Any
 import httpx
 
 from loadtests.compare import figures, lifecycle
-from loadtests.compare.figures import Bench, Measured
+from loadtests.compare.figures import BenchContext, Measured
 from loadtests.compare.yardstick import Yardstick
 from loadtests.support.photos import crops
 from loadtests.support.picture import draw_targets
-from loadtests.support.report import ROOT, environment, judged, middle, told, write
+from loadtests.support.report import ROOT, compare_to_targets, environment, format_verdicts, median_and_spread, write
 from loadtests.support.serving import service
 
 MEMORY = "bench"
@@ -51,7 +41,7 @@ SETTINGS = (
     "warmup",
     "quick",
 )
-RUNNING: Mapping[str, Callable[[Bench], Measured]] = {  # these share one service
+RUNNING: Mapping[str, Callable[[BenchContext], Measured]] = {  # these share one service
     "throughput": figures.throughput,
     "one-photo": figures.one_photo,
     "texts": figures.short_texts,
@@ -62,7 +52,7 @@ ALONE = ("labels", "flood", "start", "help")  # these start their own processes
 
 
 def build_memory(environ: Mapping[str, str], pairs: int, fingerprint: str, dim: int) -> float:
-    """Seconds it took to write the memory; 0 where an earlier run has."""
+    """Build the memory; return the seconds it took, 0 where it already exists."""
     store = environ["RECO_STORE"]
     shown = subprocess.run(
         [sys.executable, "-m", "service.cli.main", "memory", "show", MEMORY], cwd=ROOT, env=environ, capture_output=True
@@ -76,7 +66,7 @@ def build_memory(environ: Mapping[str, str], pairs: int, fingerprint: str, dim: 
 
 
 def help_seconds(repeats: int) -> dict[str, float]:
-    """How long `reco --help` takes, process start included."""
+    """Seconds of `reco --help`, process start included."""
     installed = Path(sys.executable).with_name("reco")
     command = [str(installed)] if installed.exists() else [sys.executable, "-m", "service.cli.main"]
     found = []
@@ -84,11 +74,11 @@ def help_seconds(repeats: int) -> dict[str, float]:
         begun = time.perf_counter()
         subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, check=True)
         found.append(time.perf_counter() - begun)
-    return middle(found)
+    return median_and_spread(found)
 
 
 def measure(arguments: argparse.Namespace, environ: Mapping[str, str], work: Path) -> dict[str, Any]:
-    """Every figure asked for, and its goals under `targets`."""
+    """Measure the chosen figures; their goals are under `targets`."""
     log = work / "service.log"
     bare = partial(Yardstick, arguments.model, arguments.threads, arguments.device, arguments.precision)
     photos = [photo for _, photo in crops(64)]
@@ -107,27 +97,27 @@ def measure(arguments: argparse.Namespace, environ: Mapping[str, str], work: Pat
                 key=lambda size: yardstick.images(size, arguments.seconds / 2)["images_per_s"],
             )
             of = (arguments.repeats, arguments.seconds, arguments.warmup)
-            bench = Bench(served.url, yardstick, batch, arguments.device, MEMORY, photos, *of)
+            bench = BenchContext(served.url, yardstick, batch, arguments.device, MEMORY, photos, *of)
             report |= {"service": httpx.get(f"{served.url}/info", trust_env=False).json(), "raw_batch": batch}
             for name in chosen:
-                found[name] = _told(name, partial(RUNNING[name], bench))
+                found[name] = _report(name, partial(RUNNING[name], bench))
     if "labels" in arguments.only:
         with_model = (arguments.model, arguments.device, arguments.precision, arguments.repeats)
-        found["labels"] = _told("labels", partial(figures.labels, arguments.labels, *with_model, environ))
+        found["labels"] = _report("labels", partial(figures.labels, arguments.labels, *with_model, environ))
     if "flood" in arguments.only:
-        found["flood"] = _told("flood", partial(lifecycle.flood, environ, log, photos, arguments.seconds))
+        found["flood"] = _report("flood", partial(lifecycle.flood, environ, log, photos, arguments.seconds))
     if "start" in arguments.only:
-        found["start"] = _told("start", partial(lifecycle.cold_start, environ, log, bare, arguments.repeats))
+        found["start"] = _report("start", partial(lifecycle.cold_start, environ, log, bare, arguments.repeats))
     if "help" in arguments.only:
         report["help_s"] = help_seconds(arguments.repeats)
     goals = [goal for _, of in found.values() for goal in of]
-    return {**report, **{name: measured for name, (measured, _) in found.items()}, "targets": judged(goals)}
+    return {**report, **{name: measured for name, (measured, _) in found.items()}, "targets": compare_to_targets(goals)}
 
 
-def _told(name: str, figure: Callable[[], Measured]) -> Measured:
+def _report(name: str, figure: Callable[[], Measured]) -> Measured:
     print(f"{name} …", flush=True)
     measured, goals = figure()
-    print(told(judged(goals)), flush=True)
+    print(format_verdicts(compare_to_targets(goals)), flush=True)
     return measured, goals
 
 
@@ -177,7 +167,7 @@ def main() -> int:
     }
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     report = {**environment(), "settings": settings, **measure(arguments, environ, work)}
-    print(told(report["targets"]))
+    print(format_verdicts(report["targets"]))
     write(arguments.out, report)
     draw_targets(report["targets"], arguments.out.with_suffix(".png"))
     return 0 if all(row["reached"] for row in report["targets"]) else 1

@@ -1,12 +1,5 @@
-"""Honest callers beside hostile ones, with swaps and edits: does anybody honest notice?
-
-    python -m loadtests.siege [--minutes 30] [--calm 2] [--workers 4]
-
-Starts a service of its own with the starter. First honest callers are alone; then one request in
-ten is hostile, the memory is swapped to and fro, and another memory is edited all the time. Each
-honest reply must be the one of the version that it names. Exit code 1 if one is wrong or not 200,
-if p99 is more than twice that of the calm time, or if resident memory grew by more than 3 % from
-the first fifth of the time to the last.
+"""Honest callers beside hostile ones, with swaps and edits (`make soak`): honest callers must not
+notice.
 """
 
 from __future__ import annotations
@@ -30,12 +23,21 @@ from loadtests.soak import watch
 from loadtests.support.calls import Unexpected, open_client, run_to_end
 from loadtests.support.gauges import growth
 from loadtests.support.hostile import Siege, hostile_calls
-from loadtests.support.known import Answer, Known, hammer, learn, prepare, telling
+from loadtests.support.known import CheckedReply, KnownCall, distinguishing_calls, learn, prepare, send_in_closed_loop
 from loadtests.support.photos import crops
 from loadtests.support.picture import draw_siege
-from loadtests.support.report import ROOT, Goal, environment, judged, quantiles, table, told, write
+from loadtests.support.report import (
+    ROOT,
+    Goal,
+    compare_to_targets,
+    environment,
+    format_verdicts,
+    quantiles,
+    table,
+    write,
+)
 from loadtests.support.serving import service
-from loadtests.swap import Admin, swap_to_and_fro
+from loadtests.swap import Admin, alternate_versions
 
 MEMORY, VERSIONS, EDITED = "grocery", ("fruit-and-vegetables", "all"), "edited"
 HOSTILE_SHARE = 0.1
@@ -45,8 +47,8 @@ SLOWER, GROWTH = 2.0, 0.03
 ADMIN_KEY = "load-test-admin-key"
 
 
-async def edit_for_ever(client: httpx.AsyncClient, photo: bytes, edits: list[int]) -> None:
-    """Add and remove one pair in turn; the status codes go to `edits`."""
+async def edit_until_cancelled(client: httpx.AsyncClient, photo: bytes, edits: list[int]) -> None:
+    """Add and remove one pair in turn; status codes are appended to `edits`."""
     headers, image = {"Authorization": f"Bearer {ADMIN_KEY}"}, base64.b64encode(photo).decode()
     while True:
         pair = {"id": f"edit-{len(edits)}", "caption": "a photo of a thing", "image": image}
@@ -57,20 +59,20 @@ async def edit_for_ever(client: httpx.AsyncClient, photo: bytes, edits: list[int
 
 
 async def run(url: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The calm time, then the siege; returns the report."""
+    """Load without hostile callers, then with them; return the report."""
     photos = [photo for _, photo in crops(16)]
     async with open_client(url) as client, open_client(url) as enemy:
         admin = Admin(client, MEMORY, ADMIN_KEY)
-        known = await _learn(client, admin, photos)
-        calm = await _hammer_for(client, known, arguments.workers, 60 * arguments.calm)
+        known = await _learn_answers(client, admin, photos)
+        calm = await _send_for(client, known, arguments.workers, 60 * arguments.calm)
         rate = HOSTILE_SHARE / (1 - HOSTILE_SHARE) * len(calm) / (60 * arguments.calm)
         rng = random.Random(0)
         siege, edits = Siege(enemy, hostile_calls(photos[0], rng), rng, rate), list[int]()
         reading = asyncio.create_task(watch(client, READ_EVERY_S))
-        beside = [asyncio.create_task(siege.run()), asyncio.create_task(edit_for_ever(client, photos[0], edits))]
+        beside = [asyncio.create_task(siege.run()), asyncio.create_task(edit_until_cancelled(client, photos[0], edits))]
         swaps = max(2, int(60 * arguments.minutes / SWAP_EVERY_S))
-        swapping = asyncio.create_task(swap_to_and_fro(admin, VERSIONS, swaps, SWAP_EVERY_S, 0.0))
-        answers = await _hammer_for(client, known, arguments.workers, 60 * arguments.minutes)
+        swapping = asyncio.create_task(alternate_versions(admin, VERSIONS, swaps, SWAP_EVERY_S, 0.0))
+        answers = await _send_for(client, known, arguments.workers, 60 * arguments.minutes)
         for task in (*beside, swapping, reading):
             task.cancel()
         readings = await reading
@@ -92,24 +94,26 @@ async def run(url: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-async def _learn(client: httpx.AsyncClient, admin: Admin, photos: Sequence[bytes]) -> list[Known]:
-    """What each call answers under each version."""
+async def _learn_answers(client: httpx.AsyncClient, admin: Admin, photos: Sequence[bytes]) -> list[KnownCall]:
+    """Record the right answer of each call under each version."""
     calls, learned = prepare(photos, MEMORY), {}
     for version in VERSIONS:
         await admin.activate(version)
         learned[f"{MEMORY}@{version}"] = await learn(client, calls, f"{MEMORY}@{version}")
-    return telling(calls, learned, APART)
+    return distinguishing_calls(calls, learned, APART)
 
 
-async def _hammer_for(client: httpx.AsyncClient, known: Sequence[Known], workers: int, seconds: float) -> list[Answer]:
+async def _send_for(
+    client: httpx.AsyncClient, known: Sequence[KnownCall], workers: int, seconds: float
+) -> list[CheckedReply]:
     stop = asyncio.Event()
-    load = asyncio.create_task(hammer(client, known, APART, workers, stop))
+    load = asyncio.create_task(send_in_closed_loop(client, known, APART, workers, stop))
     await asyncio.sleep(seconds)
     stop.set()
     return await load
 
 
-def _latency(answers: Sequence[Answer]) -> dict[str, float]:
+def _latency(answers: Sequence[CheckedReply]) -> dict[str, float]:
     return quantiles([answer.end - answer.start for answer in answers])
 
 
@@ -122,15 +126,15 @@ def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
         ("growth of resident memory", report["resident"]["growth"], "<=", GROWTH),
         ("edits that failed", sum(count for code, count in report["edits"].items() if code != "200"), "<=", 0),
     ]
-    return judged(goals)
+    return compare_to_targets(goals)
 
 
 def show(report: dict[str, Any]) -> str:
-    """The tables a person reads, and the first faults."""
+    """The results as tables, and the first faults."""
     rows: list[list[object]] = [["", "p50 ms", "p95 ms", "p99 ms", "max ms"]]
     rows += [[name, *(found[q] for q in ("p50", "p95", "p99", "max"))] for name, found in report["latency_ms"].items()]
     head = f"{report['replies']} honest replies; hostile: {report['hostile_codes']}; edits: {report['edits']}"
-    return "\n".join([table(rows), told(verdicts(report)), head, *report["first_faults"]])
+    return "\n".join([table(rows), format_verdicts(verdicts(report)), head, *report["first_faults"]])
 
 
 def _import_edited(environ: dict[str, str]) -> None:

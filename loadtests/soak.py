@@ -1,12 +1,4 @@
-"""The same open-loop load for a long time: does anything grow, or slow down?
-
-    python -m loadtests.soak --rate 2 --minutes 60 [--every 10] [--mix
-    embed/image=8,embed/text=1,classify=1]
-
-Resident memory and live snapshots are read every so many seconds. Exit code 1 if a reply was not
-200, if the resident memory grew by more than 3 % from the first fifth of the time to the last, or
-if p99 did by half.
-"""
+"""Constant open-loop load over a long time: finds growth of memory or latency."""
 
 from __future__ import annotations
 
@@ -18,44 +10,42 @@ from typing import Any
 
 import httpx
 
-from loadtests.steady import TimedRequest, add_load, drive, photos_of, prepare, schedule, show, summarise
+from loadtests.steady import TimedRequest, add_load, photos_of, prepare, schedule, send_on_schedule, show, summarise
 from loadtests.support.calls import open_client, run_to_end
-from loadtests.support.gauges import Held, growth, held
+from loadtests.support.gauges import Gauges, growth, read_gauges
 from loadtests.support.picture import draw_soak
-from loadtests.support.report import Goal, environment, judged, quantiles, told, write
+from loadtests.support.report import Goal, compare_to_targets, environment, format_verdicts, quantiles, write
 
 GROWTH = 0.03
 SLOWER = 1.5
 
 
-async def watch(client: httpx.AsyncClient, every: float) -> list[tuple[float, Held]]:
-    """(seconds since the start, what the service held) until cancelled."""
-    readings: list[tuple[float, Held]] = []
+async def watch(client: httpx.AsyncClient, every: float) -> list[tuple[float, Gauges]]:
+    """Append (seconds since the start, gauges) until cancelled."""
+    readings: list[tuple[float, Gauges]] = []
     begun = time.perf_counter()
     try:
         while True:
-            readings.append((time.perf_counter() - begun, await held(client)))
+            readings.append((time.perf_counter() - begun, await read_gauges(client)))
             await asyncio.sleep(every)
     except asyncio.CancelledError:
         return readings
 
 
-async def run(arguments: argparse.Namespace) -> tuple[list[TimedRequest], list[tuple[float, Held]]]:
-    """Every request of the whole time, and the readings beside it, those of the warm-up
-    left out.
-    """
+async def run(arguments: argparse.Namespace) -> tuple[list[TimedRequest], list[tuple[float, Gauges]]]:
+    """All requests and gauge readings, without those of the warm-up."""
     calls, weights = prepare(photos_of(arguments), arguments.mix)
     moments = schedule(arguments.rate, arguments.warmup + 60 * arguments.minutes, arguments.arrivals, arguments.seed)
     async with open_client(arguments.url, timeout_s=arguments.timeout) as client:
-        await held(client)  # a service that is not there ends the program here
+        await read_gauges(client)  # a service that is not there ends the program here
         watching = asyncio.create_task(watch(client, arguments.every))
-        samples = await drive(client, calls, weights, moments, arguments.seed)
+        samples = await send_on_schedule(client, calls, weights, moments, arguments.seed)
         watching.cancel()
         readings = await watching
     return samples, [(at, reading) for at, reading in readings if at >= arguments.warmup]
 
 
-def fifths(samples: Sequence[TimedRequest], warmup: float) -> list[dict[str, float]]:
+def quantiles_of_fifths(samples: Sequence[TimedRequest], warmup: float) -> list[dict[str, float]]:
     """Latency quantiles of each fifth of the time after the warm-up."""
     counted = sorted(
         (sample for sample in samples if sample.due >= warmup and sample.status == 200), key=lambda sample: sample.due
@@ -75,7 +65,7 @@ def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
     ]
     if parts:
         goals.append(("p99, last fifth / first", round(parts[-1]["p99"] / parts[0]["p99"], 3), "<=", SLOWER))
-    return judged(goals)
+    return compare_to_targets(goals)
 
 
 def main() -> int:
@@ -93,14 +83,17 @@ def main() -> int:
         **environment(),
         "settings": {name: str(value) for name, value in vars(arguments).items()},
     }
-    report["routes"], report["fifths_ms"] = summarise(samples, arguments.warmup), fifths(samples, arguments.warmup)
+    report["routes"], report["fifths_ms"] = (
+        summarise(samples, arguments.warmup),
+        quantiles_of_fifths(samples, arguments.warmup),
+    )
     report["resident"] = growth([reading.resident for _, reading in readings])
     report["readings"] = [
         {"s": round(at, 1), "resident_mb": round(of.resident / 1e6, 1), "snapshots": of.alive} for at, of in readings
     ]
     report["targets"] = verdicts(report)
     print(show(report["routes"]))
-    print(told(report["targets"]))
+    print(format_verdicts(report["targets"]))
     write(arguments.out, report)
     draw_soak(report, arguments.out.with_suffix(".png"))
     return 0 if all(row["reached"] for row in report["targets"]) else 1

@@ -1,11 +1,5 @@
-"""Open-loop load: requests leave on a schedule that does not wait for replies, as real users do.
-
-    python -m loadtests.steady --rate 10 --seconds 60 --image PHOTOS... [--mix
-    embed/image=8,embed/text=1,classify=1]
-
-Latency runs from the moment a request was *due*, so a stall of the service is felt by every request
-that should have been answered meanwhile (no coordinated omission). Exit code 1 if any reply was not
-200.
+"""Open-loop load: requests are sent on a schedule that does not wait for replies, as with
+independent users.
 """
 
 from __future__ import annotations
@@ -22,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from loadtests.support.calls import Call, classify_call, image_call, open_client, run_to_end, send, text_call
+from loadtests.support.calls import PreparedCall, classify_call, image_call, open_client, run_to_end, send, text_call
 from loadtests.support.photos import crops, read_photos
 from loadtests.support.picture import draw_quantiles
 from loadtests.support.report import environment, quantiles, table, write
@@ -51,7 +45,7 @@ class TimedRequest:
     stages: dict[str, float]
 
 
-def prepare(photos: Sequence[bytes], mix: str) -> tuple[list[Call], list[float]]:
+def prepare(photos: Sequence[bytes], mix: str) -> tuple[list[PreparedCall], list[float]]:
     """(calls, weights) of a mix like `embed/image=8,embed/text=1`; a route's weight is shared by
     its calls.
     """
@@ -60,7 +54,7 @@ def prepare(photos: Sequence[bytes], mix: str) -> tuple[list[Call], list[float]]
         "embed/text": [text_call([text]) for text in TEXTS],
         "classify": [classify_call(photo, LABELS) for photo in photos],
     }
-    calls: list[Call] = []
+    calls: list[PreparedCall] = []
     weights: list[float] = []
     for entry in mix.split(","):
         route, _, weight = entry.partition("=")
@@ -84,15 +78,19 @@ def schedule(rate: float, seconds: float, arrivals: str, seed: int) -> list[floa
     return moments
 
 
-async def drive(
-    client: httpx.AsyncClient, calls: Sequence[Call], weights: Sequence[float], moments: Sequence[float], seed: int
+async def send_on_schedule(
+    client: httpx.AsyncClient,
+    calls: Sequence[PreparedCall],
+    weights: Sequence[float],
+    moments: Sequence[float],
+    seed: int,
 ) -> list[TimedRequest]:
-    """Send one call at each moment, whatever has become of the ones before."""
+    """Send one call at each moment, whether or not earlier calls are answered."""
     chance = random.Random(seed)
     samples: list[TimedRequest] = []
     start = time.perf_counter()
 
-    async def fire(call: Call, due: float) -> None:
+    async def fire(call: PreparedCall, due: float) -> None:
         sent = time.perf_counter() - start
         reply = await send(client, call)
         samples.append(TimedRequest(call.route, due, sent, time.perf_counter() - start, reply.status, reply.stages))
@@ -111,10 +109,10 @@ def summarise(samples: Sequence[TimedRequest], warmup: float) -> dict[str, Any]:
     """
     counted = [sample for sample in samples if sample.due >= warmup]
     routes = sorted({sample.route for sample in counted})
-    return {route: _of([s for s in counted if route in ("all", s.route)]) for route in ["all", *routes]}
+    return {route: _summarise_requests([s for s in counted if route in ("all", s.route)]) for route in ["all", *routes]}
 
 
-def _of(samples: Sequence[TimedRequest]) -> dict[str, Any]:
+def _summarise_requests(samples: Sequence[TimedRequest]) -> dict[str, Any]:
     good = [s for s in samples if s.status == 200]
     span = max((s.done for s in samples), default=0.0) - min((s.due for s in samples), default=0.0)
     names = {name for s in good for name in s.stages}
@@ -130,7 +128,7 @@ def _of(samples: Sequence[TimedRequest]) -> dict[str, Any]:
 
 
 def show(summary: dict[str, Any]) -> str:
-    """The table a person reads; everything else is in the JSON."""
+    """The summary as a table; further figures are in the JSON."""
     rows: list[list[object]] = [["route", "sent", "ok", "failed", "per s", "p50 ms", "p95 ms", "p99 ms", "max ms"]]
     for route, of in summary.items():
         latency = [of["latency_ms"].get(name, "-") for name in ("p50", "p95", "p99", "max")]
@@ -139,7 +137,7 @@ def show(summary: dict[str, Any]) -> str:
 
 
 def photos_of(arguments: argparse.Namespace) -> list[bytes]:
-    """The photos asked for, or crops."""
+    """The given photos, or crops of bundled ones."""
     return read_photos(arguments.image) if arguments.image else [photo for _, photo in crops(64)]
 
 
@@ -150,7 +148,7 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
     moments = schedule(arguments.rate, arguments.warmup + arguments.seconds, arguments.arrivals, arguments.seed)
     async with open_client(arguments.url, timeout_s=arguments.timeout) as client:
         info = (await client.get("/info")).raise_for_status().json()
-        samples = await drive(client, calls, weights, moments, arguments.seed)
+        samples = await send_on_schedule(client, calls, weights, moments, arguments.seed)
     settings = {
         name: getattr(arguments, name) for name in ("url", "rate", "seconds", "warmup", "arrivals", "mix", "seed")
     }
@@ -164,7 +162,7 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_load(parser: argparse.ArgumentParser, program: str) -> None:
-    """What every open-loop program lets one choose."""
+    """Add the options that all open-loop programs share."""
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--warmup", type=float, default=5.0, help="seconds of load before counting")
     parser.add_argument(

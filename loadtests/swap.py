@@ -1,12 +1,4 @@
-"""Swap a memory to and fro while requests flow: none may fail, none may mix two versions.
-
-    python -m loadtests.swap --memory NAME --versions A B [--swaps 20] [--image PHOTOS...]
-
-Before the load starts, every request is answered once under each version. Under load, each vector
-of a reply must be the one that belongs to the version which the reply names. Exit code 1 on a
-failed reply, a mixed one, a swap that failed, or an old version that was kept: more than one live
-snapshot after the last swap, or memory that grew from swap to swap.
-"""
+"""Swaps of a memory under load: no request may fail, no reply may mix two versions."""
 
 from __future__ import annotations
 
@@ -24,11 +16,11 @@ import httpx
 import numpy as np
 
 from loadtests.support.calls import Unexpected, open_client, run_to_end
-from loadtests.support.gauges import Held, growth, held
-from loadtests.support.known import Answer, hammer, learn, prepare, telling
+from loadtests.support.gauges import Gauges, growth, read_gauges
+from loadtests.support.known import CheckedReply, distinguishing_calls, learn, prepare, send_in_closed_loop
 from loadtests.support.photos import crops, read_photos
 from loadtests.support.picture import draw_swap
-from loadtests.support.report import Goal, environment, judged, quantiles, table, told, write
+from loadtests.support.report import Goal, compare_to_targets, environment, format_verdicts, quantiles, table, write
 
 SLOWER = 1.5  # p99 of replies that a swap touched, against the others
 PUBLISH_MS = 1.0  # the phase in which the old snapshot is replaced by the new one
@@ -38,17 +30,17 @@ GROWTH = 0.03  # of the resident memory, from the first fifth of the swaps to th
 
 
 @dataclass(frozen=True, slots=True)
-class Swap:
+class Activation:
     """One activation, from its request to the end of its job.
 
-    phases: seconds that the job reports.  held: what the service held afterwards.
+    phases: seconds per phase, as the job reports them.  held: gauges afterwards.
     """
 
     version: str
     start: float
     end: float
     phases: Mapping[str, float]
-    held: Held
+    held: Gauges
 
 
 class Admin:
@@ -59,8 +51,10 @@ class Admin:
         self._memory = memory
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    async def activate(self, version: str, timeout_s: float = 120.0) -> Swap:
-        """Returns once the version serves; a refused or failed activation ends the program."""
+    async def activate(self, version: str, timeout_s: float = 120.0) -> Activation:
+        """Activate a version and wait until it serves. Unexpected where the activation is refused
+        or fails.
+        """
         start = time.perf_counter()
         asked = await self._client.post(
             f"/memories/{self._memory}/activate", json={"version": version}, headers=self._headers
@@ -72,30 +66,30 @@ class Admin:
                 (await self._client.get(f"/jobs/{asked.json()['id']}", headers=self._headers)).raise_for_status().json()
             )
             if job["state"] == "done":
-                return Swap(version, start, time.perf_counter(), job.get("seconds", {}), await self.held())
+                return Activation(version, start, time.perf_counter(), job.get("seconds", {}), await self.read_gauges())
             if job["state"] == "failed":
                 raise Unexpected(f"activate {self._memory}@{version}: {job}")
             await asyncio.sleep(0.02)
         raise Unexpected(f"activate {self._memory}@{version}: not done after {timeout_s:.0f} s")
 
-    async def held(self) -> Held:
-        """What the service holds of this memory."""
-        return await held(self._client, self._memory)
+    async def read_gauges(self) -> Gauges:
+        """Gauges of this memory."""
+        return await read_gauges(self._client, self._memory)
 
-    async def settled(self) -> float:
-        """Live snapshots once the last request is answered and what was retired is gone, or after
-        SETTLE_S.
-        """
+    async def wait_for_one_snapshot(self) -> float:
+        """Number of live snapshots, once it has fallen to one or after SETTLE_S seconds."""
         until = time.perf_counter() + SETTLE_S
-        now = await self.held()
+        now = await self.read_gauges()
         while now.alive > 1 and time.perf_counter() < until:
             await asyncio.sleep(0.1)
-            now = await self.held()
+            now = await self.read_gauges()
         return now.alive
 
 
-async def swap_to_and_fro(admin: Admin, versions: Sequence[str], swaps: int, pause: float, calm: float) -> list[Swap]:
-    """Activate the versions in turn, with steady time before and after."""
+async def alternate_versions(
+    admin: Admin, versions: Sequence[str], swaps: int, pause: float, calm: float
+) -> list[Activation]:
+    """Activate the versions in turn, with `calm` seconds without swaps before and after."""
     await asyncio.sleep(calm)
     done = []
     for number in range(swaps):
@@ -121,15 +115,17 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for version in arguments.versions:
             await admin.activate(version)
             learned[f"{arguments.memory}@{version}"] = await learn(client, calls, f"{arguments.memory}@{version}")
-        known = telling(calls, learned, arguments.apart)
+        known = distinguishing_calls(calls, learned, arguments.apart)
         stop = asyncio.Event()
-        load = asyncio.create_task(hammer(client, known, arguments.apart, arguments.workers, stop))
+        load = asyncio.create_task(send_in_closed_loop(client, known, arguments.apart, arguments.workers, stop))
         try:
-            swaps = await swap_to_and_fro(admin, arguments.versions, arguments.swaps, arguments.pause, arguments.calm)
+            swaps = await alternate_versions(
+                admin, arguments.versions, arguments.swaps, arguments.pause, arguments.calm
+            )
         finally:
             stop.set()
             answers = await load
-        alive = await admin.settled()
+        alive = await admin.wait_for_one_snapshot()
     settings = {
         name: getattr(arguments, name) for name in ("url", "memory", "versions", "workers", "pause", "calm", "apart")
     }
@@ -142,14 +138,9 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def judge(answers: Sequence[Answer], swaps: Sequence[Swap]) -> dict[str, Any]:
-    """Faults, latency of the replies that a swap touched against those of steady time, and what the
-    swaps left behind.
-
-    Steady is what came before the first swap and after the last: of the replies between two, the
-    slow ones reach into a swap.
-    """
-    when = [_when(answer, swaps) for answer in answers]
+def judge(answers: Sequence[CheckedReply], swaps: Sequence[Activation]) -> dict[str, Any]:
+    """Faults, latency of replies during swaps and outside, and live snapshots at the end."""
+    when = [_is_touched(answer, swaps) for answer in answers]
     spans = ("in swap windows", "steady")
     faults = [a.fault for a in answers if a.fault]
     phases = dict.fromkeys(phase for swap in swaps for phase in swap.phases)
@@ -172,15 +163,15 @@ def judge(answers: Sequence[Answer], swaps: Sequence[Swap]) -> dict[str, Any]:
     }
 
 
-def _when(answer: Answer, swaps: Sequence[Swap]) -> str:
+def _is_touched(answer: CheckedReply, swaps: Sequence[Activation]) -> str:
     if any(answer.start < swap.end and swap.start < answer.end for swap in swaps):
         return "in swap windows"
     return "steady" if answer.end <= swaps[0].start or answer.start >= swaps[-1].end else "between"
 
 
 def verdicts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each figure beside its target; the latencies are told only, as they also say how busy the
-    machine was.
+    """Each figure beside its target. Latencies have no target here, since they also depend on other
+    load of the machine.
     """
     goals: list[Goal] = [
         ("failed replies", report["failed"], "<=", 0),
@@ -193,16 +184,16 @@ def verdicts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         goals.append(("p99 in swap windows / steady", round(touched / steady, 3), "<=", SLOWER))
     if publish := report["phases_ms"].get("publish"):
         goals.append(("publish, ms (p99)", publish["p99"], "<=", PUBLISH_MS))
-    return judged(goals)
+    return compare_to_targets(goals)
 
 
 def show(report: dict[str, Any]) -> str:
-    """The tables a person reads, and the first faults."""
+    """The results as tables, and the first faults."""
     rows: list[list[object]] = [["", "replies", "p50 ms", "p95 ms", "p99 ms", "max ms"]]
     for name, latency in report["latency_ms"].items():
         rows.append([name, report["replies_in"][name], *(latency.get(q, "-") for q in ("p50", "p95", "p99", "max"))])
     head = f"{report['swaps']} swaps, {report['replies']} replies: {report['failed']} failed, {report['mixed']} mixed"
-    return "\n".join([table(rows), told(verdicts(report)), head, *report["first_faults"]])
+    return "\n".join([table(rows), format_verdicts(verdicts(report)), head, *report["first_faults"]])
 
 
 def main() -> int:

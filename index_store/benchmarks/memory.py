@@ -31,7 +31,7 @@ from index_store.search.shard import BLOCK_ROWS, build_flat_index
 from index_store.storage.manifest import Manifest, index_file
 from index_store.store import Store
 from index_store.types import SIDES
-from loadtests.support.report import environment, judged, told, write
+from loadtests.support.report import compare_to_targets, environment, format_verdicts, write
 
 ENCODER = "synthetic@0123456789ab"
 NAME = "bench"
@@ -137,7 +137,7 @@ def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
         ("resident / (1.1 index + 100 MB)", report["resident"]["of_allowed"], "<=", 1),
         ("build / bare train+add+write", report["build"]["speed_vs_bare"], ">=", 0.5),
     ]
-    return judged(goals)
+    return compare_to_targets(goals)
 
 
 def main() -> int:
@@ -159,7 +159,7 @@ def main() -> int:
         store, manifest, collection.fresh(ADDED_PAIRS), collection.queries("image", QUERIES), K, args.repeats
     )
     report["targets"] = verdicts(report)
-    print(told(report["targets"]))
+    print(format_verdicts(report["targets"]))
     write(args.out, report)
     draw(report, args.out.with_suffix(".png"))
     shutil.rmtree(args.store)

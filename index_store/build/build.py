@@ -1,5 +1,5 @@
-"""Pairs in, a finished version out: everything beside the store's eyes, the manifest last, then one
-rename.
+"""Builds of a version: pairs are written into a staging folder, the manifest last, then it is
+renamed.
 """
 
 import dataclasses
@@ -40,21 +40,18 @@ def build_version(
 ) -> Manifest:
     """Write the pairs of all blocks as one new version of a memory; return its manifest.
 
-    blocks: the pairs, or a source: a second run of the same source goes on where this one stopped,
-    and what was left out is listed in rejects-VERSION.jsonl.  version: None takes the next free
-    name of today, or the one that the source was building.
+    blocks: pairs, or a source, whose second run resumes the first; its rejects are listed in
+    rejects-VERSION.jsonl.  version: None = the next free name of today, or the unfinished build's.
     kinds: what each side's search compares.  index: "auto" or a faiss factory string.
-    source: free JSON for the manifest; a callable is asked once all blocks are read. Whatever stops
-    the build, a kill included, leaves no version, and a second run succeeds.
+    source: JSON for the manifest; a callable is called after the last block. A build that is
+    stopped leaves no version.
     """
     job = blocks if isinstance(blocks, BuildSource) else None
     digest = "" if job is None else job.digest(encoder=encoder, kinds=dict(kinds), shard_pairs=shard_pairs)
     version = _chosen(store, name, version, job, digest)
     with workplace(store.root / check_name(name), version) as work:
         writer = VersionWriter(work, kinds, index, shard_pairs)
-        content = (
-            fill_from(writer, blocks, digest, version) if isinstance(blocks, BuildSource) else fill(writer, blocks)
-        )
+        content = fill(writer, blocks) if isinstance(blocks, Iterable) else fill_from(writer, blocks, digest, version)
         draft = Manifest(
             name=name,
             version=version,

@@ -1,4 +1,4 @@
-"""A caller who is alone: one request after the other, and where each millisecond of them went."""
+"""Latency profile of a single caller who sends one request after the other."""
 
 from __future__ import annotations
 
@@ -9,51 +9,50 @@ from dataclasses import dataclass
 
 import httpx
 
-from loadtests.support.calls import Call, Reply, Unexpected, open_client, send
+from loadtests.support.calls import PreparedCall, TimedReply, Unexpected, open_client, send
 from loadtests.support.gauges import samples
 
-__all__ = ["Visit", "alone", "profile"]
+__all__ = ["ProfiledRequest", "median_profile", "profile_lone_caller"]
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
-    """One request, in seconds.
+class ProfiledRequest:
+    """Times of one request, in seconds.
 
-    felt: by the client.  inside, serialize: by the service's own clock, as are the reply's stages.
+    felt: measured by the client.  inside, serialize: measured by the service, as are the reply's
+    stages.
     """
 
-    reply: Reply
+    reply: TimedReply
     felt: float
     inside: float
     serialize: float
 
     @property
     def stages(self) -> dict[str, float]:
-        """By name, as they follow on each other."""
+        """Seconds by stage, in order."""
         return {**self.reply.stages, "serialize": self.serialize}
 
 
-async def alone(url: str, calls: Sequence[Call]) -> list[Visit]:
-    """One call after the other, each answered with 200."""
+async def profile_lone_caller(url: str, calls: Sequence[PreparedCall]) -> list[ProfiledRequest]:
+    """Send the calls one after the other. Unexpected unless each is answered with 200."""
     visits = []
     async with open_client(url) as client:
-        before = await _spent(client, calls[0].route)
+        before = await _read_spent(client, calls[0].route)
         for call in calls:
             begun = time.perf_counter()
             reply = await send(client, call)
             felt = time.perf_counter() - begun
             if reply.status != 200:
                 raise Unexpected(f"{call.path}: {reply.status} {reply.content[:300]!r}")
-            after = await _spent(client, call.route)
-            visits.append(Visit(reply, felt, after[0] - before[0], after[1] - before[1]))
+            after = await _read_spent(client, call.route)
+            visits.append(ProfiledRequest(reply, felt, after[0] - before[0], after[1] - before[1]))
             before = after
     return visits
 
 
-def profile(visits: Sequence[Visit]) -> dict[str, float]:
-    """Where each millisecond goes: the median of every stage, of what the service does beside them,
-    and of what lies outside of it.
-    """
+def median_profile(visits: Sequence[ProfiledRequest]) -> dict[str, float]:
+    """Medians of each stage, of the rest of the service, and of the time outside the service."""
     parts = [
         {
             **visit.stages,
@@ -66,10 +65,8 @@ def profile(visits: Sequence[Visit]) -> dict[str, float]:
     return {name: round(1000 * statistics.median(part.get(name, 0.0) for part in parts), 3) for name in parts[0]}
 
 
-async def _spent(client: httpx.AsyncClient, route: str) -> tuple[float, float]:
-    """Seconds that the service has spent so far: on requests of this route, and on writing
-    replies.
-    """
+async def _read_spent(client: httpx.AsyncClient, route: str) -> tuple[float, float]:
+    """Total seconds that the service has spent on requests of this route, and on serialization."""
     inside = serialize = 0.0
     for sample in await samples(client):
         if sample.name == "reco_request_duration_seconds_sum" and sample.labels["endpoint"] == f"/{route}":

@@ -1,9 +1,4 @@
-"""What `bench` measures: each figure beside its yardstick, in turn, never at once.
-
-Ratios are taken inside a round, against yardsticks measured before and after, so that a machine
-whose speed drifts does not bend them. A function returns what it measured and the goals that this
-is judged by.
-"""
+"""Figures of `bench`, each measured in alternation with its yardstick."""
 
 from __future__ import annotations
 
@@ -18,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from loadtests.compare.alone import Visit, alone, profile
+from loadtests.compare.alone import ProfiledRequest, median_profile, profile_lone_caller
 from loadtests.compare.yardstick import Yardstick
 from loadtests.support.calls import image_call, run_to_end, text_call
 from loadtests.support.closed_loop import closed_loop
-from loadtests.support.report import ROOT, Goal, middle, quantiles, table
+from loadtests.support.report import ROOT, Goal, median_and_spread, quantiles, table
 
 __all__ = [
-    "Bench",
+    "BenchContext",
     "Measured",
     "by_concurrency",
     "labels",
@@ -69,11 +64,10 @@ INSIDE = ("decode", "encode", "retrieve")  # stages that are not the service's o
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class BenchContext:
     """A running service and its yardstick.
 
-    batch: the yardstick's best.  device: of both.  memory: what enhances.  repeats: rounds.
-    seconds, warmup: of each load in a round.
+    batch: the yardstick's best batch size.  device: of both.  memory: the memory that enhances.
     """
 
     url: str
@@ -87,19 +81,19 @@ class Bench:
     warmup: float
 
     def raw(self) -> float:
-        """Images per second of the bare tower now."""
+        """Images per second of the bare tower."""
         return self.yardstick.images(self.batch, self.seconds / 2)["images_per_s"]
 
     def ceiling(self) -> float:
-        """Photos per second that the processor can decode, all cores at work."""
+        """Photos per second that all cores can decode."""
         return self.yardstick.decoding(self.photos, os.cpu_count() or 1, self.seconds / 2)
 
     def options(self, name: str) -> dict[str, object]:
-        """Of a request, by the first word of the load's name."""
+        """Request options, by the first word of the load's name."""
         return {"enhance": False} if name.startswith("plain") else {"memory": self.memory}
 
 
-def throughput(bench: Bench) -> Measured:
+def throughput(bench: BenchContext) -> Measured:
     """Images per second through HTTP, one photo per request, against the bare tower; on a GPU
     against the decoder where that is slower.
     """
@@ -119,15 +113,15 @@ def throughput(bench: Bench) -> Measured:
         print(
             f"throughput {number + 1}: " + ", ".join(f"{name} {entry[name]['ratio']:.3f}" for name in LOADS), flush=True
         )
-    ratios = {name: middle([entry[name]["ratio"] for entry in rounds]) for name in LOADS}
+    ratios = {name: median_and_spread([entry[name]["ratio"] for entry in rounds]) for name in LOADS}
     goals: list[Goal] = [(f"{name} / raw", ratios[name]["median"], ">=", goal) for name, (_, goal) in LOADS.items()]
-    raws = middle([rate for entry in rounds for rate in entry["raw_images_per_s"]])
-    decoders = middle([entry["decoder_photos_per_s"] for entry in rounds])
+    raws = median_and_spread([rate for entry in rounds for rate in entry["raw_images_per_s"]])
+    decoders = median_and_spread([entry["decoder_photos_per_s"] for entry in rounds])
     return {"raw_images_per_s": raws, "decoder_photos_per_s": decoders, "ratios": ratios, "rounds": rounds}, goals
 
 
-def by_concurrency(bench: Bench) -> Measured:
-    """The table of throughput and latency by how many call at once; told, not judged."""
+def by_concurrency(bench: BenchContext) -> Measured:
+    """Throughput and latency by number of concurrent callers, without targets."""
     calls = [image_call([photo], memory=bench.memory) for photo in bench.photos]
     rows = []
     for callers in AT_ONCE[bench.device]:
@@ -141,18 +135,16 @@ def by_concurrency(bench: Bench) -> Measured:
     return {"rows": rows}, []
 
 
-def one_photo(bench: Bench) -> Measured:
-    """Latency of a caller who is alone, and what of it is neither decoding, encoding nor
-    searching.
-    """
+def one_photo(bench: BenchContext) -> Measured:
+    """Latency of a single caller, and its part outside decoding, encoding and search."""
     names = ("plain", "enhanced")
     calls = {name: [image_call([photo], **bench.options(name)) for photo in bench.photos[:ASKED]] for name in names}
     ratios: dict[str, list[float]] = {name: [] for name in names}
-    visits: dict[str, list[Visit]] = {name: [] for name in names}
+    visits: dict[str, list[ProfiledRequest]] = {name: [] for name in names}
     for _ in range(4 * bench.repeats):
         before = _raw_photo(bench)
         for name in names:
-            these = run_to_end(alone(bench.url, calls[name]))
+            these = run_to_end(profile_lone_caller(bench.url, calls[name]))
             after = _raw_photo(bench)
             ratios[name].append(statistics.median(visit.felt for visit in these) / statistics.mean((before, after)))
             visits[name] += these
@@ -166,10 +158,10 @@ def one_photo(bench: Bench) -> Measured:
     return found, goals
 
 
-def _describe_visits(visits: Sequence[Visit], ratios: Sequence[float]) -> dict[str, Any]:
+def _describe_visits(visits: Sequence[ProfiledRequest], ratios: Sequence[float]) -> dict[str, Any]:
     """Latency over the raw forward, and what is the service's own."""
     own = [visit.inside - sum(visit.stages.get(stage, 0.0) for stage in INSIDE) for visit in visits]
-    return {"p50_over_raw": middle(ratios), "own_ms": quantiles(own), "profile_ms": profile(visits)}
+    return {"p50_over_raw": median_and_spread(ratios), "own_ms": quantiles(own), "profile_ms": median_profile(visits)}
 
 
 def _print_profiles(found: Mapping[str, Mapping[str, Any]]) -> None:
@@ -179,20 +171,20 @@ def _print_profiles(found: Mapping[str, Mapping[str, Any]]) -> None:
     print(table([["p50, ms", *found], *rows]))
 
 
-def short_texts(bench: Bench) -> Measured:
+def short_texts(bench: BenchContext) -> Measured:
     """32 short labels in one request, against open_clip's own text encoding at the full context
     length.
     """
     call, ratios, cosines = text_call(LABELS, enhance=False), [], []
-    run_to_end(alone(bench.url, [call]))
+    run_to_end(profile_lone_caller(bench.url, [call]))
     for _ in range(bench.repeats):
         before, vectors = bench.yardstick.texts(LABELS)
-        visit = run_to_end(alone(bench.url, [call]))[0]
+        visit = run_to_end(profile_lone_caller(bench.url, [call]))[0]
         after, _ = bench.yardstick.texts(LABELS)
         ratios.append(statistics.mean((before, after)) / visit.felt)
         served = np.asarray([row["embedding"] for row in visit.reply.json()["data"]], np.float32)
         cosines.append(float((served * vectors).sum(axis=1).min()))
-    speed = middle(ratios)
+    speed = median_and_spread(ratios)
     goals: list[Goal] = [
         ("short labels / encode_text", speed["median"], ">=", 4.0),
         ("their least cosine", min(cosines), ">=", 0.99999),
@@ -200,15 +192,17 @@ def short_texts(bench: Bench) -> Measured:
     return {"speed": speed, "least_cosine": round(min(cosines), 7)}, goals
 
 
-def many_photos(bench: Bench) -> Measured:
+def many_photos(bench: BenchContext) -> Measured:
     """One request of 64 photos, against the bare tower."""
     call = image_call([bench.photos[i % len(bench.photos)] for i in range(MANY)], enhance=False)
     ratios, raw = [], [bench.raw()]
     for _ in range(bench.repeats):
-        felt = run_to_end(alone(bench.url, [call]))[0].felt
+        felt = run_to_end(profile_lone_caller(bench.url, [call]))[0].felt
         raw.append(bench.raw())
         ratios.append(MANY / felt / statistics.mean(raw[-2:]))
-    return {"ratio": middle(ratios)}, [(f"{MANY} photos at once / raw", statistics.median(ratios), ">=", 0.95)]
+    return {"ratio": median_and_spread(ratios)}, [
+        (f"{MANY} photos at once / raw", statistics.median(ratios), ">=", 0.95)
+    ]
 
 
 def labels(count: int, model: str, device: str, precision: str, repeats: int, environ: Mapping[str, str]) -> Measured:
@@ -229,10 +223,10 @@ def labels(count: int, model: str, device: str, precision: str, repeats: int, en
     command += ["--precision", precision, "--repeats", str(repeats)]
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    ratio = found["ratio"] = middle(found["whole_over_encode"])
+    ratio = found["ratio"] = median_and_spread(found["whole_over_encode"])
     return found, [(f"{count:,} labels: (encode + rank) / encode", ratio["median"], "<=", 2.0)]
 
 
-def _raw_photo(bench: Bench) -> float:
+def _raw_photo(bench: BenchContext) -> float:
     """Seconds of the yardstick for one photo, the median of a few."""
     return statistics.median(bench.yardstick.photo(photo) for photo in bench.photos[:ASKED])

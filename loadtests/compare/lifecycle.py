@@ -1,4 +1,4 @@
-"""A service that is flooded, and one that starts."""
+"""A service under overload, and its cold start."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from loadtests.compare.alone import alone
+from loadtests.compare.alone import profile_lone_caller
 from loadtests.compare.figures import Measured
 from loadtests.compare.yardstick import Yardstick
-from loadtests.steady import TimedRequest, drive, schedule
-from loadtests.support.calls import Call, image_call, open_client, run_to_end
+from loadtests.steady import TimedRequest, schedule, send_on_schedule
+from loadtests.support.calls import PreparedCall, image_call, open_client, run_to_end
 from loadtests.support.closed_loop import closed_loop
-from loadtests.support.report import Goal, middle, quantiles
+from loadtests.support.report import Goal, median_and_spread, quantiles
 from loadtests.support.serving import service
 
 __all__ = ["cold_start", "flood"]
@@ -26,18 +26,18 @@ PATIENCE_S = 1.0  # after the last reply of the flood
 
 
 def flood(environ: Mapping[str, str], log: Path, photos: Sequence[bytes], seconds: float) -> Measured:
-    """Ten times as many photos as the service can encode: who is admitted, who is refused and how
-    fast, and what it is like afterwards.
+    """Send ten times as many photos as the service can encode: admitted, refused, how fast, and
+    steady latency afterwards.
     """
     limits = {"RECO_MAX_QUEUE": str(QUEUE), "RECO_MAX_ITEMS": str(QUEUE)}
     calls = [image_call([photo], enhance=False) for photo in photos]
     with service({**environ, **limits}, log) as served:
         capacity = run_to_end(closed_loop(served.url, calls, QUEUE // 2, seconds, warmup=2.0))["images_per_s"]
-        calm = statistics.median(visit.felt for visit in run_to_end(alone(served.url, calls[:10])))
+        calm = statistics.median(visit.felt for visit in run_to_end(profile_lone_caller(served.url, calls[:10])))
         moments = schedule(FLOOD * capacity, seconds, "poisson", 0)
-        flooded = run_to_end(_flooded(served.url, calls, moments))
+        flooded = run_to_end(_flood_service(served.url, calls, moments))
         time.sleep(PATIENCE_S)
-        again = statistics.median(visit.felt for visit in run_to_end(alone(served.url, calls[:10])))
+        again = statistics.median(visit.felt for visit in run_to_end(profile_lone_caller(served.url, calls[:10])))
     admitted = [sample.done - sample.sent for sample in flooded if sample.status == 200]
     refused = [sample.done - sample.sent for sample in flooded if sample.status == 429]
     bound = QUEUE / capacity
@@ -65,21 +65,25 @@ def cold_start(environ: Mapping[str, str], log: Path, bare_start: Callable[[], Y
     """From the start of the process to /readyz, against importing torch and open_clip and building
     the same model.
     """
-    served, bare = [], [_ready_s(bare_start)]
+    served, bare = [], [_seconds_until_ready(bare_start)]
     for _ in range(repeats):
         with service(environ, log) as started:
             served.append(started.ready_s)
-        bare.append(_ready_s(bare_start))
+        bare.append(_seconds_until_ready(bare_start))
     ratios = [ours / statistics.mean(around) for ours, around in zip(served, pairwise(bare), strict=True)]
-    found = {"ready_s": middle(served), "bare_s": middle(bare), "ratio": middle(ratios)}
+    found = {
+        "ready_s": median_and_spread(served),
+        "bare_s": median_and_spread(bare),
+        "ratio": median_and_spread(ratios),
+    }
     return found, [("cold start / bare load", found["ratio"]["median"], "<=", 1.2)]
 
 
-async def _flooded(url: str, calls: Sequence[Call], moments: Sequence[float]) -> list[TimedRequest]:
+async def _flood_service(url: str, calls: Sequence[PreparedCall], moments: Sequence[float]) -> list[TimedRequest]:
     async with open_client(url, timeout_s=300.0) as client:
-        return await drive(client, calls, [1.0] * len(calls), moments, seed=0)
+        return await send_on_schedule(client, calls, [1.0] * len(calls), moments, seed=0)
 
 
-def _ready_s(start: Callable[[], Yardstick]) -> float:
+def _seconds_until_ready(start: Callable[[], Yardstick]) -> float:
     with start() as started:
         return started.ready_s

@@ -1,4 +1,1 @@
-"""Shared by all load tests: prepared requests, photos, readings of /metrics, reports, pictures.
-
-Also the start of a service, and the requests of hostile callers.
-"""
+"""Shared parts of all load tests: prepared requests, photos, metrics, reports, pictures."""

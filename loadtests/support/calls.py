@@ -1,5 +1,5 @@
-"""Requests as prepared bytes, and replies as the client saw them: nothing is encoded while the
-clock runs.
+"""Requests prepared as bytes, and replies with their times: nothing is encoded while the clock
+runs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from urllib.parse import urlencode
 import httpx
 
 __all__ = [
-    "Call",
-    "Reply",
+    "PreparedCall",
+    "TimedReply",
     "Unexpected",
     "classify_call",
     "image_call",
@@ -35,8 +35,11 @@ class Unexpected(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One request, ready to be written to a socket. route: how reports name it."""
+class PreparedCall:
+    """One request, ready to be written to a socket.
+
+    route: its name in reports.
+    """
 
     route: str
     path: str
@@ -45,8 +48,11 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """What came back. status 0: no reply at all, and `content` says why."""
+class TimedReply:
+    """One reply.
+
+    status: 0 where there was no reply; `content` then says why.
+    """
 
     status: int
     content: bytes
@@ -63,17 +69,17 @@ class Reply:
         return {entry[0]: float(entry[1]) / 1000 for entry in entries if len(entry) == 2}
 
 
-def image_call(photos: Sequence[bytes], **options: object) -> Call:
+def image_call(photos: Sequence[bytes], **options: object) -> PreparedCall:
     """One photo as a raw body, several as a multipart form: the two ways real clients upload."""
     path = _path("/embed/image", options)
     if len(photos) == 1:
-        return Call("embed/image", path, photos[0], "image/jpeg")
+        return PreparedCall("embed/image", path, photos[0], "image/jpeg")
     parts = [
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="{i}.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'.encode()
         + photo
         for i, photo in enumerate(photos)
     ]
-    return Call(
+    return PreparedCall(
         "embed/image",
         path,
         b"\r\n".join([*parts, f"--{BOUNDARY}--\r\n".encode()]),
@@ -81,15 +87,17 @@ def image_call(photos: Sequence[bytes], **options: object) -> Call:
     )
 
 
-def text_call(texts: Sequence[str], **options: object) -> Call:
+def text_call(texts: Sequence[str], **options: object) -> PreparedCall:
     """Texts as JSON; the options go into the same object."""
-    return Call("embed/text", "/embed/text", json.dumps({"texts": list(texts), **options}).encode(), "application/json")
+    return PreparedCall(
+        "embed/text", "/embed/text", json.dumps({"texts": list(texts), **options}).encode(), "application/json"
+    )
 
 
-def classify_call(photo: bytes, labels: Sequence[str], **options: object) -> Call:
+def classify_call(photo: bytes, labels: Sequence[str], **options: object) -> PreparedCall:
     """One photo against labels that the service has to embed, or to find in its cache."""
     path = _path("/classify", {**options, "labels": json.dumps(list(labels))})
-    return Call("classify", path, photo, "image/jpeg")
+    return PreparedCall("classify", path, photo, "image/jpeg")
 
 
 def _path(path: str, options: Mapping[str, object]) -> str:
@@ -111,19 +119,17 @@ def open_client(url: str, *, api_key: str | None = None, timeout_s: float = 60.0
     )
 
 
-async def send(client: httpx.AsyncClient, call: Call) -> Reply:
-    """Send one call; a connection that breaks is a Reply with status 0, never an exception."""
+async def send(client: httpx.AsyncClient, call: PreparedCall) -> TimedReply:
+    """Send one call. A broken connection is a reply with status 0, not an exception."""
     try:
         answer = await client.post(call.path, content=call.content, headers={"Content-Type": call.content_type})
     except httpx.HTTPError as error:
-        return Reply(0, f"{type(error).__name__}: {error}".encode())
-    return Reply(answer.status_code, answer.content, answer.headers)
+        return TimedReply(0, f"{type(error).__name__}: {error}".encode())
+    return TimedReply(answer.status_code, answer.content, answer.headers)
 
 
 def run_to_end(test: Coroutine[Any, Any, Result]) -> Result:
-    """Run a test; a service that is not there, or answers unexpectedly, ends the program with one
-    line.
-    """
+    """Run a test. A missing service or an unexpected answer ends the program with one line."""
     try:
         return asyncio.run(test)
     except (Unexpected, httpx.HTTPError) as error:

@@ -1,5 +1,5 @@
-"""Single-photo requests, as many at a time as asked for, each sent when the one before it is
-answered.
+"""Closed-loop load of single-photo requests: each worker sends its next request after the last
+reply.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Any
 import httpx
 import numpy as np
 
-from loadtests.support.calls import Call, Reply, Unexpected, open_client, send
-from loadtests.support.gauges import account, image_totals, samples
+from loadtests.support.calls import PreparedCall, TimedReply, Unexpected, open_client, send
+from loadtests.support.gauges import batches_between, image_totals, samples
 from loadtests.support.report import quantiles
 
 __all__ = ["closed_loop", "slope"]
 
 
 async def closed_loop(
-    url: str, calls: Sequence[Call], concurrency: int, seconds: float, warmup: float
+    url: str, calls: Sequence[PreparedCall], concurrency: int, seconds: float, warmup: float
 ) -> dict[str, Any]:
-    """Images per second, latency, and what the service says it did meanwhile."""
+    """Images per second, latency, and the service's own metrics of the same time."""
     ends: list[float] = []
     spent: list[float] = []
-    bad: list[Reply] = []
+    bad: list[TimedReply] = []
 
     async def work(client: httpx.AsyncClient, turn: int, until: float) -> None:
         while time.perf_counter() < until:
@@ -52,12 +52,10 @@ async def closed_loop(
             f"{calls[0].path}: {len(counted)} replies in {seconds:g} s are too few to measure: give more --seconds"
         )
     latency = quantiles([one for one, end in zip(spent, ends, strict=True) if start + warmup <= end])
-    told = {"images_per_s": slope(counted), "latency_ms": latency, **account(before, after)}
+    told = {"images_per_s": slope(counted), "latency_ms": latency, **batches_between(before, after)}
     return {**told, "client_cpu_ms_per_image": round(1000 * cpu / len(ends), 2)}
 
 
 def slope(ends: Sequence[float]) -> float:
-    """Replies per second by least squares: they come in bursts of a batch, and counting between two
-    cuts would err by a burst.
-    """
+    """Replies per second by least squares, since replies come in bursts of a batch."""
     return float(np.polyfit(np.asarray(ends) - ends[0], np.arange(len(ends)), 1)[0])

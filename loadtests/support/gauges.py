@@ -1,4 +1,4 @@
-"""What a service says of itself at /metrics."""
+"""Readings of a service's /metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-__all__ = ["Held", "account", "growth", "held", "image_totals", "samples"]
+__all__ = ["Gauges", "batches_between", "growth", "image_totals", "read_gauges", "samples"]
 
 IMAGE_TOTALS = {
     "reco_stage_duration_seconds_sum",
@@ -22,9 +22,10 @@ IMAGE_TOTALS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """resident: bytes of the service's process.  alive: snapshots in it, of one memory or
-    of all.
+class Gauges:
+    """Gauges of one moment.
+
+    resident: bytes of the service's process.  alive: live snapshots of one memory or of all.
     """
 
     resident: float
@@ -32,24 +33,27 @@ class Held:
 
 
 async def samples(client: httpx.AsyncClient) -> list[Sample]:
-    """Every series with its value now."""
+    """Every series with its value."""
     text = (await client.get("/metrics")).raise_for_status().text
     return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
 
-async def held(client: httpx.AsyncClient, memory: str | None = None) -> Held:
-    """What the service holds now.  memory: whose snapshots count, None = all."""
+async def read_gauges(client: httpx.AsyncClient, memory: str | None = None) -> Gauges:
+    """Current gauges.
+
+    memory: whose snapshots count, None = all.
+    """
     found = await samples(client)
     resident = sum(sample.value for sample in found if sample.name == "process_resident_memory_bytes")
     alive = [
         sample for sample in found if sample.name == "reco_snapshots_alive" and memory in (None, sample.labels["name"])
     ]
-    return Held(resident, sum(sample.value for sample in alive))
+    return Gauges(resident, sum(sample.value for sample in alive))
 
 
 def growth(resident: Sequence[float]) -> dict[str, float]:
-    """Megabytes in the first fifth of the time, in the last fifth (medians) and at most; and by
-    what share they grew.
+    """Median megabytes of the first and last fifth of the time, the maximum, and the relative
+    growth.
     """
     part = max(1, len(resident) // 5)
     first, last = statistics.median(resident[:part]), statistics.median(resident[-part:])
@@ -71,7 +75,7 @@ def image_totals(found: Sequence[Sample]) -> dict[str, float]:
     return totals
 
 
-def account(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
+def batches_between(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
     """Mean batch size, mean milliseconds of each stage and CPU per image between two readings of
     `image_totals`.
     """

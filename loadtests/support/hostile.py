@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from loadtests.support.calls import Call
+from loadtests.support.calls import PreparedCall
 
 __all__ = ["Siege", "hostile_calls"]
 
@@ -23,7 +23,7 @@ HELD_S = 8.0  # how long a socket is held that sends or reads nothing more
 AT_ONCE = 32  # acts that have not ended
 
 
-def hostile_calls(photo: bytes, rng: random.Random) -> list[Call]:
+def hostile_calls(photo: bytes, rng: random.Random) -> list[PreparedCall]:
     """Costly or broken requests, each a few kilobytes to a few megabytes."""
     letters = "".join(rng.choices("abcdefghij", k=12_000))
     bodies: list[tuple[str, Any]] = [
@@ -42,10 +42,10 @@ def hostile_calls(photo: bytes, rng: random.Random) -> list[Call]:
         b"\xff\xd8" + b"\xff\xfe\x00\x02" * 2**18,
     ]
     return [
-        *(Call(route, f"/{route}", json.dumps(body).encode(), "application/json") for route, body in bodies),
-        *(Call("embed/image", "/embed/image", image, "image/jpeg") for image in images),
-        Call("embed/text", "/embed/text", b'{"texts": ' + b"[" * 5000, "application/json"),
-        Call("embed/image", "/embed/image", b"--b\r\n" * 10_000, "multipart/form-data; boundary=b"),
+        *(PreparedCall(route, f"/{route}", json.dumps(body).encode(), "application/json") for route, body in bodies),
+        *(PreparedCall("embed/image", "/embed/image", image, "image/jpeg") for image in images),
+        PreparedCall("embed/text", "/embed/text", b'{"texts": ' + b"[" * 5000, "application/json"),
+        PreparedCall("embed/image", "/embed/image", b"--b\r\n" * 10_000, "multipart/form-data; boundary=b"),
     ]  # fmt: skip
 
 
@@ -64,7 +64,7 @@ class Siege:
     """
 
     client: httpx.AsyncClient
-    calls: Sequence[Call]
+    calls: Sequence[PreparedCall]
     rng: random.Random
     rate: float
 
@@ -94,7 +94,7 @@ class Siege:
                 code = await self._send(self.rng.choice(self.calls))
         self.codes[code] += 1
 
-    async def _send(self, call: Call) -> int:
+    async def _send(self, call: PreparedCall) -> int:
         """Send one call; one in three leaves before its reply."""
         patience = 0.2 if self.rng.random() < 0.33 else 60.0
         headers = {"Content-Type": call.content_type, "X-Request-Timeout-Ms": "2000"}

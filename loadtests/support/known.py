@@ -10,26 +10,35 @@ from dataclasses import dataclass
 import httpx
 import numpy as np
 
-from loadtests.support.calls import Call, Reply, Unexpected, image_call, send, text_call
+from loadtests.support.calls import PreparedCall, TimedReply, Unexpected, image_call, send, text_call
 
-__all__ = ["Answer", "Known", "fault", "hammer", "learn", "prepare", "telling"]
+__all__ = [
+    "CheckedReply",
+    "KnownCall",
+    "distinguishing_calls",
+    "find_fault",
+    "learn",
+    "prepare",
+    "send_in_closed_loop",
+]
 
 TEXTS = ("a photo of a cat", "a cup of coffee on a wooden table", "a rocket before its launch")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Known:
+class KnownCall:
     """A call and its right answer under each version. rows: "name@version" -> (n, D) float32."""
 
-    call: Call
+    call: PreparedCall
     rows: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class CheckedReply:
     """One reply under load.
 
-    start, end: perf_counter seconds; memory: what it names; fault: empty, or what was wrong.
+    start, end: perf_counter seconds.  memory: the version that it names.  fault: empty, or what is
+    wrong.
     """
 
     start: float
@@ -38,20 +47,20 @@ class Answer:
     fault: str
 
 
-def prepare(photos: Sequence[bytes], memory: str) -> list[Call]:
+def prepare(photos: Sequence[bytes], memory: str) -> list[PreparedCall]:
     """Single photos, pairs of photos (a reply of two rows can mix), and texts."""
     pairs = [image_call([a, b], memory=memory) for a, b in zip(photos[::2], photos[1::2], strict=False)]
     texts = [text_call(TEXTS[:1], memory=memory), text_call(TEXTS, memory=memory)]
     return [*(image_call([photo], memory=memory) for photo in photos), *pairs, *texts]
 
 
-def vectors(reply: Reply) -> np.ndarray:
+def vectors(reply: TimedReply) -> np.ndarray:
     """(n, D) float32, the rows of an embed reply."""
     return np.asarray([row["embedding"] for row in reply.json()["data"]], np.float32)
 
 
-async def learn(client: httpx.AsyncClient, calls: Sequence[Call], named: str) -> list[np.ndarray]:
-    """What each call answers while `named` alone serves."""
+async def learn(client: httpx.AsyncClient, calls: Sequence[PreparedCall], named: str) -> list[np.ndarray]:
+    """Record each call's answer while `named` alone serves."""
     rows = []
     for call in calls:
         reply = await send(client, call)
@@ -61,14 +70,18 @@ async def learn(client: httpx.AsyncClient, calls: Sequence[Call], named: str) ->
     return rows
 
 
-def telling(calls: Sequence[Call], learned: Mapping[str, Sequence[np.ndarray]], apart: float) -> list[Known]:
-    """The calls whose every row differs by more than `apart` between the two versions; the others
-    could not show a mix.
+def distinguishing_calls(
+    calls: Sequence[PreparedCall], learned: Mapping[str, Sequence[np.ndarray]], apart: float
+) -> list[KnownCall]:
+    """Calls whose every row differs by more than `apart` between the two versions; other calls
+    could not reveal a mix.
     """
     a, b = learned.values()
     differ = [float(np.abs(x - y).max(axis=1).min()) for x, y in zip(a, b, strict=True)]
     known = [
-        Known(call, {of: rows[i] for of, rows in learned.items()}) for i, call in enumerate(calls) if differ[i] > apart
+        KnownCall(call, {of: rows[i] for of, rows in learned.items()})
+        for i, call in enumerate(calls)
+        if differ[i] > apart
     ]
     if not known:
         raise Unexpected(
@@ -77,7 +90,7 @@ def telling(calls: Sequence[Call], learned: Mapping[str, Sequence[np.ndarray]], 
     return known
 
 
-def fault(reply: Reply, known: Known, apart: float) -> str:
+def find_fault(reply: TimedReply, known: KnownCall, apart: float) -> str:
     """Empty if the reply is whole: status 200, body and header name one version, and every row is
     that version's.
 
@@ -97,11 +110,11 @@ def fault(reply: Reply, known: Known, apart: float) -> str:
     )
 
 
-async def hammer(
-    client: httpx.AsyncClient, known: Sequence[Known], apart: float, workers: int, stop: asyncio.Event
-) -> list[Answer]:
-    """Closed loop: each worker sends its next call when the last one is answered, until `stop`."""
-    answers: list[Answer] = []
+async def send_in_closed_loop(
+    client: httpx.AsyncClient, known: Sequence[KnownCall], apart: float, workers: int, stop: asyncio.Event
+) -> list[CheckedReply]:
+    """Each worker sends its next call after the last reply, until `stop`."""
+    answers: list[CheckedReply] = []
 
     async def work(turn: int) -> None:
         while not stop.is_set():
@@ -109,7 +122,7 @@ async def hammer(
             start = time.perf_counter()
             reply = await send(client, this.call)
             named = reply.headers.get("x-memory-version", "none")
-            answers.append(Answer(start, time.perf_counter(), named, fault(reply, this, apart)))
+            answers.append(CheckedReply(start, time.perf_counter(), named, find_fault(reply, this, apart)))
             turn += 1
 
     async with asyncio.TaskGroup() as tasks:

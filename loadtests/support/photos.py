@@ -1,4 +1,4 @@
-"""Photos to send: the operator's own, or crops of the photos that scikit-image carries."""
+"""Photos for load tests: the operator's own, or crops of those bundled with scikit-image."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def _members(shard: Path) -> Iterator[bytes]:
 
 
 def crops(count: int, side: int = 348, seed: int = 0) -> Iterable[tuple[str, bytes]]:
-    """(name of the photo, JPEG bytes of a square crop of it), all different: a memory of copies
-    would be no memory.
+    """(name of the photo, JPEG bytes of a square crop of it), all different, since a memory of
+    copies would be unrealistic.
     """
     from skimage import data
 

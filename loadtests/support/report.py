@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["environment", "judged", "middle", "quantiles", "table", "told", "write"]
+__all__ = ["compare_to_targets", "environment", "format_verdicts", "median_and_spread", "quantiles", "table", "write"]
 
 Goal = tuple[str, float, str, float]  # figure, value, ">=" or "<=", target
 
@@ -39,7 +39,7 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float]:
     return {name: round(value * 1000, 3) for name, value in ranks.items()}
 
 
-def middle(values: Sequence[float]) -> dict[str, float]:
+def median_and_spread(values: Sequence[float]) -> dict[str, float]:
     """Median and spread."""
     return {"median": round(statistics.median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
 
@@ -57,7 +57,7 @@ def table(rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def judged(goals: Sequence[Goal]) -> list[dict[str, Any]]:
+def compare_to_targets(goals: Sequence[Goal]) -> list[dict[str, Any]]:
     """Figure, value, target, and whether it was reached."""
     return [
         {
@@ -70,8 +70,8 @@ def judged(goals: Sequence[Goal]) -> list[dict[str, Any]]:
     ]
 
 
-def told(verdicts: Sequence[dict[str, Any]]) -> str:
-    """What `judged` found, as a table for people."""
+def format_verdicts(verdicts: Sequence[dict[str, Any]]) -> str:
+    """Results of `compare_to_targets` as a table."""
     rows = [
         (row["figure"], f"{row['value']:.4g}", row["target"], "ok" if row["reached"] else "MISSED") for row in verdicts
     ]
@@ -79,7 +79,7 @@ def told(verdicts: Sequence[dict[str, Any]]) -> str:
 
 
 def environment(package: str = "loadtests") -> dict[str, Any]:
-    """Commit, machine, versions and command: what a reader needs to believe or repeat a number."""
+    """Commit, machine, versions and command of a measurement."""
     return {
         "command": " ".join(["python", "-m", f"{package}.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -94,7 +94,7 @@ def environment(package: str = "loadtests") -> dict[str, Any]:
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
-    """One JSON file, its folder made if need be."""
+    """Write one JSON file and its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     print(f"written to {path}")

@@ -1,4 +1,4 @@
-"""A real `reco serve`, started and ended by a load test."""
+"""A real `reco serve` process, started and stopped by a load test."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ START_S = 600.0  # with a large model on a busy machine
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Where it listens, and the seconds from its start until it was ready."""
+    """The URL of the service, and the seconds from its start until it was ready."""
 
     url: str
     ready_s: float
@@ -31,7 +31,7 @@ class Served:
 
 @contextmanager
 def service(environ: Mapping[str, str], log: Path) -> Iterator[Served]:
-    """The service on a free port, once it is ready; ended by SIGTERM."""
+    """Start the service on a free port; yields once it is ready; SIGTERM ends it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -10,13 +10,13 @@ import open_clip
 import pytest
 import torch
 
-from loadtests.compare.alone import Visit, alone, profile
+from loadtests.compare.alone import ProfiledRequest, median_profile, profile_lone_caller
 from loadtests.compare.yardstick import Yardstick
-from loadtests.support.calls import Reply, Unexpected, image_call
+from loadtests.support.calls import TimedReply, Unexpected, image_call
 from loadtests.support.closed_loop import closed_loop, slope
-from loadtests.support.gauges import account
+from loadtests.support.gauges import batches_between
 from loadtests.support.photos import crops
-from loadtests.support.report import middle
+from loadtests.support.report import median_and_spread
 from loadtests.tests.conftest import Scripted
 
 
@@ -38,7 +38,7 @@ def test_account_takes_what_happened_between_two_scrapes() -> None:
         "fuse sum": 0.05,
         "fuse count": 5,
     }
-    assert account(before, after) == {
+    assert batches_between(before, after) == {
         "mean_batch": 16.0,
         "stages_ms": {"encode": 800.0, "fuse": 10.0},
         "server_cpu_ms_per_image": 50.0,
@@ -46,7 +46,7 @@ def test_account_takes_what_happened_between_two_scrapes() -> None:
 
 
 def test_middle() -> None:
-    assert middle([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+    assert median_and_spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
 
 
 class Counting:
@@ -113,19 +113,19 @@ class Timed:
 
 def test_a_lone_callers_milliseconds_are_all_accounted_for(scripted: Scripted) -> None:
     scripted.handle = Timed()
-    visits = asyncio.run(alone(scripted.url, [image_call([b"x"])] * 3))
+    visits = asyncio.run(profile_lone_caller(scripted.url, [image_call([b"x"])] * 3))
     assert [visit.inside for visit in visits] == pytest.approx([0.04] * 3)
-    found = profile(visits)
+    found = median_profile(visits)
     assert found["the rest of the service"] == pytest.approx(2, abs=1e-6)
     assert {name: found[name] for name in ("decode", "encode", "serialize")} == pytest.approx(
         {"decode": 5, "encode": 30, "serialize": 3}
     )
-    assert profile([Visit(Reply(200, b""), 0.05, 0.04, 0.0)]) == pytest.approx(
+    assert median_profile([ProfiledRequest(TimedReply(200, b""), 0.05, 0.04, 0.0)]) == pytest.approx(
         {"serialize": 0, "the rest of the service": 40, "client and sockets": 10, "felt": 50}
     )
     scripted.handle = Counting(status=503)
     with pytest.raises(Unexpected, match="503"):
-        asyncio.run(alone(scripted.url, [image_call([b"x"])]))
+        asyncio.run(profile_lone_caller(scripted.url, [image_call([b"x"])]))
 
 
 def test_a_refused_request_ends_the_bench(scripted: Scripted) -> None:

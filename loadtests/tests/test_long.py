@@ -88,7 +88,7 @@ def test_the_knee_is_the_last_rate_that_one_at_a_time_can_bear(
 )
 def test_a_rate_is_borne_where_all_are_answered_in_time(ok: int, answered: float, p95: float, borne: bool) -> None:
     step = {"rate": 10, "sent": 20, "ok": ok, "answered_per_s": answered, "latency_ms": {"p95": p95}}
-    assert ramp.borne(step, {"latency_ms": {"p95": 10.0}}, slower=3) is borne
+    assert ramp.keeps_up(step, {"latency_ms": {"p95": 10.0}}, slower=3) is borne
 
 
 @pytest.mark.parametrize(("growth", "code"), [(0.0, 0), (0.02, 1)])
@@ -107,7 +107,7 @@ def test_a_soak_tells_of_memory_that_grows(
 
 def test_fifths_are_of_the_time_after_the_warm_up() -> None:
     samples = [TimedRequest("embed/text", due, due, due + (1 if due < 8 else 3), 200, {}) for due in range(2, 12)]
-    assert [fifth["p50"] for fifth in soak.fifths(samples, warmup=2)] == [1000, 1000, 1000, 3000, 3000]
+    assert [fifth["p50"] for fifth in soak.quantiles_of_fifths(samples, warmup=2)] == [1000, 1000, 1000, 3000, 3000]
 
 
 def test_no_service_is_one_line(nowhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from loadtests.steady import TimedRequest, drive, prepare, schedule, show, summarise
+from loadtests.steady import TimedRequest, prepare, schedule, send_on_schedule, show, summarise
 from loadtests.support.calls import open_client
 from loadtests.tests.conftest import Scripted, Stall
 
@@ -17,7 +17,7 @@ def run(url: str, moments: list[float], mix: str = "embed/image") -> list[TimedR
     async def go() -> list[TimedRequest]:
         calls, weights = prepare(PHOTOS, mix)
         async with open_client(url) as client:
-            return await drive(client, calls, weights, moments, seed=0)
+            return await send_on_schedule(client, calls, weights, moments, seed=0)
 
     return asyncio.run(go())
 

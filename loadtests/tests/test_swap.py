@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 
 from loadtests import swap
-from loadtests.support.calls import Call, Reply, Unexpected
-from loadtests.support.gauges import Held, growth
-from loadtests.support.known import Answer, Known, fault, telling
+from loadtests.support.calls import PreparedCall, TimedReply, Unexpected
+from loadtests.support.gauges import Gauges, growth
+from loadtests.support.known import CheckedReply, KnownCall, distinguishing_calls, find_fault
 from loadtests.tests.conftest import Scripted
 
 ROWS = {"m@a": np.array([[1.0, 0.0]], np.float32), "m@b": np.array([[0.6, 0.8]], np.float32)}
-KNOWN = Known(Call("embed/image", "/embed/image", b"", "image/jpeg"), ROWS)
+KNOWN = KnownCall(PreparedCall("embed/image", "/embed/image", b"", "image/jpeg"), ROWS)
 
 
-def reply(named: str, rows: list[list[float]], header: str | None = None, status: int = 200) -> Reply:
+def reply(named: str, rows: list[list[float]], header: str | None = None, status: int = 200) -> TimedReply:
     body = {"memory": named, "data": [{"embedding": row} for row in rows]}
-    return Reply(status, json.dumps(body).encode(), {"x-memory-version": header or named})
+    return TimedReply(status, json.dumps(body).encode(), {"x-memory-version": header or named})
 
 
 @pytest.mark.parametrize(
@@ -34,28 +34,31 @@ def reply(named: str, rows: list[list[float]], header: str | None = None, status
         (reply("m@a", [[0.8, 0.4]]), "mixed: the reply names m@a, row 0"),
         (reply("m@a", [[1.0, 0.0]], header="m@b"), "mixed: the body names m@a, the header m@b"),
         (reply("m@c", [[1.0, 0.0]]), "mixed: the body names m@c"),
-        (Reply(503, b"draining"), "status 503: draining"),
-        (Reply(0, b"ReadError: "), "status 0: ReadError: "),
+        (TimedReply(503, b"draining"), "status 503: draining"),
+        (TimedReply(0, b"ReadError: "), "status 0: ReadError: "),
     ],
 )
-def test_a_reply_is_whole_or_its_fault_is_named(answer: Reply, expected: str) -> None:
-    assert fault(answer, KNOWN, 0.01).startswith(expected)
-    assert bool(fault(answer, KNOWN, 0.01)) == bool(expected)
+def test_a_reply_is_whole_or_its_fault_is_named(answer: TimedReply, expected: str) -> None:
+    assert find_fault(answer, KNOWN, 0.01).startswith(expected)
+    assert bool(find_fault(answer, KNOWN, 0.01)) == bool(expected)
 
 
 def test_calls_that_could_not_show_a_mix_are_left_out() -> None:
     same = np.ones((1, 2), np.float32)
     learned = {"m@a": [ROWS["m@a"], same], "m@b": [ROWS["m@b"], same]}
-    assert [known.call for known in telling([KNOWN.call, KNOWN.call], learned, 0.1)] == [KNOWN.call]
+    assert [known.call for known in distinguishing_calls([KNOWN.call, KNOWN.call], learned, 0.1)] == [KNOWN.call]
     with pytest.raises(Unexpected, match="no answer differs"):
-        telling([KNOWN.call], {"m@a": [same], "m@b": [same]}, 0.1)
+        distinguishing_calls([KNOWN.call], {"m@a": [same], "m@b": [same]}, 0.1)
 
 
 def test_what_lies_between_two_swaps_is_not_called_steady() -> None:
     """Only quick replies fit there: the slow ones reach into a swap."""
-    swaps = [swap.Swap("a", 10.0, 12.0, {}, Held(1.0, 1.0)), swap.Swap("b", 13.0, 15.0, {}, Held(1.0, 1.0))]
+    swaps = [
+        swap.Activation("a", 10.0, 12.0, {}, Gauges(1.0, 1.0)),
+        swap.Activation("b", 13.0, 15.0, {}, Gauges(1.0, 1.0)),
+    ]
     times = [(1.0, 2.0), (9.0, 10.5), (12.2, 12.3), (12.5, 14.0), (15.0, 18.0)]
-    report = swap.judge([Answer(start, end, "m@a", "") for start, end in times], swaps)
+    report = swap.judge([CheckedReply(start, end, "m@a", "") for start, end in times], swaps)
     assert report["replies_in"] == {"in swap windows": 2, "steady": 2}
     assert report["latency_ms"]["steady"]["max"] == 3000.0
 

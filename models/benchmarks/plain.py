@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from index_store.types import SIDES, Side
 from models.fusion.fusion import build_fusions
 from models.training.episodes import Episode
-from models.training.trainer import WARM_UP, Learning
+from models.training.trainer import WARM_UP, TrainerConfig
 
 
 class PlainLoop:
@@ -19,7 +19,7 @@ class PlainLoop:
     checks.
     """
 
-    def __init__(self, episode: Episode, learning: Learning) -> None:
+    def __init__(self, episode: Episode, learning: TrainerConfig) -> None:
         self.learning, self.step = learning, 0
         lookups = episode.lookups
         self.query = {side: torch.tensor(lookups[side].query) for side in SIDES}  # (M, D)
@@ -54,7 +54,7 @@ class PlainLoop:
         return loss
 
     def _loss(self, batch: Tensor) -> Tensor:
-        (plain_image, image), (plain_text, text) = (self._refined(batch, side) for side in SIDES)
+        (plain_image, image), (plain_text, text) = (self._refine(batch, side) for side in SIDES)
         photo, caption = self.photo[batch], self.caption[batch]
         same = (photo[:, None] == photo) | (caption[:, None] == caption)
         same &= ~torch.eye(len(batch), dtype=torch.bool)
@@ -65,8 +65,8 @@ class PlainLoop:
             total = total + (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return total
 
-    def _refined(self, batch: Tensor, side: Side) -> tuple[Tensor, Tensor]:
-        """The query (B, D) as it is, and refined with a random part of its neighbours."""
+    def _refine(self, batch: Tensor, side: Side) -> tuple[Tensor, Tensor]:
+        """The query (B, D) itself, and enhanced with a random part of its neighbours."""
         rows = self.rows[side][batch]  # (B, K)
         most = rows.shape[1]
         kept = (torch.arange(most) < torch.randint(1, most + 1, ())) & (torch.rand(rows.shape) >= self.learning.drop)

@@ -14,7 +14,7 @@ from models.encoder.encoder import Encoder, EncoderSpec
 from models.fusion.checkpoint import training_free_fusions
 from models.reco import Reco
 from models.training.cache import look_up_prepared, prepare_pairs
-from models.training.episodes import Asking, Episode
+from models.training.episodes import Episode, MemoryQuery
 
 K = 10
 LIMITS: dict[Side, float | None] = {
@@ -24,9 +24,10 @@ LIMITS: dict[Side, float | None] = {
 NAME, VERSION = "bench", "v1"
 
 
-def looked_up(store: Path, prepared: Path, model: Path) -> tuple[Episode, float]:
-    """The episode, and the seconds that its neighbours took.  model: open_clip's JSON of an encoder
-    with random weights.
+def time_lookup(store: Path, prepared: Path, model: Path) -> tuple[Episode, float]:
+    """The episode, and the seconds of its neighbour search.
+
+    model: open_clip's JSON of an encoder with random weights.
     """
     encoder = Encoder.load(EncoderSpec(str(model), "random", device="cpu"))
     file = training_free_fusions("mean", encoder.dim, k=K)
@@ -34,7 +35,7 @@ def looked_up(store: Path, prepared: Path, model: Path) -> tuple[Episode, float]
     snapshot = Store(store).open(NAME, VERSION, encoder=encoder.fingerprint)
     pairs = prepare_pairs(prepared, [store / NAME / VERSION], Encoding(encoder, dict.fromkeys(SIDES, "vector")))
     begun = time.perf_counter()
-    episode = look_up_prepared(prepared, pairs, Asking(snapshot, reco, K, LIMITS))
+    episode = look_up_prepared(prepared, pairs, MemoryQuery(snapshot, reco, K, LIMITS))
     return episode, time.perf_counter() - begun
 
 
@@ -42,7 +43,7 @@ def main(store: str, prepared: str, model: str) -> None:
     """Print seconds, and the most megabytes that this process ever had in memory, mapped files
     included, as JSON.
     """
-    _, seconds = looked_up(Path(store), Path(prepared), Path(model))
+    _, seconds = time_lookup(Path(store), Path(prepared), Path(model))
     print(json.dumps({"seconds": round(seconds, 2), "peak_mb": round(_peak_mb(), 1)}))
 
 

@@ -30,13 +30,13 @@ from index_store.search.shard import build_flat_index
 from index_store.storage.manifest import Manifest, index_file
 from index_store.store import Store
 from index_store.types import SIDES
-from loadtests.support.report import environment, judged, told, write
+from loadtests.support.report import compare_to_targets, environment, format_verdicts, write
 from models.benchmarks.plain import PlainLoop
-from models.benchmarks.prepare import NAME, VERSION, K, looked_up
+from models.benchmarks.prepare import NAME, VERSION, K, time_lookup
 from models.encoder.encoder import Encoder, EncoderSpec
 from models.fusion.fusion import build_fusions
 from models.training.episodes import BLOCK, Episode
-from models.training.trainer import Learning, Loop
+from models.training.trainer import Trainer, TrainerConfig
 
 ENCODER = {  # nothing is encoded here: the smallest that has a fingerprint and the width
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 32, "patch_size": 16},
@@ -75,10 +75,10 @@ def measure_steps(episode: Episode, turns: int, steps: int) -> dict[str, Any]:
     """Steps per second of our loop and of the plain one; the first turn, which finds everything
     cold, does not count.
     """
-    learning = Learning((turns + 1) * steps, 256, 1e-4, 0.01, seed=0, scale=100.0)
+    learning = TrainerConfig((turns + 1) * steps, 256, 1e-4, 0.01, seed=0, scale=100.0)
     torch.manual_seed(0)
     fusions = build_fusions("default", episode.lookups["image"].query.shape[1])
-    loop, plain = Loop(fusions, [episode], [np.arange(len(episode))], learning), PlainLoop(episode, learning)
+    loop, plain = Trainer(fusions, [episode], [np.arange(len(episode))], learning), PlainLoop(episode, learning)
     ours, bare = [], []
     for turn in range(turns + 1):
         ours.append(steps / measure_seconds(lambda: loop.run(until=(turn + 1) * steps)))  # noqa: B023  called before the next turn
@@ -92,8 +92,8 @@ def measure_arithmetic(episode: Episode, turns: int, steps: int) -> dict[str, An
     """Steps per second of the loop in bfloat16, and compiled, over those of the usual loop in the
     same turn; the first turn is cold.
     """
-    usual = Learning((turns + 1) * steps, 256, 1e-4, 0.01, seed=0, scale=100.0)
-    loops = dict[str, Loop]()
+    usual = TrainerConfig((turns + 1) * steps, 256, 1e-4, 0.01, seed=0, scale=100.0)
+    loops = dict[str, Trainer]()
     for name, learning in (
         ("fp32", usual),
         ("bf16", replace(usual, precision="bf16")),
@@ -102,7 +102,7 @@ def measure_arithmetic(episode: Episode, turns: int, steps: int) -> dict[str, An
     ):
         torch.manual_seed(0)
         fusions = build_fusions("default", episode.lookups["image"].query.shape[1])
-        loops[name] = Loop(fusions, [episode], [np.arange(len(episode))], learning)
+        loops[name] = Trainer(fusions, [episode], [np.arange(len(episode))], learning)
     rates = [
         {name: steps / measure_seconds(lambda: loop.run(until=(turn + 1) * steps)) for name, loop in loops.items()}  # noqa: B023  called at once
         for turn in range(turns + 1)
@@ -111,7 +111,7 @@ def measure_arithmetic(episode: Episode, turns: int, steps: int) -> dict[str, An
 
 
 def main() -> int:
-    """Build, measure, tell."""
+    """Build, measure, print."""
     args = _arguments()
     report = {**environment("models.benchmarks"), "settings": {name: str(value) for name, value in vars(args).items()}}
     shutil.rmtree(args.folder, ignore_errors=True)
@@ -129,10 +129,10 @@ def main() -> int:
     )
     report["index"] = {name: manifest.index[name] for name in ("recipe", "probes")}
     report["prepare"] = measure_prepare(args.folder, manifest, collection, args.searches)
-    episode, _ = looked_up(args.folder / "store", args.folder / "prepared", model)
+    episode, _ = time_lookup(args.folder / "store", args.folder / "prepared", model)
     report["steps"] = measure_steps(episode, args.turns, args.steps)
     report["speed_vs_fp32"] = measure_arithmetic(episode, args.turns, args.steps)
-    report["targets"] = judged(
+    report["targets"] = compare_to_targets(
         [
             ("steps per s / plain PyTorch", report["steps"]["speed_vs_plain"], ">=", 0.95),
             ("neighbours per s / bare faiss", report["prepare"]["speed_vs_bare"], ">=", 0.8),
@@ -140,7 +140,7 @@ def main() -> int:
         ]
     )
     print("steps per s / fp32: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in report["speed_vs_fp32"].items()))
-    print(told(report["targets"]))
+    print(format_verdicts(report["targets"]))
     write(args.out, report)
     shutil.rmtree(args.folder)
     return 0 if all(row["reached"] for row in report["targets"]) else 1

@@ -1,7 +1,6 @@
-"""`reco eval ablate`: every claim of the method as a row, measured on one set of labelled photos
-over one memory.
+"""`reco eval ablate`: one row per claim of the method, measured on labelled photos over one memory.
 
-Every finished row is kept on disk: a second run goes on where the first one stopped.
+Finished rows are kept on disk; a second run measures the missing ones.
 """
 
 import json
@@ -12,19 +11,20 @@ from pathlib import Path
 import numpy as np
 
 from models.errors import DataError
-from models.evaluation.claims import Planned, contest, plan
+from models.evaluation.claims import PlannedRow, plan_fine_tuning, plan_rows
 from models.evaluation.evaluate import PLAIN
 from models.evaluation.metrics import paired_interval
 from models.evaluation.report import table
-from models.evaluation.workbench import Bench, Outcome, Trial
+from models.evaluation.workbench import Outcome, Trial, Workbench
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table.  shares: top-1 by seed.  gain over `over` with its 95 % interval, of
-    the seeds' mean per photo.
+    """One line of the table.
 
-    seconds: how long the learning took from photos to weights, where that is what the row compares.
+    shares: top-1 by seed.  gain: over `over`, with its 95 % interval [low, high], from the seeds'
+    mean per photo.
+    seconds: training time from photos to weights, where the row compares it.
     """
 
     claim: str
@@ -37,16 +37,16 @@ class Row:
     over: str = "plain"
 
 
-def ablate(bench: Bench, kept: Path) -> list[Row]:
-    """Every row, in the order of the plan; those that `kept` already holds are not measured again.
+def ablate(bench: Workbench, kept: Path) -> list[Row]:
+    """Measure every row of the plan, in order; rows that `kept` already holds are reused.
 
-    kept: a line that names the data, then a line per row. DataError where it was measured on
-    something else.
+    kept: JSON lines, the first with the workbench's identity, then one per row. DataError where the
+    identity differs.
     """
-    done = {(row.claim, row.setting): row for row in _read(kept, bench.identity)}
-    plain = bench.right(Trial(bench.rule("none"), bench.memory, PLAIN))
+    done = {(row.claim, row.setting): row for row in _read_rows(kept, bench.identity)}
+    plain = bench.correct(Trial(bench.training_free("none"), bench.memory, PLAIN))
     rows = list[Row]()
-    for planned in [*plan(bench), *contest(bench)]:
+    for planned in [*plan_rows(bench), *plan_fine_tuning(bench)]:
         row = done.get((planned.claim, planned.setting))
         if row is None:
             seeds = bench.recipe.seeds if planned.seeded else bench.recipe.seeds[:1]
@@ -58,7 +58,7 @@ def ablate(bench: Bench, kept: Path) -> list[Row]:
     return rows
 
 
-def _row(planned: Planned, base: np.ndarray, outcomes: Sequence[Outcome]) -> Row:
+def _row(planned: PlannedRow, base: np.ndarray, outcomes: Sequence[Outcome]) -> Row:
     right = [outcome.right for outcome in outcomes]
     mean = np.mean(right, axis=0)  # (N,)
     low, high = paired_interval(base, mean)
@@ -70,7 +70,7 @@ def _row(planned: Planned, base: np.ndarray, outcomes: Sequence[Outcome]) -> Row
     )
 
 
-def _read(kept: Path, identity: str) -> list[Row]:
+def _read_rows(kept: Path, identity: str) -> list[Row]:
     if not kept.exists():
         kept.write_text(json.dumps({"identity": identity}) + "\n", "utf-8")
     first, *rows = [json.loads(line) for line in kept.read_text("utf-8").splitlines()]

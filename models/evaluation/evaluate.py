@@ -1,5 +1,5 @@
-"""How much the memory helps, measured on encoded queries under any settings, each against plain
-CLIP with the same prompts.
+"""Gain of a memory on encoded queries under several settings, each against plain CLIP with the same
+prompts.
 
 Alphabet: N queries, C labels or candidates, D width, K neighbours.
 """
@@ -23,20 +23,20 @@ from models.evaluation.metrics import (
     top_k_hits,
     worst_pairs,
 )
-from models.evaluation.queries import Photos, Queries, Refined, Setting, encode_prompts, refine
-from models.evaluation.report import Details, Figure, Hits, Line, Report, compared
-from models.evaluation.submemories import SHARES, Parts
+from models.evaluation.queries import LabelledPhotos, Queries, RefinedQueries, Setting, encode_prompts, refine
+from models.evaluation.report import Details, Figure, Hits, Line, Report, compare_with_plain
+from models.evaluation.submemories import SHARES, SubMemories
 from models.reco import Reco
 
 TEMPLATES = ("a photo of a {}.",)
 PLAIN = Setting("none")
-NEAREST = 50  # neighbours looked at for five different labels
-BASELINE_PAIRS = 50_000  # a larger memory is not read whole for the class means
+NEAREST = 50  # neighbours searched to find five different labels
+BASELINE_PAIRS = 50_000  # of a larger memory no class means are computed
 REFERENCES, HUB_NEAREST = (
     2_000,
     128,
 )  # memory pairs taken as NNN's reference queries, and how many of the nearest are averaged
-WORST = 10  # confused pairs told
+WORST = 10  # confused pairs reported
 
 
 class Labels:
@@ -50,51 +50,54 @@ class Labels:
         self._prompts = Queries(encode_prompts(prompts, encoder), [()] * len(prompts))
 
     def vectors(self, reco: Reco, snapshot: Snapshot, setting: Setting) -> np.ndarray:
-        """(C, D) float32 unit: the mean of each label's prompts, refined where the setting
-        says so.
+        """(C, D) float32 unit: the mean of each label's prompts, enhanced where the setting asks
+        for it.
         """
         refined = refine(reco, self._prompts, "text", snapshot, setting).vectors
         means = refined.reshape(len(self.labels), len(self.templates), -1).mean(1)  # (C, D)
         return np.asarray(means / np.linalg.norm(means, axis=1, keepdims=True), np.float32)
 
-    def target(self, photos: Photos) -> np.ndarray:
+    def target(self, photos: LabelledPhotos) -> np.ndarray:
         """(N,) int: the right label of each photo."""
         index = {label: i for i, label in enumerate(self.labels)}
         return np.array([index[label] for label in photos.labels])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Answers:
-    """What N photos are taken for.  scores: (N, C) float32.  refined: the images as they were
-    compared.
+class ScoredPhotos:
+    """Scores of N photos.
+
+    scores: (N, C) float32.  refined: the image vectors that were compared.
     """
 
     scores: np.ndarray
-    refined: Refined
+    refined: RefinedQueries
 
 
-def answer(reco: Reco, photos: Photos, labels: Labels, snapshot: Snapshot, setting: Setting) -> Answers:
-    """Every photo against every label under one setting."""
+def score_photos(
+    reco: Reco, photos: LabelledPhotos, labels: Labels, snapshot: Snapshot, setting: Setting
+) -> ScoredPhotos:
+    """Score every photo against every label under one setting."""
     refined = refine(reco, photos.queries, "image", snapshot, setting)
     candidates = labels.vectors(reco, snapshot, setting)
-    return Answers(_dehubbed(refined.vectors, candidates, snapshot, "image", setting), refined)
+    return ScoredPhotos(_score(refined.vectors, candidates, snapshot, "image", setting), refined)
 
 
 def classify(
     reco: Reco,
-    photos: Photos,
+    photos: LabelledPhotos,
     labels: Labels,
     snapshot: Snapshot,
     settings: Sequence[Setting],
     label_field: str = "class",
 ) -> Report:
-    """Top-1 and top-5 of every setting, beside what one would try without text where the memory's
-    records name the labels.
+    """Top-1 and top-5 of every setting, and of baselines without text where the memory's records
+    hold the labels.
     """
     target = labels.target(photos)
     hits, guesses, nearest = dict[str, Hits](), dict[str, np.ndarray](), None
     for setting in (PLAIN, *settings):
-        answers = answer(reco, photos, labels, snapshot, setting)
+        answers = score_photos(reco, photos, labels, snapshot, setting)
         hits[str(setting)] = {f"top-{k}": top_k_hits(answers.scores, target, k) for k in (1, 5)}
         guesses[str(setting)] = answers.scores.argmax(1)
         nearest = answers.refined.nearest if setting.enhances("image") else nearest
@@ -102,33 +105,49 @@ def classify(
     best = max((str(setting) for setting in settings), key=lambda method: hits[method]["top-1"].mean(), default="none")
     notes = [
         f"{len(photos.queries)} images, {len(labels.labels)} labels, {len(photos.rejects)} rejected",
-        *excluded(settings),
+        *describe_exclusions(settings),
     ]
     details = _details(hits, guesses[best], best, target, labels)
     return Report(
-        "classify", snapshot.ref, reco.fusion_id, reco.k, notes, compared(hits), details, hits, nearest, guesses
+        "classify",
+        snapshot.ref,
+        reco.fusion_id,
+        reco.k,
+        notes,
+        compare_with_plain(hits),
+        details,
+        hits,
+        nearest,
+        guesses,
     )
 
 
-def memory_curve(reco: Reco, photos: Photos, labels: Labels, parts: Parts, setting: Setting) -> list[tuple[int, float]]:
-    """(pairs, top-1 share) with random parts of a memory, the smallest first; each of them once, so
-    that small ones scatter.
-    """
+def memory_curve(
+    reco: Reco, photos: LabelledPhotos, labels: Labels, parts: SubMemories, setting: Setting
+) -> list[tuple[int, float]]:
+    """(pairs, top-1 share) over growing random parts of a memory, one draw per size."""
     points, target = list[tuple[int, float]](), labels.target(photos)
     for share in SHARES:
-        part = parts.share(share, seed=0)
+        part = parts.random_share(share, seed=0)
         asked = replace(setting, k=min(setting.k or reco.k, len(part)))
         points.append(
-            (len(part), float(top_k_hits(answer(reco, photos, labels, part, asked).scores, target, 1).mean()))
+            (len(part), float(top_k_hits(score_photos(reco, photos, labels, part, asked).scores, target, 1).mean()))
         )
     return points
 
 
 def entities(
-    reco: Reco, photos: Photos, labels: Labels, snapshot: Snapshot, settings: Sequence[Setting], seen: Sequence[str]
+    reco: Reco,
+    photos: LabelledPhotos,
+    labels: Labels,
+    snapshot: Snapshot,
+    settings: Sequence[Setting],
+    seen: Sequence[str],
 ) -> Report:
-    """Top-1 among all labels, apart for entities that training saw and those it never did, and the
-    harmonic mean of the two.
+    """Top-1 among all labels for entities seen in training and for unseen ones, and their harmonic
+    mean.
+
+    DataError unless `seen` splits the photos into two non-empty parts.
     """
     target = labels.target(photos)
     known = np.isin(np.array(labels.labels), seen)[target]  # (N,)
@@ -136,20 +155,24 @@ def entities(
         raise DataError("every photo shows a seen entity, or none does: give a list that parts the labels")
     hits = dict[str, Hits]()
     for setting in (PLAIN, *settings):
-        right = top_k_hits(answer(reco, photos, labels, snapshot, setting).scores, target, 1)
+        right = top_k_hits(score_photos(reco, photos, labels, snapshot, setting).scores, target, 1)
         hits[str(setting)] = {"seen": right[known], "unseen": right[~known]}
     notes = [
         f"{len(seen)} entities seen, {len(labels.labels) - len(seen)} unseen, {len(photos.rejects)} rejected",
-        *excluded(settings),
+        *describe_exclusions(settings),
     ]
-    lines = [Line(line.method, [*line.figures, _harmonic(hits[line.method], hits["none"])]) for line in compared(hits)]
+    lines = [
+        Line(line.method, [*line.figures, _harmonic_figure(hits[line.method], hits["none"])])
+        for line in compare_with_plain(hits)
+    ]
     return Report("entities", snapshot.ref, reco.fusion_id, reco.k, notes, lines, hits=hits)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Captioned:
-    """P photos and their captions, each encoded once.  photo: (N,) int, the photo of each
-    caption.
+    """P photos and their captions, each encoded once.
+
+    photo: (N,) int, the photo of each caption.
     """
 
     images: Queries
@@ -167,43 +190,43 @@ def retrieve(reco: Reco, asked: Captioned, snapshot: Snapshot, settings: Sequenc
             for side, queries in zip(SIDES, (asked.images, asked.texts), strict=True)
         )
         to_image, to_text = (
-            _dehubbed(text, image, snapshot, "text", setting),
-            _dehubbed(image, text, snapshot, "image", setting),
+            _score(text, image, snapshot, "text", setting),
+            _score(image, text, snapshot, "image", setting),
         )
         forward = {f"T2I R@{k}": recall_hits(to_image, own, k) for k in (1, 5, 10)}
         backward = {f"I2T R@{k}": recall_hits(to_text, own.T, k) for k in (1, 5, 10)}
         hits[str(setting)] = {**forward, **backward}
-    notes = [f"{len(asked.images)} photos, {len(asked.texts)} captions", *excluded(settings)]
-    return Report("retrieve", snapshot.ref, reco.fusion_id, reco.k, notes, compared(hits), hits=hits)
+    notes = [f"{len(asked.images)} photos, {len(asked.texts)} captions", *describe_exclusions(settings)]
+    return Report("retrieve", snapshot.ref, reco.fusion_id, reco.k, notes, compare_with_plain(hits), hits=hits)
 
 
-def _dehubbed(
-    queries: np.ndarray, candidates: np.ndarray, snapshot: Snapshot, side: Side, setting: Setting
-) -> np.ndarray:
-    """(B, C) float32: every query's score with every candidate, less the candidates' hubness where
-    the setting asks for it.
+def _score(queries: np.ndarray, candidates: np.ndarray, snapshot: Snapshot, side: Side, setting: Setting) -> np.ndarray:
+    """(B, C) float32: cosine of every query and candidate, minus the candidates' hubness where the
+    setting asks for it.
     """
     scores = queries @ candidates.T
     if setting.dehub:
-        scores = scores - setting.dehub * hubness(references(snapshot, side) @ candidates.T, HUB_NEAREST)
+        scores = scores - setting.dehub * hubness(reference_queries(snapshot, side) @ candidates.T, HUB_NEAREST)
     return np.asarray(scores)
 
 
-def references(snapshot: Snapshot, side: Side) -> np.ndarray:
-    """(R, D) float32: the first vectors of the memory on one side, as queries that nobody asks."""
+def reference_queries(snapshot: Snapshot, side: Side) -> np.ndarray:
+    """(R, D) float32: the memory's first vectors of one side, as reference queries of the hubness
+    (NNN).
+    """
     rows = next(snapshot.blocks(REFERENCES))
     return rows.values(side).astype(np.float32)
 
 
-def excluded(settings: Sequence[Setting]) -> list[str]:
-    """What no query may find, in words."""
+def describe_exclusions(settings: Sequence[Setting]) -> list[str]:
+    """One note that states which neighbours are skipped."""
     limits = sorted({(setting.image_limit, setting.text_limit) for setting in settings}, key=str)
     told = [f"images {image or 'any'}, texts {text or 'any'}" for image, text in limits]
     return [f"no query finds itself, by id; neighbours with a cosine above these are passed over: {'; '.join(told)}"]
 
 
-def _harmonic(hits: Hits, plain: Hits) -> Figure:
-    """The harmonic mean of both shares; its interval from resampling the photos of each part."""
+def _harmonic_figure(hits: Hits, plain: Hits) -> Figure:
+    """Harmonic mean of both shares; the interval resamples the photos of each part."""
 
     def drawn(found: Hits, rng: np.random.Generator) -> float:
         return harmonic_mean(*(float(rng.choice(found[part], len(found[part])).mean()) for part in ("seen", "unseen")))
@@ -223,11 +246,12 @@ def _details(hits: Mapping[str, Hits], guessed: np.ndarray, best: str, target: n
     )
 
 
-def baselines(photos: Photos, labels: Labels, snapshot: Snapshot, label_field: str) -> dict[str, Hits]:
-    """The nearest photo, and the class means, with the memory's own labels; {} where it is too
-    large, or names none of them.
+def baselines(photos: LabelledPhotos, labels: Labels, snapshot: Snapshot, label_field: str) -> dict[str, Hits]:
+    """1-NN and class means with the memory's own labels; {} where the memory has more than
+    BASELINE_PAIRS pairs or holds none of the labels.
 
-    A photo that is in the memory itself does not find itself, but it is part of its class mean.
+    A photo that is in the memory does not find itself as a neighbour, but it is part of its class
+    mean.
     """
     if len(snapshot) > BASELINE_PAIRS:
         return {}

@@ -1,4 +1,4 @@
-"""Fine-tuning a whole encoder on pairs: what learning the fusion alone is measured against.
+"""Fine-tuning of a whole encoder on pairs: the baseline of training the fusion alone.
 
 Alphabet: P pairs, B batch, L tokens, D width.
 """
@@ -23,7 +23,7 @@ from models.progress import track
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How the whole encoder learns: AdamW at one rate, every weight."""
+    """Hyperparameters of full fine-tuning with AdamW, one rate for all weights."""
 
     steps: int = 100
     batch: int = 64
@@ -31,13 +31,11 @@ class Tuning:
     seed: int = 0
 
 
-def finetuned(encoder: Encoder, samples: Sequence[Sample], tuning: Tuning) -> Encoder:
-    """A copy of the encoder after `steps` batches of CLIP's own loss on these pairs; the one given
-    stays as it is.
+def fine_tune(encoder: Encoder, samples: Sequence[Sample], tuning: Tuning) -> Encoder:
+    """A copy of the encoder after `steps` batches of CLIP's loss on these pairs.
 
-    Batch normalisation keeps the statistics it came with: those of small batches would be worse.
-    Captions that are equal do not repel each other. DataError where there are fewer pairs than a
-    batch takes.
+    Batch normalisation keeps its running statistics. Equal captions are no negatives of each other.
+    DataError where there are fewer pairs than one batch.
     """
     if len(samples) < tuning.batch:
         raise DataError(

@@ -1,4 +1,4 @@
-"""How good a ranking is: pure functions of arrays, ties going to the lower column."""
+"""Ranking metrics as pure functions of arrays; ties go to the lower column."""
 
 import numpy as np
 
@@ -14,8 +14,7 @@ def ranking(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def top_k_hits(scores: np.ndarray, target: np.ndarray, k: int) -> np.ndarray:
-    """(B,) bool: whether the target is among the k best; a score of -inf, for "never seen", is no
-    hit.
+    """(B,) bool: whether the target is among the k best. A score of -inf is never a hit.
 
     scores: (B, N) float.  target: (B,) int, the right column of each row.
     """
@@ -99,8 +98,8 @@ def worst_pairs(guessed: np.ndarray, target: np.ndarray, most: int) -> list[tupl
 
 
 def paired_interval(before: np.ndarray, after: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """The 95 % bootstrap interval of mean(after) - mean(before), resampling queries: both are
-    measured on the same ones.
+    """95 % bootstrap interval of mean(after) - mean(before), resampling queries; both are measured
+    on the same queries.
 
     before, after: (B,) bool or float, one value per query.
     """
@@ -115,10 +114,10 @@ def paired_interval(before: np.ndarray, after: np.ndarray, seed: int = 0, resamp
 
 
 def hubness(reference: np.ndarray, nearest: int) -> np.ndarray:
-    """(C,) float: how near each candidate is to its nearest reference queries on average; NNN
-    subtracts it from the scores.
+    """(C,) float: mean score of each candidate over its nearest reference queries. NNN subtracts it
+    from the scores.
 
-    reference: (R, C) float, the scores of queries that are not those being asked.
+    reference: (R, C) float, scores of reference queries, which are not the evaluated ones.
     >>> hubness(np.array([[.9, .1], [.7, .2], [.1, .3]]), nearest=2)
     array([0.8 , 0.25])
     """

@@ -1,4 +1,4 @@
-"""What an evaluation asks: items encoded once, then refined under any setting.
+"""Queries of an evaluation: encoded once, then enhanced under any setting.
 
 Alphabet: N queries, D width, K neighbours.
 """
@@ -28,11 +28,11 @@ NEAR_DUPLICATE = 0.98  # a memory photo nearer than this to the query is taken f
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One way of asking the memory.
+    """One way of querying the memory.
 
-    k: neighbours, None = the fusion's.  image_limit, text_limit: what is nearer than this is passed
-    over.
-    dehub: how much of each candidate's hubness (NNN) is taken off its scores.
+    k: neighbours, None = the fusion's.  image_limit, text_limit: neighbours with a greater cosine
+    are skipped.
+    dehub: weight of each candidate's hubness (NNN), which is subtracted from its scores.
     """
 
     enhance: Enhance = "both"
@@ -63,7 +63,7 @@ class Setting:
 class Queries:
     """N items of one side.
 
-    own: for each the ids that are the query itself, or other captions of its photo.
+    own: per item the ids that it must not find: its own, and other captions of its photo.
     """
 
     encoded: Encoded
@@ -74,7 +74,7 @@ class Queries:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Photos:
+class LabelledPhotos:
     """N labelled photos, encoded once.  ids, labels: N strings."""
 
     ids: Sequence[str]
@@ -90,12 +90,14 @@ def encode_photos(
     labels: Collection[str] | None = None,
     batch: int = 32,
     on_progress: OnProgress = lambda _: None,
-) -> Photos:
-    """Every readable photo; its caption is its label, and one that is not among `labels` becomes a
-    reject.
+) -> LabelledPhotos:
+    """Encode every readable photo; its caption is its label. A label that is not among `labels` is
+    a reject.
+
+    DataError where no image could be read.
     """
     rejects, kept, seen = list[Reject](), list[Sample](), list[Encoded]()
-    known = (_known(item, labels) for item in samples)
+    known = (_check_label(item, labels) for item in samples)
     for some, encoded in encode_images(known, encoder, batch=batch, on_reject=rejects.append, on_progress=on_progress):
         kept += some
         seen.append(encoded)
@@ -104,35 +106,38 @@ def encode_photos(
             f"no image could be read, {len(rejects)} were rejected: check the labels and the field that names them"
         )
     ids = [sample.id for sample in kept]
-    return Photos(
+    return LabelledPhotos(
         ids, [sample.caption for sample in kept], Queries(concatenate_encoded(seen), [{name} for name in ids]), rejects
     )
 
 
 def encode_prompts(prompts: Sequence[str], encoder: Encoder) -> Encoded:
-    """(N, D) the texts as the encoder gives them, in blocks."""
+    """(N, D) text vectors without any enhancement, encoded in blocks."""
     return concatenate_encoded(
         [encoder.encode(encoder.tokenize(prompts[at : at + BLOCK]), "text") for at in range(0, len(prompts), BLOCK)]
     )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Refined:
-    """What became of N queries.  vectors: (N, D) float32 unit.  nearest: (N,) float32, the best
-    neighbour's score, 0 without any.
+class RefinedQueries:
+    """Enhanced vectors of N queries.
+
+    vectors: (N, D) float32 unit.  nearest: (N,) float32, the best neighbour's score, 0 without any.
     """
 
     vectors: np.ndarray
     nearest: np.ndarray
 
 
-def refine(reco: Reco, queries: Queries, side: Side, snapshot: Snapshot, setting: Setting) -> Refined:
-    """The queries under one setting, block by block; plain where the setting leaves their side
-    alone.
+def refine(reco: Reco, queries: Queries, side: Side, snapshot: Snapshot, setting: Setting) -> RefinedQueries:
+    """Enhance the queries under one setting, block by block. A side that the setting leaves out
+    stays plain.
+
+    ConfigError where k exceeds the number of pairs.
     """
     plain = queries.encoded.vectors
     if not setting.enhances(side):
-        return Refined(plain, np.zeros(len(plain), np.float32))
+        return RefinedQueries(plain, np.zeros(len(plain), np.float32))
     k = reco.k if setting.k is None else setting.k
     if k > len(snapshot):
         raise ConfigError(f"k = {k}, and {snapshot.ref} holds {len(snapshot)} pairs: ask for fewer neighbours")
@@ -145,10 +150,10 @@ def refine(reco: Reco, queries: Queries, side: Side, snapshot: Snapshot, setting
         vectors[rows] = found.vectors
         if found.neighbors is not None:
             nearest[rows] = found.neighbors.scores[:, 0]
-    return Refined(vectors, nearest)
+    return RefinedQueries(vectors, nearest)
 
 
-def _known(item: Sample | Reject, labels: Collection[str] | None) -> Sample | Reject:
+def _check_label(item: Sample | Reject, labels: Collection[str] | None) -> Sample | Reject:
     if isinstance(item, Sample) and labels is not None and item.caption not in labels:
         return Reject(item.id, f"its label {item.caption!r} is not among those asked for")
     return item

@@ -1,4 +1,4 @@
-"""What was measured: its values, and as text: aligned for a terminal, Markdown for a page."""
+"""Results of an evaluation as values, aligned text for a terminal, and Markdown."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +12,9 @@ Hits = Mapping[str, np.ndarray]  # by figure, (N,) bool: which queries were righ
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One share in one line.  queries: N.  share, gain and its 95 % interval [low, high] from 0 to
-    1; the gain is over plain.
+    """One share of one line.
+
+    queries: N.  share, gain: 0 to 1; gain is over plain, with its 95 % interval [low, high].
     """
 
     name: str
@@ -26,7 +27,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One way of answering, and how well it did."""
+    """One method and its figures."""
 
     method: str
     figures: Sequence[Figure]
@@ -34,8 +35,10 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """Class by class.  classes: (label, photos, share plain, share enhanced).  confused: (label,
-    taken for, how often), enhanced.
+    """Results per class.
+
+    classes: (label, photos, share plain, share enhanced).  confused: (label, predicted label,
+    count), enhanced.
     """
 
     classes: Sequence[tuple[str, int, float, float]]
@@ -44,8 +47,9 @@ class Details:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Report:
-    """What one command measured.  hits: by method and figure, kept for plots and examples and not
-    for JSON.
+    """Result of one evaluation command.
+
+    hits: by method and figure, for plots and examples; not part of the JSON.
     """
 
     task: str
@@ -89,8 +93,8 @@ class Report:
         return found
 
 
-def compared(hits: Mapping[str, Hits]) -> list[Line]:
-    """Every method against the first, which is plain."""
+def compare_with_plain(hits: Mapping[str, Hits]) -> list[Line]:
+    """Figures of every method against the first method, which is plain."""
     plain = next(iter(hits.values()))
     return [
         Line(method, [figure(name, plain[name], right) for name, right in found.items()])
@@ -99,7 +103,10 @@ def compared(hits: Mapping[str, Hits]) -> list[Line]:
 
 
 def figure(name: str, before: np.ndarray, after: np.ndarray) -> Figure:
-    """One share with its gain over plain.  before, after: (N,) bool, which queries were right."""
+    """One share with its gain over plain.
+
+    before, after: (N,) bool, which queries are right.
+    """
     low, high = paired_interval(before, after)
     return Figure(name, len(after), float(after.mean()), float(after.mean() - before.mean()), low, high)
 
@@ -131,7 +138,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def details(report: Report) -> str:
-    """Class by class, then the worst confusions; "" where the task has no classes."""
+    """Results per class, then the worst confusions, as Markdown; "" for a task without classes."""
     if report.details is None:
         return ""
     classes = [

@@ -1,4 +1,5 @@
-"""The HTML report of one evaluation: what was gained, where, by which neighbours, and what to do.
+"""HTML report of one evaluation: gains, plots, examples with their neighbours, and a
+recommendation.
 
 `report.html` beside this module is the template; the page loads nothing from elsewhere.
 """
@@ -42,7 +43,10 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One plot of the page. values: by place.  names: of places along the x axis, evenly spaced."""
+    """One plot of the page.
+
+    values: in order along the x axis.  names: labels along the x axis, evenly spaced.
+    """
 
     kind: Literal["line", "bar"]
     title: str
@@ -73,7 +77,7 @@ def page(report: Report, settings: Sequence[Setting], helped: Sequence[Example],
     return environment.get_template("report.html").render(
         report=report,
         best=best,
-        gain=measured(report, best),
+        gain=held_out_figure(report, best),
         table=_table_rows(markdown(report)),
         plots=build_plots(report, settings, best),
         helped=helped,
@@ -95,10 +99,10 @@ def _table_rows(text: str) -> list[list[str]]:
 
 
 def best_line(report: Report) -> Line:
-    """The enhanced line that is right most often in the first figure, on every second query; plain
-    where nothing was enhanced.
+    """The enhanced line with the greatest first figure on every second query; plain where nothing
+    was enhanced.
 
-    A line that loses in any figure is passed over, unless all of them do.
+    Lines that lose in some figure are skipped, unless all lines do.
     """
     tried = [line for line in report.lines[1:] if not line.method.startswith("(")]
     first, sound = report.lines[0].figures[0].name, [line for line in tried if not lost(line)]
@@ -112,9 +116,9 @@ def lost(line: Line) -> list[str]:
     return [figure.name for figure in line.figures if figure.high < 0]
 
 
-def measured(report: Report, line: Line) -> Figure:
-    """The line's first figure on the queries that did not choose it: the best of many is flattered
-    by those that did.
+def held_out_figure(report: Report, line: Line) -> Figure:
+    """The line's first figure on the queries that `best_line` did not choose by, which avoids
+    selection bias.
     """
     plain, name = report.lines[0], line.figures[0].name
     before, after = (report.hits[each.method][name][1::2] for each in (plain, line))
@@ -122,9 +126,9 @@ def measured(report: Report, line: Line) -> Figure:
 
 
 def recommendation(report: Report, settings: Sequence[Setting]) -> str:
-    """What to serve with, or that enhancing does not help here."""
+    """Advice in words: the setting to serve with, or not to enhance."""
     best = best_line(report)
-    first = measured(report, best)
+    first = held_out_figure(report, best)
     if first.low <= 0:
         return f"Do not enhance (enhance=none): the best setting tried, {best.method}, does not gain more than its interval."
     if worse_in := lost(best):

@@ -1,8 +1,8 @@
-"""What an ablation needs at hand: the data, the memories made of it, and what was learned, each
-made once.
+"""Shared state of an ablation: the encoded data, the memories derived from it and the trained
+fusions, each made once.
 
-What is learned here is learned from the pairs of another memory, which ask that memory itself and
-never find themselves, so the memory that answers was never seen in training.
+Fusions are trained on the pairs of a second memory. Those pairs query that second memory and never
+find themselves, so the memory under test is never seen in training.
 """
 
 import hashlib
@@ -20,27 +20,27 @@ from index_store.types import SIDES, Pairs, Side
 from models.data.encode import encode_samples
 from models.data.samples import Sample
 from models.encoder.encoder import Encoder
-from models.evaluation.evaluate import PLAIN, Labels, answer
-from models.evaluation.finetune import Tuning, finetuned
+from models.evaluation.evaluate import PLAIN, Labels, score_photos
+from models.evaluation.finetune import Tuning, fine_tune
 from models.evaluation.metrics import top_k_hits
-from models.evaluation.queries import Photos, Setting
-from models.evaluation.submemories import Parts
+from models.evaluation.queries import LabelledPhotos, Setting
+from models.evaluation.submemories import SubMemories
 from models.fusion.checkpoint import FusionFile, training_free_fusions
 from models.fusion.fusion import build_fusions
 from models.reco import Reco
 from models.training.config import TERMS
-from models.training.episodes import Episode, joined, look_up
-from models.training.trainer import Learning, learn
+from models.training.episodes import Episode, concatenate_pairs, look_up
+from models.training.trainer import TrainerConfig, learn
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """How the learned rows learn.  alpha: of every rule.  seeds: at least three for an interval
-    that means something.
+class LearningRecipe:
+    """Hyperparameters of the trained rows.
 
-    learning_rate: of what starts at plain CLIP.  refining_rate: of the layer on top of the rule:
-    larger steps fit the pairs better, held-out ones too, and unlearn what holds for any other
-    memory.  pool_learning_rate: of the rule's own numbers.
+    alpha: strength of every training-free rule.  seeds: at least three for a meaningful interval.
+    learning_rate: of parameters that start at plain CLIP.  refining_rate: of the layer on top of
+    the rule; larger rates fit the training memory better and generalise worse to other memories.
+    pool_learning_rate: of the rule's own parameters.
     """
 
     steps: int = 200
@@ -54,20 +54,23 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Rival:
-    """What full fine-tuning takes.  pairs: its photos with captions.  photos: the queries, encoded
-    by another encoder.
+class FineTuneBaseline:
+    """Input of the full fine-tuning baseline.
+
+    pairs: photos with captions.  photos: encodes the queries with another encoder.
     """
 
     pairs: Sequence[Sample]
-    photos: Callable[[Encoder], Photos]
+    photos: Callable[[Encoder], LabelledPhotos]
     tuning: Tuning
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """(N,) bool, which photos one seed of a row gets right, and the seconds of its learning where
-    they count.
+    """Result of one seed of a row.
+
+    right: (N,) bool, which photos are classified correctly.  seconds: training time, where the row
+    compares it.
     """
 
     right: np.ndarray
@@ -76,45 +79,46 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What one row asks for one seed: the fusion, the memory and the setting."""
+    """Input of one measurement: the fusion, the memory and the setting."""
 
     file: FusionFile
     snapshot: Snapshot
     setting: Setting
 
 
-class Bench:
+class Workbench:
     """The data of all rows.
 
-    folder: where memories are built and rows are kept.  served: the fusion that answers requests,
-    for a row of its own.
+    memory: the memory under test.  taught_by: the memory whose pairs fusions are trained on.
+    folder: where derived memories are built and finished rows are kept.  served: the fusion that
+    serves, measured as a row of its own.
     rival: None leaves full fine-tuning out.
     """
 
     def __init__(
         self,
         encoder: Encoder,
-        photos: Photos,
+        photos: LabelledPhotos,
         labels: Labels,
         memory: Snapshot,
         taught_by: Snapshot,
-        recipe: Recipe,
+        recipe: LearningRecipe,
         folder: Path,
         *,
         served: FusionFile | None = None,
-        rival: Rival | None = None,
+        rival: FineTuneBaseline | None = None,
     ) -> None:
         self.encoder, self.photos, self.labels, self.recipe, self.rival = encoder, photos, labels, recipe, rival
         self.memory, self.taught_by, self.served = memory, taught_by, served
-        self.parts, self._lessons = Parts(memory, folder / "memories"), Parts(taught_by, folder / "lessons")
+        self.parts, self._lessons = SubMemories(memory, folder / "memories"), SubMemories(taught_by, folder / "lessons")
         self._taught = dict[tuple[object, ...], FusionFile]()
         self._target = labels.target(photos)
 
     @property
     def identity(self) -> str:
-        """What the rows were measured on and how: rows of anything else are no part of this table.
+        """SHA-256 of data, memories and recipe. Rows with another identity belong to another table.
 
-        The fusion that serves is left out, since its rows name it.
+        The served fusion is left out, since its rows name it.
         """
         asked = [
             sorted(zip(self.photos.ids, self.photos.labels, strict=True)),
@@ -126,63 +130,65 @@ class Bench:
         content = json.dumps([asked, memories, self.encoder.fingerprint, asdict(self.recipe), rival])
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def right(self, trial: Trial) -> np.ndarray:
-        """(N,) bool: which photos one trial gets right."""
+    def correct(self, trial: Trial) -> np.ndarray:
+        """(N,) bool: the photos that one trial classifies correctly."""
         reco = Reco(self.encoder, trial.file.fusions, trial.file.fusion_id, min(trial.file.k, len(trial.snapshot)))
-        scores = answer(reco, self.photos, self.labels, trial.snapshot, trial.setting).scores
+        scores = score_photos(reco, self.photos, self.labels, trial.snapshot, trial.setting).scores
         return top_k_hits(scores, self._target, 1)
 
-    def tuned(self, rival: Rival) -> Outcome:
-        """The whole encoder learned from the rival's pairs; it answers alone, without a memory."""
+    def measure_fine_tuning(self, rival: FineTuneBaseline) -> Outcome:
+        """Fine-tune the whole encoder on the baseline's pairs and classify without a memory."""
         begun = time.perf_counter()
-        encoder = finetuned(self.encoder, rival.pairs, rival.tuning)
+        encoder = fine_tune(self.encoder, rival.pairs, rival.tuning)
         seconds = time.perf_counter() - begun
-        rule, photos = self.rule("none"), rival.photos(encoder)
+        rule, photos = self.training_free("none"), rival.photos(encoder)
         labels = Labels(self.labels.labels, self.labels.templates, encoder)
-        plain = answer(Reco(encoder, rule.fusions, rule.fusion_id, rule.k), photos, labels, self.memory, PLAIN).scores
+        plain = score_photos(
+            Reco(encoder, rule.fusions, rule.fusion_id, rule.k), photos, labels, self.memory, PLAIN
+        ).scores
         return Outcome(top_k_hits(plain, labels.target(photos), 1), seconds)
 
-    def fused(self, rival: Rival, seed: int) -> Outcome:
-        """The default fusion alone learned from the same pairs, encoding them and finding their
-        neighbours included; served as ever.
+    def measure_fusion_alone(self, rival: FineTuneBaseline, seed: int) -> Outcome:
+        """Train the default fusion alone on the same pairs. The time includes encoding and
+        neighbour search.
         """
         begun = time.perf_counter()
         kinds = {side: self.memory.key_kind(side) for side in SIDES}
-        pairs = joined(list(encode_samples(rival.pairs, self.encoder, kinds=kinds)))
-        file = self._learned("default", seed, TERMS, self._asked(pairs, self._lessons.built(pairs)))
+        pairs = concatenate_pairs(list(encode_samples(rival.pairs, self.encoder, kinds=kinds)))
+        file = self._train("default", seed, TERMS, self._look_up(pairs, self._lessons.build(pairs)))
         seconds = time.perf_counter() - begun
-        return Outcome(self.right(Trial(file, self.memory, Setting("both"))), seconds)
+        return Outcome(self.correct(Trial(file, self.memory, Setting("both"))), seconds)
 
-    def rule(self, name: str) -> FusionFile:
+    def training_free(self, name: str) -> FusionFile:
         """A training-free fusion."""
         return training_free_fusions(name, self.encoder.dim, alpha=self.recipe.alpha, k=self.recipe.k)
 
-    def taught(self, preset: str, seed: int, terms: Sequence[str] = TERMS, share: float = 1.0) -> FusionFile:
-        """A fusion learned from `share` of the other memory's pairs, once for each combination."""
+    def trained_fusion(self, preset: str, seed: int, terms: Sequence[str] = TERMS, share: float = 1.0) -> FusionFile:
+        """A fusion trained on `share` of the second memory's pairs, cached by its arguments."""
         key = (preset, seed, tuple(terms), share)
         if key not in self._taught:
-            self._taught[key] = self._learned(preset, seed, terms, self._episode(share, seed))
+            self._taught[key] = self._train(preset, seed, terms, self._training_episode(share, seed))
         return self._taught[key]
 
-    def _learned(self, preset: str, seed: int, terms: Sequence[str], episode: Episode) -> FusionFile:
+    def _train(self, preset: str, seed: int, terms: Sequence[str], episode: Episode) -> FusionFile:
         recipe = self.recipe
         torch.manual_seed(seed)
         fusions = build_fusions(preset, self.encoder.dim, alpha=recipe.alpha)
         rate = recipe.refining_rate if fusions["image"].config.start == "mean" else recipe.learning_rate
         scale, pool = self.encoder.logit_scale, recipe.pool_learning_rate
-        learning = Learning(
+        learning = TrainerConfig(
             recipe.steps, recipe.batch, rate, 0.01, seed, scale, terms, drop=0.2, pool_learning_rate=pool
         )
         learn(fusions, [episode], [np.arange(len(episode))], learning)
         return FusionFile(fusions, recipe.k, f"{preset}-{seed}", {})
 
-    def _episode(self, share: float, seed: int) -> Episode:
-        """Every pair of the other memory asks it, or a part of it."""
-        return self._asked(joined(list(self.taught_by.blocks())), self._lessons.share(share, seed))
+    def _training_episode(self, share: float, seed: int) -> Episode:
+        """A random share of the second memory's pairs as queries of that memory."""
+        return self._look_up(concatenate_pairs(list(self.taught_by.blocks())), self._lessons.random_share(share, seed))
 
-    def _asked(self, pairs: Pairs, snapshot: Snapshot) -> Episode:
-        """What each pair finds in a memory, itself and its near-copies passed over."""
-        rule = self.rule("mean")
+    def _look_up(self, pairs: Pairs, snapshot: Snapshot) -> Episode:
+        """The neighbours of each pair, without the pair itself and its near-duplicates."""
+        rule = self.training_free("mean")
         reco = Reco(self.encoder, rule.fusions, rule.fusion_id, rule.k)
         limits: Mapping[Side, float | None] = {"image": 0.98, "text": None}
         return look_up("ablation", pairs, snapshot, reco, min(self.recipe.k, len(snapshot)), limits)

@@ -1,4 +1,4 @@
-"""The data sets that the starter is made of, read once through the frozen trunk."""
+"""Data sets of the starter, with the features of its frozen image trunk."""
 
 import copy
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from models.encoder.encoder import Encoder
-from models.starter.photos import Photos, Reader, folded
+from models.starter.photos import DataSet, FeatureReader, fold_batch_norms
 
 SEED = 0
 # photos of Flickr8k val that the encoder never sees, for the lessons of the fusion
@@ -17,26 +17,25 @@ SENTENCES_KEPT = 300
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Everything:
-    """The data sets, read once."""
+class DataSets:
+    """The data sets with their features."""
 
-    flickr: Photos
-    flickr_unseen: Photos
-    flickr_test: Photos
-    imagenet: Photos
-    caltech: Photos
-    caltech_test: Photos
-    imagen: Photos
-    grocery: Photos
-    grocery_test: Photos
+    flickr: DataSet
+    flickr_unseen: DataSet
+    flickr_test: DataSet
+    imagenet: DataSet
+    caltech: DataSet
+    caltech_test: DataSet
+    imagen: DataSet
+    grocery: DataSet
+    grocery_test: DataSet
 
 
 def load_trunk(encoder: Encoder, data: Path) -> None:
-    """MobileNetV2 into the image tower, as it will be served: its own input scaling folded away, in
-    float16.
+    """Load MobileNetV2 into the image tower, with its input scaling folded into the first
+    convolution, in float16.
 
-    It wants pixels in [-1, 1], open_clip gives (pixel - mean) / std: the first convolution takes
-    the difference.
+    MobileNetV2 expects pixels in [-1, 1], open_clip gives (pixel - mean) / std.
     """
     weights = load_file(data / "mobilenetv2" / "mobilenetv2_100.safetensors")
     preprocess = encoder.module.visual.preprocess_cfg
@@ -49,19 +48,19 @@ def load_trunk(encoder: Encoder, data: Path) -> None:
     encoder.module.visual.trunk.load_state_dict(kept, strict=False)
 
 
-def read_all(encoder: Encoder, data: Path, folder: Path) -> Everything:
-    """Every data set through the trunk; what the encoder learns from in two views."""
-    trunk = folded(copy.deepcopy(encoder.module.visual.trunk)).to(memory_format=torch.channels_last)
-    reader = Reader(encoder, trunk, folder, SEED)
+def read_all(encoder: Encoder, data: Path, folder: Path) -> DataSets:
+    """Read every data set through the trunk; those that the encoder is trained on in two views."""
+    trunk = fold_batch_norms(copy.deepcopy(encoder.module.visual.trunk)).to(memory_format=torch.channels_last)
+    reader = FeatureReader(encoder, trunk, folder, SEED)
 
-    def read(name: str, pattern: str, caption: str | None, views: int = 1) -> Photos:
+    def read(name: str, pattern: str, caption: str | None, views: int = 1) -> DataSet:
         return reader.read(name, sorted(data.glob(pattern)), caption=caption, views=views)
 
     caltech = read("caltech101", "caltech101/*.tar", "{class}")
     split, thing = caltech.column("split"), caltech.column("class") != "BACKGROUND_Google"
     val = read("flickr8k-val", "flickr8k/val-*.tar", None, views=2)
-    return Everything(
-        flickr=read("flickr8k-train", "flickr8k/train-*.tar", None, views=2).with_(
+    return DataSets(
+        flickr=read("flickr8k-train", "flickr8k/train-*.tar", None, views=2).concatenate(
             val.take(range(SENTENCES_KEPT, len(val)))
         ),
         flickr_unseen=val.take(range(SENTENCES_KEPT)),

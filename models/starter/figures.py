@@ -1,4 +1,4 @@
-"""What the starter reaches, in per cent, measured through the same `Reco.enhance` that serves.
+"""Accuracy of the starter in per cent, measured through the `Reco.enhance` that serves.
 
 Alphabet: N photos, C captions or classes, D width, K neighbours.
 """
@@ -13,11 +13,11 @@ from models.evaluation.evaluate import TEMPLATES
 from models.evaluation.metrics import class_means, recall_at_k, top_k_accuracy
 from models.reco import Reco
 from models.starter.learn import project
-from models.starter.photos import Photos
+from models.starter.photos import DataSet
 
 
-def encoded(reco: Reco, photos: Photos) -> Encoded:
-    """The photos as the encoder gives them, from their kept features."""
+def encode_data_set(reco: Reco, photos: DataSet) -> Encoded:
+    """Vectors and trunk keys of the photos, from their cached features."""
     return Encoded(project(reco.encoder.module, photos.features[:, 0]), photos.keys)
 
 
@@ -32,12 +32,12 @@ def retrieval(image: np.ndarray, text: np.ndarray, photo: np.ndarray) -> dict[st
     return {name: 100 * share for name, share in found.items()}
 
 
-def classification(reco: Reco, photos: Photos, labels: Sequence[str], snapshot: Snapshot) -> dict[str, float]:
+def classification(reco: Reco, photos: DataSet, labels: Sequence[str], snapshot: Snapshot) -> dict[str, float]:
     """Top-1 with neither, one or both sides refined, as `reco eval classify` counts it."""
     target = np.array([labels.index(label) for label in photos.column("class")])
     # (C, D) each
     plain, refined = (reco.embed_labels(labels, TEMPLATES, memory) for memory in (None, snapshot))
-    found = reco.enhance(encoded(reco, photos), "image", snapshot)
+    found = reco.enhance(encode_data_set(reco, photos), "image", snapshot)
     pairs = {
         "none": (found.plain, plain),
         "image": (found.vectors, plain),
@@ -47,11 +47,12 @@ def classification(reco: Reco, photos: Photos, labels: Sequence[str], snapshot: 
     return {name: 100 * top_k_accuracy(image @ text.T, target, 1) for name, (image, text) in pairs.items()}
 
 
-def without_text(known: Photos, photos: Photos, keys: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """What one would try instead, with the same labelled photos: the nearest photo, and the nearest
-    class mean.
+def baselines_without_text(
+    known: DataSet, photos: DataSet, keys: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> dict[str, float]:
+    """1-NN and class means over the same labelled photos.
 
-    keys: by name, what is compared: the rows of the known photos and of those asked for.
+    keys: by name, the (known, queried) rows that are compared.
     """
     labels, target = np.unique(known.column("class"), return_inverse=True)
     wanted = np.searchsorted(labels, photos.column("class"))
@@ -71,6 +72,6 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join([f"| |{'|'.join(columns)}|", "|---|" + "--:|" * len(columns), *lines])
 
 
-def listed(figures: Mapping[str, float]) -> str:
+def format_figures(figures: Mapping[str, float]) -> str:
     """The figures in one line."""
     return " · ".join(f"{name} {value:.1f}" for name, value in figures.items())

@@ -1,8 +1,7 @@
-"""Train the starter's text tower and both projections on cached trunk features; the trunk itself
-stays as it was.
+"""Training of the starter's text tower and both projections on cached features of the frozen trunk.
 
-Two captions of each photo enter a batch: each should find its photo, and each the other (Flickr8k
-test T2I R@10 50.8, with one 49.4).
+A batch holds two captions per photo: each is a positive of the photo and of the other caption
+(Flickr8k test T2I R@10 50.8; with one caption 49.4).
 
 Alphabet: N items, V views, C captions, Dt trunk features, B batch, L tokens, D width.
 """
@@ -21,7 +20,7 @@ from models.encoder.text_tower import build_text_encoder
 from models.fusion.losses import info_nce
 from models.progress import track
 
-__all__ = ["Source", "learn", "project", "pseudo_features"]
+__all__ = ["TokenizedPhotos", "learn", "project", "pseudo_features"]
 
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 1e-3, 0.1, 40
 MAX_SCALE = 100.0  # CLIP's own ceiling on the inverse temperature
@@ -32,12 +31,12 @@ FEATURE_DROP, WORD_DROP = (
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Items with several views and several captions.
+class TokenizedPhotos:
+    """Photos with several views and several captions.
 
-    features: (N, V, Dt) float32.  tokens: (N, C, L) int64.  group: (N,) int, at most one item of a
-    group enters a batch.
-    share: items per batch.
+    features: (N, V, Dt) float32.  tokens: (N, C, L) int64.  group: (N,) int, a batch holds at most
+    one photo of a group.
+    share: photos per batch.
     """
 
     features: Tensor
@@ -46,8 +45,8 @@ class Source:
     share: int
 
     def draw(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """(B, Dt) one view and (B, 2, L) two different captions each of `share` items from
-        different groups.
+        """Draw `share` photos of different groups: (B, Dt) one view and (B, 2, L) two different
+        captions of each.
         """
         order = rng.permutation(len(self.group))
         _, first = np.unique(self.group[order], return_index=True)
@@ -59,9 +58,9 @@ class Source:
         return self.features[rows, view], torch.stack([self.tokens[rows, one], self.tokens[rows, another]], dim=1)
 
 
-def learn(model: Any, sources: Sequence[Source], steps: int, seed: int) -> None:
-    """Symmetric InfoNCE over batches joined from all sources; changes `model` (an open_clip CLIP)
-    in place.
+def learn(model: Any, sources: Sequence[TokenizedPhotos], steps: int, seed: int) -> None:
+    """Train `model` (an open_clip CLIP) in place by symmetric InfoNCE over batches joined from all
+    sources.
     """
     encode_text, (centre, spread) = build_text_encoder(model), _moments(sources)
     projection = model.visual.head.proj
@@ -83,7 +82,7 @@ def learn(model: Any, sources: Sequence[Source], steps: int, seed: int) -> None:
         # (B, D)
         image = F.normalize(projection(F.dropout((features - centre) / spread, FEATURE_DROP)), dim=-1)
         # (2B, D)
-        text = F.normalize(encode_text(shortened(tokens.flatten(0, 1), WORD_DROP, rng)), dim=-1)
+        text = F.normalize(encode_text(drop_tokens(tokens.flatten(0, 1), WORD_DROP, rng)), dim=-1)
         one, another = text.view(len(image), 2, -1).unbind(1)  # (B, D) each
         pairs = ((image, one), (image, another), (one, another))
         loss = torch.stack([info_nce(left, right, model.logit_scale.exp()) for left, right in pairs]).mean()
@@ -95,8 +94,10 @@ def learn(model: Any, sources: Sequence[Source], steps: int, seed: int) -> None:
     _fold(projection, centre, spread)
 
 
-def shortened(tokens: Tensor, share: float, rng: np.random.Generator) -> Tensor:
-    """(B, L) the same texts, each word piece left out with the given chance."""
+def drop_tokens(tokens: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+    """(B, L) the texts with each token dropped with probability `share`; start, end and padding
+    stay.
+    """
     # start, end and padding stay
     ends = (tokens == tokens.max()) | (tokens == tokens.max() - 1) | (tokens == 0)
     kept = ends | torch.from_numpy(rng.random(tuple(tokens.shape), np.float32) >= share)
@@ -105,19 +106,19 @@ def shortened(tokens: Tensor, share: float, rng: np.random.Generator) -> Tensor:
 
 
 def project(model: Any, features: np.ndarray) -> np.ndarray:
-    """(N, D) float32 unit: what the image tower makes of these trunk features (N, Dt)."""
+    """(N, D) float32 unit: image vectors of trunk features (N, Dt)."""
     with torch.inference_mode():
         return np.asarray(F.normalize(model.visual.head(torch.from_numpy(features)), dim=-1).numpy())
 
 
 def pseudo_features(weight: Tensor, photos: Tensor) -> Tensor:
-    """Where the trunk would put a typical photo of each class, guessed from the rows of its
-    classifier.
+    """(C, Dt) estimated trunk features of a typical photo of each class, from the rows of the
+    trunk's classifier.
 
     weight: (C, Dt) rows of the classifier.  photos: (N, Dt) features of photos of these classes.
-    Returns (C, Dt). A row is a class mean divided by the covariance of the features; multiplying by
-    its root comes nearest to photos of the class (cosine 0.45 against 0.31 for the row itself, on
-    the ImageNet sample). The length is that of a photo.
+    A row is about the class mean divided by the covariance of the features. Multiplied by the
+    covariance's root it comes closest to photos of the class (cosine 0.45, the row itself 0.31, on
+    the ImageNet sample). The norm is that of a photo.
     """
     centred = photos - photos.mean(dim=0)
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(photos))  # (Dt,), (Dt, Dt)
@@ -127,7 +128,7 @@ def pseudo_features(weight: Tensor, photos: Tensor) -> Tensor:
     return made
 
 
-def _moments(sources: Sequence[Source]) -> tuple[Tensor, Tensor]:
+def _moments(sources: Sequence[TokenizedPhotos]) -> tuple[Tensor, Tensor]:
     seen = torch.cat([source.features[:, 0] for source in sources])
     centre = seen.mean(dim=0)
     return centre, (seen - centre).std()
@@ -135,6 +136,6 @@ def _moments(sources: Sequence[Source]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _fold(projection: nn.Linear, centre: Tensor, spread: Tensor) -> None:
-    """Take the standardisation of the features into the projection."""
+    """Fold the standardisation of the features into the projection."""
     projection.weight.div_(spread)
     projection.bias.sub_(projection.weight @ centre)

@@ -1,9 +1,9 @@
-"""Make the bundled starter again: `python -m models.starter.make DATA` (two cores, no GPU, about 40
-minutes; DATA as in CARD.md).
+"""Build the bundled starter again: `python -m models.starter.make DATA` (two cores, no GPU, about
+40 minutes; DATA as in CARD.md).
 
 Photos -> features of a frozen MobileNetV2 -> text tower and projections -> the Grocery memory ->
-the fusion -> figures -> CARD.md. Nothing of the Grocery photos is learned from: they fill the
-memory and measure the result.
+the fusion -> accuracy -> CARD.md. Nothing is trained on Grocery photos: they fill the memory and
+measure the result.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from models.encoder.encoder import Encoder, EncoderSpec
 from models.fusion.checkpoint import FusionFile, save_fusions, training_free_fusions
 from models.reco import Reco
 from models.starter import FOLDER, MEMORY, StarterMemory
-from models.starter.data_sets import SEED, Everything, load_trunk, read_all
-from models.starter.figures import classification, listed, retrieval, table, without_text
-from models.starter.learn import Source, learn, project, pseudo_features
-from models.starter.lessons import Classroom
-from models.starter.photos import Photos
+from models.starter.data_sets import SEED, DataSets, load_trunk, read_all
+from models.starter.figures import baselines_without_text, classification, format_figures, retrieval, table
+from models.starter.learn import TokenizedPhotos, learn, project, pseudo_features
+from models.starter.lessons import EpisodeMaker
+from models.starter.photos import DataSet
 from models.starter.teach import SERVED_K, best_alpha, learned_fusion, lessons
 from models.starter.teach import STEPS as LESSON_STEPS
 
@@ -55,7 +55,7 @@ VERDICTS = {
 
 
 def main() -> None:
-    """Parse the command line and make everything."""
+    """Parse the command line and build data_sets."""
     parser = argparse.ArgumentParser(
         prog="python -m models.starter.make", description="Make the bundled starter model again."
     )
@@ -79,26 +79,25 @@ def main() -> None:
 
 
 def make_starter(data: Path, work: Path, out: Path) -> None:
-    """Everything, top to bottom.
+    """Build encoder, memory and fusion, measure them, and write the model card.
 
-    What an earlier run kept in `work`, features and encoder, is not made again; both fusions are
-    kept too.
+    Features and encoder that an earlier run left in `work` are reused; both fusions are kept there.
     """
     raw = Encoder.load(EncoderSpec("starter", "random", device="cpu"))
     load_trunk(raw, data)
-    everything = read_all(raw, data, work / "features")
+    data_sets = read_all(raw, data, work / "features")
     if not (work / "clip.safetensors").exists():
-        learn_encoder(raw, everything, data)
+        learn_encoder(raw, data_sets, data)
         save_half(raw, work / "clip.safetensors")
     shutil.copyfile(work / "clip.safetensors", out / "clip.safetensors")
     encoder = Encoder.load(EncoderSpec("starter", str(out / "clip.safetensors"), device="cpu"))
-    memory = memory_of(encoder, everything.grocery)
+    memory = build_starter_memory(encoder, data_sets.grocery)
     memory.save(out)
     with tempfile.TemporaryDirectory() as folder:
-        candidates = teach(encoder, everything, Path(folder))
-        snapshots = memories(memory, Path(folder))
+        candidates = train_fusions(encoder, data_sets, Path(folder))
+        snapshots = build_memories(memory, Path(folder))
         figures = {
-            name: grocery(encoder, file, everything.grocery_test, snapshots) for name, file in candidates.items()
+            name: grocery_figures(encoder, file, data_sets.grocery_test, snapshots) for name, file in candidates.items()
         }
     for name, file in candidates.items():
         save_fusions(work / f"{name}.safetensors", file.fusions, encoder=encoder.fingerprint, k=file.k, card=file.card)
@@ -116,62 +115,69 @@ def make_starter(data: Path, work: Path, out: Path) -> None:
         alpha=candidates["rule"].card["alpha"],
         pairs=len(memory.ids),
         seed=SEED,
-        **_tables(encoder, everything, figures),
+        **_tables(encoder, data_sets, figures),
     )
 
 
 def _gain(figures: Mapping[str, Mapping[str, dict[str, float]]]) -> float:
-    """Points that the learned fusion gains on the rule with the keys where it gains least."""
+    """Least gain, in points over both keys, of the trained fusion over the rule."""
     return min(figures["learned"][key]["both"] - rule["both"] for key, rule in figures["rule"].items())
 
 
 def _tables(
-    encoder: Encoder, everything: Everything, figures: Mapping[str, Mapping[str, dict[str, float]]]
+    encoder: Encoder, data_sets: DataSets, figures: Mapping[str, Mapping[str, dict[str, float]]]
 ) -> dict[str, str]:
-    """The tables of the card. figures: by fusion and search key."""
+    """Tables of the model card.
+
+    figures: by fusion and search key.
+    """
     by_fusion = {f"{NAMES[name]}, {key} keys": found for name, keys in figures.items() for key, found in keys.items()}
     return {
-        "retrieval": table(flickr(encoder, everything.flickr_test)),
+        "retrieval": table(flickr_figures(encoder, data_sets.flickr_test)),
         "classification": table(by_fusion),
-        "baselines": listed(baselines(encoder, everything)),
+        "baselines": format_figures(grocery_baselines(encoder, data_sets)),
     }
 
 
 def write_card(path: Path, **measured: object) -> None:
-    """CARD.in.md with the measured values filled in; also on the terminal."""
+    """Fill the measured values into CARD.in.md; write and print the result."""
     card = (FOLDER / "CARD.in.md").read_text(encoding="utf-8").format(**measured)
     path.write_text(card, encoding="utf-8")
     print(card)
 
 
-def learn_encoder(encoder: Encoder, everything: Everything, data: Path) -> None:
-    """Text tower and projections on Flickr8k, one photo of each ImageNet class, and Caltech 101."""
+def learn_encoder(encoder: Encoder, data_sets: DataSets, data: Path) -> None:
+    """Train text tower and projections on Flickr8k, one photo of each ImageNet class, and Caltech
+    101.
+    """
     # (1000, Dt)
     rows = load_file(data / "mobilenetv2" / "mobilenetv2_100.safetensors")["classifier.weight"].float()
-    number = everything.imagenet.column("class_id")
-    photos = torch.from_numpy(everything.imagenet.features)  # (1000, 2, Dt)
+    number = data_sets.imagenet.column("class_id")
+    photos = torch.from_numpy(data_sets.imagenet.features)  # (1000, 2, Dt)
     imagined = pseudo_features(rows, photos[:, 0])[number]  # (1000, Dt)
     with_rows = torch.cat(
         [photos, imagined[:, None], imagined[:, None]], dim=1
     )  # (1000, 4, Dt): as often imagined as seen
-    caltech = np.unique(everything.caltech.column("class"), return_inverse=True)[1]
+    caltech = np.unique(data_sets.caltech.column("class"), return_inverse=True)[1]
     sources = [
-        source(
+        tokenized_photos(
             encoder,
-            everything.flickr,
-            torch.from_numpy(everything.flickr.features),
-            np.arange(len(everything.flickr)),
+            data_sets.flickr,
+            torch.from_numpy(data_sets.flickr.features),
+            np.arange(len(data_sets.flickr)),
             384,
         ),
-        source(encoder, everything.imagenet, with_rows, number, 160),
-        source(encoder, everything.caltech, torch.from_numpy(everything.caltech.features), caltech, 48),
+        tokenized_photos(encoder, data_sets.imagenet, with_rows, number, 160),
+        tokenized_photos(encoder, data_sets.caltech, torch.from_numpy(data_sets.caltech.features), caltech, 48),
     ]
     learn(encoder.module, sources, STEPS, SEED)
 
 
-def source(encoder: Encoder, photos: Photos, features: Tensor, group: np.ndarray, share: int) -> Source:
-    """Photos with their own captions, or with every class caption where they have but one word for
-    it.
+def tokenized_photos(
+    encoder: Encoder, photos: DataSet, features: Tensor, group: np.ndarray, share: int
+) -> TokenizedPhotos:
+    """Photos with their own captions, or with all class captions where the only caption is a class
+    name.
     """
     captions = [
         said if len(said) > 1 else [each.format(said[0]) for each in CLASS_CAPTIONS] for said in photos.captions
@@ -179,11 +185,11 @@ def source(encoder: Encoder, photos: Photos, features: Tensor, group: np.ndarray
     most = min(len(said) for said in captions)
     # (N, C, L)
     tokens = torch.from_numpy(np.stack([encoder.tokenize(said[:most]) for said in captions]))
-    return Source(features, tokens, group, share)
+    return TokenizedPhotos(features, tokens, group, share)
 
 
 def save_half(encoder: Encoder, path: Path) -> None:
-    """The whole model in float16, in one move."""
+    """Save the whole model in float16, by one atomic rename."""
     partial = path.with_suffix(".partial")
     weights = encoder.module.state_dict()
     save_file(
@@ -194,10 +200,10 @@ def save_half(encoder: Encoder, path: Path) -> None:
     partial.replace(path)
 
 
-def memory_of(encoder: Encoder, photos: Photos) -> StarterMemory:
+def build_starter_memory(encoder: Encoder, photos: DataSet) -> StarterMemory:
     """The Grocery training photos as the bundled memory.
 
-    Their ids get a folder, because the test photos have the same names.
+    Ids get a folder prefix, because test photos have the same names.
     """
     photos = photos.take(
         np.random.default_rng(SEED).permutation(len(photos)).tolist()
@@ -220,22 +226,20 @@ def _record(name: str, coarse: str) -> dict[str, str]:
     return {"caption": caption, "class": name, "coarse_class": coarse}
 
 
-def teach(encoder: Encoder, everything: Everything, folder: Path) -> dict[str, FusionFile]:
-    """The two fusions that may be shipped: the training-free "rule" and the "learned" one."""
+def train_fusions(encoder: Encoder, data_sets: DataSets, folder: Path) -> dict[str, FusionFile]:
+    """The two candidates: the training-free "rule" and the trained "learned" fusion."""
     file = training_free_fusions("mean", encoder.dim, k=SERVED_K)
-    classroom = Classroom(Reco(encoder, file.fusions, file.fusion_id, file.k), folder)
-    objects = {"Caltech 101": everything.caltech_test, "imagen": everything.imagen}
-    episodes = lessons(classroom, objects, everything.flickr, everything.flickr_unseen)
+    classroom = EpisodeMaker(Reco(encoder, file.fusions, file.fusion_id, file.k), folder)
+    objects = {"Caltech 101": data_sets.caltech_test, "imagen": data_sets.imagen}
+    episodes = lessons(classroom, objects, data_sets.flickr, data_sets.flickr_unseen)
     rule = training_free_fusions("mean", encoder.dim, alpha=best_alpha(encoder.dim, episodes), k=SERVED_K)
     learned = learned_fusion(encoder.dim, episodes, encoder.logit_scale, SEED)
     about = {"trained": True, "steps": LESSON_STEPS, "lessons": sorted({episode.name for episode in episodes})}
     return {"rule": rule, "learned": FusionFile(learned, SERVED_K, "", about)}
 
 
-def memories(memory: StarterMemory, folder: Path) -> dict[str, Snapshot]:
-    """The whole memory by the keys its images are searched with: as it is shipped, and with the
-    CLIP vectors instead.
-    """
+def build_memories(memory: StarterMemory, folder: Path) -> dict[str, Snapshot]:
+    """The whole memory by kind of image key: trunk features, as shipped, and CLIP vectors."""
     store = Store(folder / "store")
     found = dict[str, Snapshot]()
     variants: dict[KeyKind, Pairs] = {
@@ -249,16 +253,16 @@ def memories(memory: StarterMemory, folder: Path) -> dict[str, Snapshot]:
     return found
 
 
-def grocery(
-    encoder: Encoder, file: FusionFile, photos: Photos, snapshots: Mapping[str, Snapshot]
+def grocery_figures(
+    encoder: Encoder, file: FusionFile, photos: DataSet, snapshots: Mapping[str, Snapshot]
 ) -> dict[str, dict[str, float]]:
-    """Top-1 on the Grocery test photos, by search key and by the sides that are refined."""
+    """Top-1 on the Grocery test photos, by search key and enhanced sides."""
     labels = sorted(set(photos.column("class").tolist()))
     reco = Reco(encoder, file.fusions, file.fusion_id, file.k)
     return {key: classification(reco, photos, labels, snapshot) for key, snapshot in snapshots.items()}
 
 
-def flickr(encoder: Encoder, photos: Photos) -> dict[str, dict[str, float]]:
+def flickr_figures(encoder: Encoder, photos: DataSet) -> dict[str, dict[str, float]]:
     """Recall of plain vectors on the Flickr8k test photos."""
     texts = [caption for captions in photos.captions for caption in captions]
     photo = np.repeat(np.arange(len(photos)), [len(captions) for captions in photos.captions])
@@ -266,11 +270,11 @@ def flickr(encoder: Encoder, photos: Photos) -> dict[str, dict[str, float]]:
     return {"Flickr8k test, 1000 photos": retrieval(project(encoder.module, photos.features[:, 0]), text, photo)}
 
 
-def baselines(encoder: Encoder, everything: Everything) -> dict[str, float]:
+def grocery_baselines(encoder: Encoder, data_sets: DataSets) -> dict[str, float]:
     """1-NN and class means on Grocery, by both keys."""
-    known, asked = everything.grocery, everything.grocery_test
+    known, asked = data_sets.grocery, data_sets.grocery_test
     vectors = (project(encoder.module, known.features[:, 0]), project(encoder.module, asked.features[:, 0]))
-    return without_text(known, asked, {"trunk keys": (known.keys, asked.keys), "vector keys": vectors})
+    return baselines_without_text(known, asked, {"trunk keys": (known.keys, asked.keys), "vector keys": vectors})
 
 
 if __name__ == "__main__":

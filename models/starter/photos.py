@@ -1,5 +1,4 @@
-"""The photos the starter is made from: tars in, features of the image trunk out, kept on disk so
-that a second run goes on.
+"""Photos of the starter's data sets and the trunk features of their views, cached on disk.
 
 Alphabet: N photos, V views, B batch, Dt = 1280 features of MobileNetV2 before the projection.
 """
@@ -28,11 +27,11 @@ BATCH = 16  # the fastest for this trunk on two cores
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Photos:
+class DataSet:
     """One data set.
 
     ids: N strings.  captions: N lists of at least one.  fields: N dicts.  features: (N, V, Dt)
-    float32, view 0 the plain one.
+    float32, view 0 without augmentation.
     """
 
     ids: Sequence[str]
@@ -43,16 +42,16 @@ class Photos:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, rows: Iterable[int]) -> "Photos":
+    def take(self, rows: Iterable[int]) -> "DataSet":
         """The photos of these rows, in this order."""
         chosen = list(rows)
         captions, fields = [self.captions[row] for row in chosen], [self.fields[row] for row in chosen]
-        return Photos([self.ids[row] for row in chosen], captions, fields, self.features[chosen])
+        return DataSet([self.ids[row] for row in chosen], captions, fields, self.features[chosen])
 
-    def with_(self, others: "Photos") -> "Photos":
+    def concatenate(self, others: "DataSet") -> "DataSet":
         """These photos, then the others."""
         features = np.concatenate([self.features, others.features])
-        return Photos(
+        return DataSet(
             [*self.ids, *others.ids], [*self.captions, *others.captions], [*self.fields, *others.fields], features
         )
 
@@ -62,13 +61,16 @@ class Photos:
 
     @property
     def keys(self) -> np.ndarray:
-        """(N, Dt) float32 unit: the plain features as search keys."""
+        """(N, Dt) float32 unit: features of view 0 as search keys."""
         plain = self.features[:, 0]
         return np.asarray(plain / np.linalg.norm(plain, axis=1, keepdims=True))
 
 
-class Reader:
-    """Reads data sets through one trunk. folder: where the features are kept between runs."""
+class FeatureReader:
+    """Reads data sets through one trunk.
+
+    folder: the cache of features.
+    """
 
     def __init__(self, encoder: Encoder, trunk: nn.Module, folder: Path, seed: int) -> None:
         self._encoder, self._trunk, self._folder, self._seed = encoder, trunk, folder, seed
@@ -76,9 +78,9 @@ class Reader:
         self._mean, self._std = (torch.tensor(preprocess[name]).view(3, 1, 1) for name in ("mean", "std"))
         folder.mkdir(parents=True, exist_ok=True)
 
-    def read(self, name: str, tars: Sequence[Path], *, caption: str | None = None, views: int = 1) -> Photos:
-        """Every photo of the tars with its captions (as read_samples gives them) and `views` views
-        of its features.
+    def read(self, name: str, tars: Sequence[Path], *, caption: str | None = None, views: int = 1) -> DataSet:
+        """Every photo of the tars with its captions (as read_samples gives them) and features of
+        `views` views.
         """
         samples = [item for tar in tars for item in read_samples(tar, caption=caption) if isinstance(item, Sample)]
         photos = [list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample.id.split("#")[0])]
@@ -89,7 +91,7 @@ class Reader:
             partial.replace(kept)
         ids = [group[0].id.split("#")[0] for group in photos]
         captions = [[sample.caption for sample in group] for group in photos]
-        return Photos(ids, captions, [group[0].metadata for group in photos], np.load(kept))
+        return DataSet(ids, captions, [group[0].metadata for group in photos], np.load(kept))
 
     def _features(self, name: str, images: Sequence[bytes], views: int) -> Iterator[np.ndarray]:
         """(B, V, Dt) float32 blocks in order; the next batch is decoded while the network runs."""
@@ -116,8 +118,8 @@ class Reader:
                 meter.advance(len(rows))
 
     def _views(self, name: str, row: int, image: Image.Image, views: int) -> np.ndarray:
-        """(V, 3, H, W) uint8: the view that serving takes, then mirrored random crops holding
-        50-100 % of the photo.
+        """(V, 3, H, W) uint8: the view that serving uses, then mirrored random crops of 50-100 % of
+        the photo.
         """
         rng = np.random.default_rng([self._seed, zlib.crc32(name.encode()), row])
         return np.stack(
@@ -125,9 +127,9 @@ class Reader:
         )
 
 
-def folded(trunk: nn.Module) -> nn.Module:
-    """`trunk` with every BatchNorm folded into the convolution before it: the same numbers, a
-    quarter faster. Changed in place.
+def fold_batch_norms(trunk: nn.Module) -> nn.Module:
+    """Fold every BatchNorm into the convolution before it, in place: equal results, a quarter
+    faster.
     """
     before: tuple[str, nn.Conv2d] | None = None
     for name, child in list(trunk.named_children()):
@@ -139,7 +141,7 @@ def folded(trunk: nn.Module) -> nn.Module:
             setattr(trunk, name, getattr(child, "act", nn.Identity()))
             before = None
         else:
-            folded(child)
+            fold_batch_norms(child)
     return trunk
 
 

@@ -15,7 +15,7 @@ from models.encoder.encoder import Encoder, EncoderSpec
 from models.fusion.checkpoint import training_free_fusions
 from models.reco import Reco
 from models.tests.small import image_bytes, picture, write_tar
-from models.training.episodes import joined
+from models.training.episodes import concatenate_pairs
 
 VIT = {
     "embed_dim": 32,
@@ -85,7 +85,7 @@ def photos(tmp_path: Path) -> Path:
 def recipe(photos: Path, encoder: Encoder, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A training configuration on disk, with the memory that it names."""
     samples = read_samples(photos, caption="a photo of {class}")
-    block = joined(list(encode_samples(samples, encoder, kinds={"image": "vector", "text": "vector"})))
+    block = concatenate_pairs(list(encode_samples(samples, encoder, kinds={"image": "vector", "text": "vector"})))
     store = Store(tmp_path / "store")
     build_version(
         store, "things", "v1", [block], encoder=encoder.fingerprint, kinds={"image": "vector", "text": "vector"}

@@ -40,7 +40,17 @@ from models.encoder.encoder import Encoded
 from models.errors import DataError
 from models.fusion.checkpoint import read_tensors, write_tensors
 from models.progress import progress
-from models.training.episodes import BLOCK, Asking, Episode, Lookup, compacted, numbered, photos, siblings, stacked
+from models.training.episodes import (
+    BLOCK,
+    Episode,
+    Lookup,
+    MemoryQuery,
+    compact_hits,
+    concatenate_hits,
+    ids_of_same_photo,
+    number_names,
+    photo_numbers,
+)
 
 SHARD = "shard-0000"  # a set of training pairs is one shard of any size
 
@@ -117,7 +127,7 @@ def _encode(path: Path, job: BuildSource, digest: str, kinds: Mapping[Side, KeyK
 def _opened(path: Path, kinds: Mapping[Side, KeyKind]) -> Prepared:
     shard = path / SHARD
     with (shard / "records.jsonl").open("rb") as lines:
-        captions = numbered([json.loads(line)["caption"] for line in lines])
+        captions = number_names([json.loads(line)["caption"] for line in lines])
     return Prepared(
         digest=path.name,
         ids=decode_ids(_mapped(shard / "ids.npy")),
@@ -129,21 +139,21 @@ def _opened(path: Path, kinds: Mapping[Side, KeyKind]) -> Prepared:
     )
 
 
-def look_up_prepared(folder: Path, pairs: Prepared, asking: Asking) -> Episode:
+def look_up_prepared(folder: Path, pairs: Prepared, asking: MemoryQuery) -> Episode:
     """The pairs with their neighbours, searched for unless they lie in the folder already; what a
     pair finds is as in `look_up`.
     """
     snapshot = asking.snapshot
     made_of = [pairs.digest, snapshot.manifest.to_json(), snapshot.ref, asking.k, dict(asking.limits)]
     path = folder / "neighbours" / hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-    photo = photos(pairs.ids)
-    before = None if path.exists() else _search(path, pairs, siblings(pairs.ids, photo), asking)
+    photo = photo_numbers(pairs.ids)
+    before = None if path.exists() else _search(path, pairs, ids_of_same_photo(pairs.ids, photo), asking)
     _tell(f"neighbours found in {snapshot.ref}", len(pairs), before)
     lookups = {side: Lookup(pairs.vectors[side], *(_mapped(path / name) for name in _names(side))) for side in SIDES}
     return Episode(snapshot.ref, lookups, photo, pairs.captions)
 
 
-def _search(path: Path, pairs: Prepared, own: Sequence[Sequence[Id]], asking: Asking) -> int:
+def _search(path: Path, pairs: Prepared, own: Sequence[Sequence[Id]], asking: MemoryQuery) -> int:
     """Each block's hits into a file of its own, then all of them into the arrays of a `Lookup`; how
     many an earlier run had found.
     """
@@ -166,7 +176,7 @@ def _search(path: Path, pairs: Prepared, own: Sequence[Sequence[Id]], asking: As
                     )
                     meter.advance(rows.stop - rows.start)
         for side in SIDES:
-            _write_lookup(work, side, stacked([_read_block(file, side) for file in blocks]), asking.snapshot)
+            _write_lookup(work, side, concatenate_hits([_read_block(file, side) for file in blocks]), asking.snapshot)
         with translate_write_errors(path.name):
             work.rename(path)
             fsync_path(path.parent)
@@ -188,7 +198,7 @@ def _read_block(file: Path, side: Side) -> Hits:
 
 def _write_lookup(work: Path, side: Side, found: Hits, snapshot: Snapshot) -> None:
     """The three arrays of one side, the vectors copied block by block."""
-    distinct, rows = compacted(found)
+    distinct, rows = compact_hits(found)
     with translate_write_errors(work.name):
         known = Column(work / f"{side}_known.npy", snapshot.dim)
         for at in range(0, len(distinct), BLOCK):

@@ -1,5 +1,5 @@
-"""The TOML file of `reco train`, read strictly: an unknown key or a wrong type is an error that
-names it.
+"""Configuration of `reco train`, read strictly from TOML: an unknown key or a wrong type is an
+error that names it.
 """
 
 import difflib
@@ -30,13 +30,12 @@ def _check_preset(name: str) -> str:
 
 @dataclass(frozen=True, slots=True, config=STRICT)
 class EpisodeConfig:
-    """One [[episodes]] table: pairs to learn from, and the memory they ask.
+    """One [[episodes]] table: training pairs and the memory that they query.
 
-    sources: tars and folders as for `reco memory build`; ${NAME} stands for an environment
-    variable.
+    sources: as for `reco memory build`; ${NAME} is an environment variable.
     caption: a template over the metadata.  memory: NAME or NAME@VERSION in the store.
-    max_image_similarity, max_text_similarity: neighbours nearer than this are passed over; leave
-    the text one out where many pairs share one caption, as with class names.
+    max_image_similarity, max_text_similarity: neighbours with a greater cosine are skipped; leave
+    the text limit out where many pairs share one caption, as with class names.
     """
 
     sources: tuple[str, ...]
@@ -48,21 +47,21 @@ class EpisodeConfig:
 
 @dataclass(frozen=True, slots=True, config=STRICT)
 class TrainConfig:
-    """What to learn and from what. Paths are relative to the working directory.
+    """Configuration of one training run. Paths are relative to the working directory.
 
-    k: neighbours looked up; each step uses a random number of them up to k.  terms: which of the
-    three terms of the loss are on.
-    pool_learning_rate: for the few numbers of the training-free rule, learning_rate for all the
-    rest.
-    clip: the longest gradient.  learn_scale: whether the loss learns its own temperature, from
-    CLIP's on.
-    every: steps between two looks at the held-out accuracy and two checkpoints.  patience: looks
-    without a better one before the run stops with the best it saw; 0 = never.
-    precision: "bf16" does the arithmetic of the layers in half the bits, the weights stay fp32.
-    compile: the layers through torch.compile, which needs a C++ compiler; where they help is told
-    in docs/concepts/results.md.  tensorboard: the curve for TensorBoard too, beside curve.jsonl.
-    drop: share of the neighbours hidden in each step.  held_out: share of the photos kept for the
-    accuracy before and after.
+    k: neighbours looked up; each step uses a random number of them, at most k.  terms: enabled
+    terms of the loss.
+    learning_rate, pool_learning_rate: of the layers, and of the few parameters of the training-free
+    rule.
+    clip: maximum gradient norm.  learn_scale: whether the loss learns its temperature, starting at
+    CLIP's.
+    every: steps between two evaluations of the held-out accuracy, and between two checkpoints.
+    patience: evaluations without improvement before the run stops with the best weights; 0 = never.
+    precision: "bf16" runs the layers in bfloat16, the weights stay float32.
+    compile: torch.compile for the layers, which needs a C++ compiler; docs/concepts/results.md says
+    where it helps.  tensorboard: write the curve for TensorBoard too.
+    drop: share of the neighbours masked in each step.  held_out: share of the photos held out for
+    the accuracy before and after.
     """
 
     output: str
@@ -94,7 +93,7 @@ class TrainConfig:
 
     @classmethod
     def read(cls, path: Path) -> "TrainConfig":
-        """The configuration in a TOML file, or ConfigError in one line."""
+        """Read a TOML file; ConfigError in one line where it is invalid."""
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -111,8 +110,10 @@ class TrainConfig:
         return EncoderSpec(self.model, self.pretrained, device=self.device, tokenizer=self.tokenizer)
 
 
-def expanded(source: str) -> Path:
-    """The path of a source, ${NAME} replaced from the environment."""
+def expand_source(source: str) -> Path:
+    """The path of a source with ${NAME} replaced from the environment. ConfigError where NAME is
+    not set.
+    """
     path = os.path.expandvars(source)
     if "$" in path:
         raise ConfigError(f"source {source!r} names an environment variable that is not set: set it, or write the path")

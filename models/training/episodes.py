@@ -1,5 +1,4 @@
-"""What a fusion learns from: training pairs whose neighbours in some memory have been looked up
-once. Arrays only.
+"""Training data of a fusion: pairs with their precomputed neighbours in a memory, as arrays.
 
 Alphabet: M training pairs, K neighbours, U vectors that they found, D width, B batch.
 """
@@ -22,18 +21,16 @@ from models.encoder.encoder import Encoded
 from models.errors import DataError
 from models.reco import Reco
 
-BLOCK = 4096  # training pairs looked up in one search: a second of work, and what a kill may cost
-SPREAD = 20_000  # vectors of an episode that tell how those of a modality vary
+BLOCK = 4096  # training pairs per search: a second of work, which is what a kill may cost
+COVARIANCE_SAMPLE = 20_000  # vectors per episode that the covariance is computed from
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lookup:
-    """One side of M pairs and what the memory returned.
+    """One side of M pairs and their neighbours. Arrays may be memory-mapped.
 
-    Any of the arrays may be mapped from a file.
-
-    query: (M, D) float.  known: (U, D) float16, every vector that any pair found, once.  rows: (M,
-    K) int64 into known, -1 = absent.
+    query: (M, D) float.  known: (U, D) float16, every distinct vector found.  rows: (M, K) int64
+    into known, -1 = absent.
     scores: (M, K) float32, 0 where absent.
     """
 
@@ -44,10 +41,11 @@ class Lookup:
 
     @classmethod
     def of(cls, query: np.ndarray, found: Hits, snapshot: Snapshot, side: Side) -> "Lookup":
-        """With the vectors of the other side gathered from the memory.  query: (M, D) float.
-        found: (M, K).
+        """With the other side's vectors read from the memory.
+
+        query: (M, D) float.  found: (M, K).
         """
-        distinct, rows = compacted(found)
+        distinct, rows = compact_hits(found)
         return cls(query, snapshot.vectors(distinct, other(side)), rows, found.scores)
 
     @property
@@ -74,7 +72,7 @@ class Lookup:
 class Episode:
     """M pairs and one memory.
 
-    photo, caption: (M,) int; pairs that share either must not repel each other.
+    photo, caption: (M,) int; pairs with an equal photo or caption are no negatives of each other.
     """
 
     name: str
@@ -101,10 +99,9 @@ class Episode:
         return np.asarray(photo | caption)
 
     def split(self, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """(learned, held out): whole photos are held out, never one caption of a photo that is
-        learned.
+        """(training rows, held-out rows), split by photo.
 
-        DataError where either holds a single caption or none: nothing could be told apart.
+        DataError where either part has fewer than two different captions.
         """
         photos = np.random.default_rng(seed).permutation(np.unique(self.photo))
         away = np.isin(self.photo, photos[: round(held_out * len(photos))])
@@ -119,10 +116,10 @@ class Episode:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Asking:
-    """How training pairs ask a memory, as serving would.
+class MemoryQuery:
+    """Parameters with which training pairs query a memory, as in serving.
 
-    k: neighbours.  limits: per side, nearer ones are passed over.
+    k: neighbours.  limits: per side, neighbours with a greater cosine are skipped.
     """
 
     snapshot: Snapshot
@@ -131,8 +128,9 @@ class Asking:
     limits: Mapping[Side, float | None]
 
     def find(self, encoded: Encoded, side: Side, own: Sequence[Collection[Id]]) -> Hits:
-        """What the memory returns, (B, K).  encoded: float16 or float32.  own: for each query the
-        ids that it must not find.
+        """Neighbours, (B, K).
+
+        encoded: float16 or float32.  own: per query the ids that it must not find.
         """
         wide = Encoded(to_float32(encoded.vectors), None if encoded.trunk is None else to_float32(encoded.trunk))
         ceiling = self.limits.get(side)
@@ -141,8 +139,8 @@ class Asking:
 
 
 def covariance(episodes: Sequence[Episode], side: Side) -> Tensor:
-    """(D, D) float32: how the vectors of one modality vary, those that ask and those that are
-    found, every episode counting alike.
+    """(D, D) float32: covariance of one modality's vectors, queries and retrieved ones, averaged
+    over episodes.
     """
     found = []
     for episode in episodes:
@@ -150,7 +148,9 @@ def covariance(episodes: Sequence[Episode], side: Side) -> Tensor:
             episode.lookups[side].query,
             episode.lookups[other(side)].known,
         )  # (M, D), (U, D): what is found is on the other side
-        seen = np.concatenate([vectors[:: 1 + len(vectors) // SPREAD] for vectors in both]).astype(np.float32)
+        seen = np.concatenate([vectors[:: 1 + len(vectors) // COVARIANCE_SAMPLE] for vectors in both]).astype(
+            np.float32
+        )
         found.append(torch.from_numpy(seen).T.cov(correction=0))
     return torch.stack(found).mean(0)
 
@@ -158,17 +158,17 @@ def covariance(episodes: Sequence[Episode], side: Side) -> Tensor:
 def look_up(
     name: str, pairs: Pairs, snapshot: Snapshot, reco: Reco, k: int, max_similarity: Mapping[Side, float | None]
 ) -> Episode:
-    """Ask the memory once for each training pair, all of them in memory; `prepared` does it on
+    """Query the memory for every training pair, in memory; `cache.look_up_prepared` does it on
     disk.
 
-    A pair never finds itself: its own id, the other captions of its photo (ids that differ after
-    "#") and, where `max_similarity` is given for a side, everything nearer than that are passed
-    over.
+    A pair does not find its own id, other captions of its photo (ids that differ after "#"), or,
+    where `max_similarity` has a value for a side, neighbours with a greater cosine. DataError
+    without pairs.
     """
     if not len(pairs):
         raise DataError(f"{name}: no pair to learn from")
-    asking, photo = Asking(snapshot, reco, k, max_similarity), photos(pairs.ids)
-    own, lookups = siblings(pairs.ids, photo), dict[Side, Lookup]()
+    asking, photo = MemoryQuery(snapshot, reco, k, max_similarity), photo_numbers(pairs.ids)
+    own, lookups = ids_of_same_photo(pairs.ids, photo), dict[Side, Lookup]()
     for side in SIDES:
         vectors, trunk = pairs.values(side), pairs.keys(side) if pairs.has_own_keys(side) else None
         blocks = [slice(start, start + BLOCK) for start in range(0, len(pairs), BLOCK)]
@@ -176,41 +176,42 @@ def look_up(
             asking.find(Encoded(vectors[rows], None if trunk is None else trunk[rows]), side, own[rows])
             for rows in blocks
         ]
-        lookups[side] = Lookup.of(vectors, stacked(found), snapshot, side)
-    return Episode(name, lookups, photo, numbered([str(record["caption"]) for record in pairs.records]))
+        lookups[side] = Lookup.of(vectors, concatenate_hits(found), snapshot, side)
+    return Episode(name, lookups, photo, number_names([str(record["caption"]) for record in pairs.records]))
 
 
-def photos(ids: np.ndarray) -> np.ndarray:
-    """(M,) int64, equal for the captions of one photo, whose ids differ after "#".  ids: (M,) as
-    given.
+def photo_numbers(ids: np.ndarray) -> np.ndarray:
+    """(M,) int64, equal for the captions of one photo, whose ids differ after "#".
+
+    ids: (M,).
     """
-    return numbered([str(key).rsplit("#", 1)[0] for key in ids.tolist()])
+    return number_names([str(key).rsplit("#", 1)[0] for key in ids.tolist()])
 
 
-def siblings(ids: np.ndarray, photo: np.ndarray) -> list[list[Id]]:
-    """For each pair the ids of its photo, its own among them."""
+def ids_of_same_photo(ids: np.ndarray, photo: np.ndarray) -> list[list[Id]]:
+    """Per pair the ids of its photo, including its own."""
     sharing: dict[int, list[Id]] = {}
     for key, number in zip(ids.tolist(), photo.tolist(), strict=True):
         sharing.setdefault(number, []).append(key)
     return [sharing[number] for number in photo.tolist()]
 
 
-def stacked(found: Sequence[Hits]) -> Hits:
-    """Several blocks as one."""
+def concatenate_hits(found: Sequence[Hits]) -> Hits:
+    """Concatenate blocks of hits."""
     return Hits(np.concatenate([block.rows for block in found]), np.concatenate([block.scores for block in found]))
 
 
-def compacted(found: Hits) -> tuple[np.ndarray, np.ndarray]:
-    """(U,) int64, the rows of the memory that were found, and (M, K) int64, for each hit its place
-    among them, -1 = absent.
+def compact_hits(found: Hits) -> tuple[np.ndarray, np.ndarray]:
+    """(U,) int64, the distinct rows found, and (M, K) int64, each hit's index into them, -1 =
+    absent.
     """
     # row 0 stands in for the absent
     distinct, place = np.unique(np.maximum(found.rows, 0), return_inverse=True)
     return distinct, np.where(found.mask, place.reshape(found.rows.shape), -1)
 
 
-def joined(blocks: Sequence[Pairs]) -> Pairs:
-    """Several blocks as one."""
+def concatenate_pairs(blocks: Sequence[Pairs]) -> Pairs:
+    """Concatenate blocks of pairs."""
     own = {
         f"{side}_key": np.concatenate([block.keys(side) for block in blocks])
         for side in SIDES
@@ -225,7 +226,7 @@ def joined(blocks: Sequence[Pairs]) -> Pairs:
     )
 
 
-def numbered(names: Sequence[str]) -> np.ndarray:
-    """(M,) int64: equal names, equal numbers, in the order of the names."""
+def number_names(names: Sequence[str]) -> np.ndarray:
+    """(M,) int64: equal names get equal numbers, in sorted order."""
     number = {name: place for place, name in enumerate(sorted(set(names)))}
     return np.array([number[name] for name in names], np.int64)

@@ -1,7 +1,7 @@
-"""`reco train CONFIG.toml`: learn a fusion.
+"""`reco train CONFIG.toml`: train a fusion on a frozen encoder.
 
-The encoder is frozen, so embeddings and neighbours are prepared once, in `prepared/` beside the
-output, and the loop sees arrays only.
+Embeddings and neighbours are prepared once, in `prepared/` beside the output; the training loop
+reads arrays only.
 """
 
 import json
@@ -26,16 +26,16 @@ from models.fusion.checkpoint import save_fusions
 from models.fusion.fusion import Fusion, build_fusions
 from models.reco import Reco
 from models.training.cache import look_up_prepared, prepare_pairs
-from models.training.config import EpisodeConfig, TrainConfig, expanded
-from models.training.episodes import Asking, Episode
-from models.training.trainer import Learning, Loop
+from models.training.config import EpisodeConfig, TrainConfig, expand_source
+from models.training.episodes import Episode, MemoryQuery
+from models.training.trainer import Trainer, TrainerConfig
 
-EVALUATED = 1000  # held-out pairs ranked against each other, at most
+MAX_EVALUATED = 1000  # held-out pairs ranked against each other, at most
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a run came to.
+    """Result of a run.
 
     first_loss, last_loss: means over the first and last tenth of the steps.  before, after:
     held-out accuracy by memory.
@@ -59,9 +59,9 @@ class Summary:
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Summary:
-    """Everything `reco train` does, top to bottom.
+    """Run a training from its configuration to the written fusion file.
 
-    resume: go on from the checkpoint that an earlier run left beside the output.
+    resume: continue from the checkpoint of an earlier run beside the output.
     """
     start = time.monotonic()
     torch.manual_seed(config.seed)
@@ -73,20 +73,20 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
     splits = [episode.split(config.held_out, config.seed) for episode in episodes]
     held_out = [(episode, away) for episode, (_, away) in zip(episodes, splits, strict=True)]
     before = _accuracies(fusions, held_out)
-    learning = _learning(config, encoder.logit_scale)
+    learning = _trainer_config(config, encoder.logit_scale)
 
     def watch() -> float:
         return float(np.mean(list(_accuracies(fusions, held_out).values())))
 
     folder = output.with_suffix(".run")
-    board = _board(folder / "tensorboard") if config.tensorboard else None
-    loop = Loop(
+    board = _tensorboard_writer(folder / "tensorboard") if config.tensorboard else None
+    loop = Trainer(
         fusions, episodes, [learned for learned, _ in splits], learning, watch=watch, folder=folder, on_line=board
     )
     if not (resume and loop.resume()):
         shutil.rmtree(folder, ignore_errors=True)
     losses = loop.run().losses
-    draw(folder)
+    draw_curve(folder)
     after = _accuracies(fusions, held_out)
     card = {"trained": True, "config": asdict(config), "before": before, "after": after, "steps": len(losses)}
     card |= {"data": [episode.digest() for episode in episodes], "commit": _commit()}
@@ -102,8 +102,8 @@ def _accuracies(fusions: Mapping[Side, Fusion], held_out: Sequence[tuple[Episode
     return {episode.name: accuracy(fusions, episode, away) for episode, away in held_out}
 
 
-def _learning(config: TrainConfig, scale: float) -> Learning:
-    return Learning(
+def _trainer_config(config: TrainConfig, scale: float) -> TrainerConfig:
+    return TrainerConfig(
         steps=config.steps,
         batch=config.batch,
         learning_rate=config.learning_rate,
@@ -123,8 +123,8 @@ def _learning(config: TrainConfig, scale: float) -> Learning:
 
 
 def _episode(episode: EpisodeConfig, config: TrainConfig, reco: Reco, folder: Path) -> Episode:
-    """The pairs of one table, encoded, with their neighbours in its memory; what an earlier run
-    left in the folder is made use of.
+    """The encoded pairs of one table with their neighbours in its memory; prepared files of earlier
+    runs are reused.
     """
     name, _, version = episode.memory.partition("@")
     snapshot = Store(Path(config.store)).open(name, version or None, encoder=reco.encoder.fingerprint)
@@ -134,32 +134,32 @@ def _episode(episode: EpisodeConfig, config: TrainConfig, reco: Reco, folder: Pa
         )
     kinds: dict[Side, KeyKind] = {side: snapshot.key_kind(side) for side in SIDES}
     limits: dict[Side, float | None] = {"image": episode.max_image_similarity, "text": episode.max_text_similarity}
-    sources = [expanded(source) for source in episode.sources]
+    sources = [expand_source(source) for source in episode.sources]
     pairs = prepare_pairs(folder, sources, Encoding(reco.encoder, kinds, Reading(episode.caption)))
-    return look_up_prepared(folder, pairs, Asking(snapshot, reco, config.k, limits))
+    return look_up_prepared(folder, pairs, MemoryQuery(snapshot, reco, config.k, limits))
 
 
 def accuracy(fusions: Mapping[Side, Fusion], episode: Episode, rows: np.ndarray) -> float:
-    """Share of held-out photos whose own caption is the nearest of all held-out captions, both
-    sides refined with every neighbour.
+    """Share of held-out photos whose own caption is the nearest of all held-out captions; both
+    sides are enhanced with all neighbours.
     """
-    rows = rows[:EVALUATED]
+    rows = rows[:MAX_EVALUATED]
     device = next(fusions["image"].parameters()).device.type
     with torch.inference_mode():
         image, text = (
-            fusions[side](*episode.lookups[side].batch(rows, _everything(episode, side, rows), device)).vectors
+            fusions[side](*episode.lookups[side].batch(rows, _keep_all(episode, side, rows), device)).vectors
             for side in SIDES
         )
     nearest = (image @ text.T).argmax(1).cpu().numpy()  # (B,)
     return float(episode.same(rows)[np.arange(len(rows)), nearest].mean())
 
 
-def _everything(episode: Episode, side: Side, rows: np.ndarray) -> np.ndarray:
+def _keep_all(episode: Episode, side: Side, rows: np.ndarray) -> np.ndarray:
     return np.ones((len(rows), episode.lookups[side].k), bool)
 
 
-def draw(folder: Path) -> None:
-    """curve.jsonl as curve.png, where matplotlib is installed (the extra "plots")."""
+def draw_curve(folder: Path) -> None:
+    """Plot curve.jsonl as curve.png, where matplotlib is installed (the extra "plots")."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -174,10 +174,8 @@ def draw(folder: Path) -> None:
     figure.savefig(folder / "curve.png")
 
 
-def _board(folder: Path) -> Callable[[Mapping[str, Any]], None]:
-    """What writes each line of the curve for TensorBoard, from the first line on (the extra
-    "tensorboard").
-    """
+def _tensorboard_writer(folder: Path) -> Callable[[Mapping[str, Any]], None]:
+    """A function that writes each line of the curve for TensorBoard (the extra "tensorboard")."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

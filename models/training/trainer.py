@@ -1,7 +1,6 @@
-"""The loop: it sees arrays only.
+"""The training loop, on arrays only.
 
-Every step is a function of the seed and its number, so a run that stopped goes on bit for bit
-(CPU).
+Every step is a function of the seed and its number, so a resumed run is bit-identical on a CPU.
 
 Alphabet: M training pairs, K neighbours, B batch.
 """
@@ -33,11 +32,11 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
-class Learning:
-    """How the loop runs.
+class TrainerConfig:
+    """Hyperparameters of the training loop.
 
-    scale: what the cosines are multiplied with, where learning begins if learn_scale; clip: the
-    longest gradient; the rest as in TrainConfig.
+    scale: inverse temperature of the loss, its initial value if learn_scale.  clip: maximum
+    gradient norm.  The others as in TrainConfig.
     """
 
     steps: int
@@ -51,18 +50,17 @@ class Learning:
     pool_learning_rate: float = 0.03
     clip: float = 1.0
     learn_scale: bool = False
-    every: int = 50  # steps between two looks at what is held out, and between two checkpoints
-    patience: int = 0  # looks without a better one before the run stops; 0 = never
+    every: int = 50  # steps between two evaluations, and between two checkpoints
+    patience: int = 0  # evaluations without improvement before the run stops; 0 = never
     precision: str = "fp32"
     compile: bool = False
 
 
 @dataclass(slots=True)
-class Progress:
-    """Where a run stands.
+class TrainerState:
+    """Progress of a run, written to its checkpoint.
 
-    State of one `Loop`, written whole to its checkpoint.  best: held-out metric; waited: looks
-    since.
+    best: best held-out metric.  waited: evaluations since the best.
     """
 
     step: int = 0
@@ -71,13 +69,13 @@ class Progress:
     waited: int = 0
 
 
-class Loop:
-    """Trains the fusions in place on the rows `learned` of each episode, one episode a step in
-    turn.
+class Trainer:
+    """Trains the fusions in place on the rows `learned` of each episode; the episodes take turns,
+    one per step.
 
-    watch: the held-out metric, greater = better, or None.  folder: where curve.jsonl and the
-    checkpoint go, or None.
-    on_line: takes each line of the curve too.
+    watch: computes the held-out metric, greater = better, or None.  folder: where curve.jsonl and
+    the checkpoint are written, or None.
+    on_line: called with each line of the curve.
     """
 
     def __init__(
@@ -85,7 +83,7 @@ class Loop:
         fusions: Mapping[Side, Fusion],
         episodes: Sequence[Episode],
         learned: Sequence[np.ndarray],
-        learning: Learning,
+        learning: TrainerConfig,
         *,
         watch: Callable[[], float] | None = None,
         folder: Path | None = None,
@@ -102,18 +100,18 @@ class Loop:
         )
         self._optimiser = _optimiser(self._layers, self._scale, learning)
         self._peaks = [group["lr"] for group in self._optimiser.param_groups]
-        self._best = _copied(self._layers)
+        self._best = _copy_weights(self._layers)
         self._identity = _identity(fusions, episodes, learning)
-        self.progress = Progress()
+        self.progress = TrainerState()
 
-    def run(self, until: int | None = None) -> Progress:
-        """To the end, or to step `until`; leaves the best fusions seen where `watch` was given and
-        patience asked for them.
+    def run(self, until: int | None = None) -> TrainerState:
+        """Train to the end, or to step `until`. With `watch` and patience, the best fusions are
+        restored at the end.
         """
         last = self._learning.steps if until is None else min(until, self._learning.steps)
         with progress(last, "fusion", "step") as meter:
             meter.start_at(self.progress.step)
-            while self.progress.step < last and not self._stopped():
+            while self.progress.step < last and not self._is_out_of_patience():
                 self._step()
                 meter.advance(1)
         self._layers.eval()
@@ -122,7 +120,9 @@ class Loop:
         return self.progress
 
     def resume(self) -> bool:
-        """Go on from the folder's checkpoint; False where there is none yet."""
+        """Load the folder's checkpoint; False where there is none. ConfigError where it was written
+        under another configuration or other data.
+        """
         path = None if self._folder is None else self._folder / CHECKPOINT
         if path is None or not path.exists():
             return False
@@ -139,20 +139,18 @@ class Loop:
             moments.setdefault(int(number), {})[moment] = tensor
         self._optimiser.load_state_dict({**self._optimiser.state_dict(), "state": moments})
         self._scale.data.copy_(tensors["scale"])
-        self.progress = Progress(**json.loads(header["progress"]))
+        self.progress = TrainerState(**json.loads(header["progress"]))
         torch.set_rng_state(tensors["rng"].cpu())
-        self._forget_later()
+        self._truncate_curve()
         return True
 
-    def _forget_later(self) -> None:
-        """Cut the curve back to the checkpoint: the steps behind it will be made, and
-        noted, again.
-        """
+    def _truncate_curve(self) -> None:
+        """Truncate the curve to the checkpoint, since later steps will run again."""
         path = (self._folder or Path()) / "curve.jsonl"
         lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
         path.write_text("".join(lines[: self.progress.step]), "utf-8")
 
-    def _stopped(self) -> bool:
+    def _is_out_of_patience(self) -> bool:
         return bool(self._learning.patience) and self.progress.waited >= self._learning.patience
 
     def _step(self) -> None:
@@ -166,7 +164,7 @@ class Loop:
         loss = _step_loss(self._refine, self._episodes[turn], rows, learning, self._scale.exp(), rng, self._device)
         if not torch.isfinite(loss):
             raise TrainingFailed(
-                f"the loss is {loss.item()} at step {step}: lower learning_rate, which is {learning.learning_rate}{self._kept()}"
+                f"the loss is {loss.item()} at step {step}: lower learning_rate, which is {learning.learning_rate}{self._describe_checkpoint()}"
             )
         self._optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -175,15 +173,17 @@ class Loop:
         self._scale.data.clamp_(max=math.log(MAX_SCALE))
         self.progress.step += 1
         self.progress.losses.append(loss.item())
-        self._note(step, loss.item(), float(length))
+        self._log_step(step, loss.item(), float(length))
 
-    def _note(self, step: int, loss: float, gradient: float) -> None:
-        """One line of the curve; now and then a look at what is held out, and a checkpoint."""
+    def _log_step(self, step: int, loss: float, gradient: float) -> None:
+        """Append one line to the curve; every `every` steps evaluate the held-out metric and write
+        a checkpoint.
+        """
         line: dict[str, Any] = {"step": step, "loss": loss, "gradient": gradient, "scale": math.exp(self._scale.item())}
         look = self.progress.step % self._learning.every == 0 or self.progress.step == self._learning.steps
         if look and self._watch is not None:
             self._layers.eval()
-            line["held_out"] = self._look(self._watch())
+            line["held_out"] = self._compare_with_best(self._watch())
         if self._on_line is not None:
             self._on_line(line)
         if self._folder is None:
@@ -194,15 +194,15 @@ class Loop:
         if look:
             self._save(self._folder / CHECKPOINT)
 
-    def _look(self, found: float) -> float:
+    def _compare_with_best(self, found: float) -> float:
         if found > self.progress.best:
-            self.progress.best, self.progress.waited, self._best = found, 0, _copied(self._layers)
+            self.progress.best, self.progress.waited, self._best = found, 0, _copy_weights(self._layers)
         else:
             self.progress.waited += 1
         return found
 
     def _save(self, path: Path) -> None:
-        """Everything that the next step depends on, in one move; nothing pickled."""
+        """Write the state that the next step depends on, by one atomic rename, without pickle."""
         moments = self._optimiser.state_dict()["state"]
         tensors = {f"layers.{name}": value for name, value in self._layers.state_dict().items()}
         tensors |= {f"best.{name}": value for name, value in self._best.items()}
@@ -212,8 +212,8 @@ class Loop:
         tensors |= {"scale": self._scale.data, "rng": torch.get_rng_state()}
         write_tensors(path, tensors, {"identity": self._identity, "progress": json.dumps(asdict(self.progress))})
 
-    def _kept(self) -> str:
-        """Which good state a failed run leaves behind, in words."""
+    def _describe_checkpoint(self) -> str:
+        """Describe the last good checkpoint for an error message; "" without one."""
         if self._folder is None or not (self._folder / CHECKPOINT).exists():
             return ""
         return (
@@ -222,15 +222,15 @@ class Loop:
 
 
 def learn(
-    fusions: Mapping[Side, Fusion], episodes: Sequence[Episode], learned: Sequence[np.ndarray], learning: Learning
+    fusions: Mapping[Side, Fusion], episodes: Sequence[Episode], learned: Sequence[np.ndarray], learning: TrainerConfig
 ) -> list[float]:
-    """Train the fusions in place; the loss of every step."""
-    return Loop(fusions, episodes, learned, learning).run().losses
+    """Train the fusions in place; return the loss of every step."""
+    return Trainer(fusions, episodes, learned, learning).run().losses
 
 
-def _identity(fusions: Mapping[Side, Fusion], episodes: Sequence[Episode], learning: Learning) -> str:
-    """What a checkpoint must have been written under to be gone on from: the layers' shapes, the
-    data, and how the loop runs.
+def _identity(fusions: Mapping[Side, Fusion], episodes: Sequence[Episode], learning: TrainerConfig) -> str:
+    """Digest of layer shapes, data and hyperparameters, which a checkpoint must match to be
+    resumed.
     """
     configs = {side: asdict(fusion.config) for side, fusion in fusions.items()}
     content = json.dumps([configs, [episode.digest() for episode in episodes], asdict(learning)], sort_keys=True)
@@ -242,11 +242,11 @@ def _under(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
 
 
-def _copied(layers: nn.Module) -> dict[str, Tensor]:
+def _copy_weights(layers: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in layers.state_dict().items()}
 
 
-def _optimiser(layers: nn.Module, scale: nn.Parameter, learning: Learning) -> torch.optim.Optimizer:
+def _optimiser(layers: nn.Module, scale: nn.Parameter, learning: TrainerConfig) -> torch.optim.Optimizer:
     """AdamW; the few numbers of the pool are far from where they start and need longer steps than a
     matrix bears.
     """
@@ -263,7 +263,7 @@ def _step_loss(
     refine: Mapping[Side, Callable[..., Fused]],
     episode: Episode,
     rows: np.ndarray,
-    learning: Learning,
+    learning: TrainerConfig,
     scale: Tensor,
     rng: np.random.Generator,
     device: str,

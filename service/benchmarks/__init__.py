@@ -1,4 +1,3 @@
-"""Measurements of the service from the inside, where HTTP would take an hour to bring the data in.
-
-Not installed.
+"""Benchmarks of parts of the service without HTTP, where loading the data over HTTP would take an
+hour.
 """

@@ -1,10 +1,4 @@
-"""Ranking one image among a million labels, beside encoding it.
-
-    python -m service.benchmarks.labels [--labels 1000000] [--model ViT-B-32] [--repeats 5]
-
-Label vectors are synthetic, clustered as those of a catalogue's names are: to embed a million of
-them takes an hour on two cores. Prints one JSON object.
-"""
+"""Ranking one image against a million labels, beside encoding it."""
 
 from __future__ import annotations
 
@@ -28,7 +22,7 @@ ASKED = 16  # images of each repeat
 CHECKED = 64  # images whose ranking is compared with the exact one
 
 
-def questions(rows: np.ndarray, count: int) -> np.ndarray:
+def draw_queries(rows: np.ndarray, count: int) -> np.ndarray:
     """(count, D) float32 unit, each as far from some label as a photo is from its caption."""
     rng = np.random.default_rng(3)
     noise = rng.standard_normal((count, rows.shape[1])).astype(np.float32)
@@ -47,13 +41,13 @@ def seconds(work: Callable[[int], object]) -> float:
     return statistics.median(spent)
 
 
-def measured(encoder: Encoder, rows: np.ndarray, repeats: int) -> dict[str, Any]:
-    """Encoding, ranking by the index and ranking by all rows, in turns."""
+def measure(encoder: Encoder, rows: np.ndarray, repeats: int) -> dict[str, Any]:
+    """Encoding, ranking by the index and ranking by all rows, in alternation."""
     # CLIP's own scale; random weights have another
     function, begun = ScoreFunction(100.0), time.perf_counter()
     index = LabelIndex.build(rows, function.scale)
     built = time.perf_counter() - begun
-    asked, photo = questions(rows, CHECKED), np.zeros((1, 3, *encoder.image_size), np.uint8)
+    asked, photo = draw_queries(rows, CHECKED), np.zeros((1, 3, *encoder.image_size), np.uint8)
 
     def find(vectors: np.ndarray) -> Ranked:
         return rank(vectors, rows, function, TOP_K) if index is None else index.rank(vectors, function, TOP_K)
@@ -101,7 +95,7 @@ def main() -> None:
     encoder = Encoder.load(spec)
     rows = SyntheticPairs(arguments.labels, encoder.dim).rows["text"].astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    print(json.dumps({"labels": arguments.labels, **measured(encoder, rows, arguments.repeats)}))
+    print(json.dumps({"labels": arguments.labels, **measure(encoder, rows, arguments.repeats)}))
 
 
 if __name__ == "__main__":

@@ -9,18 +9,18 @@ from models.encoder.encoder import Encoded, Encoder
 from models.errors import DataError
 from models.evaluation.ablation import ablate, markdown
 from models.evaluation.evaluate import Labels, memory_curve
-from models.evaluation.queries import Photos, Queries, Setting
-from models.evaluation.submemories import Parts
-from models.evaluation.workbench import Bench, Recipe
+from models.evaluation.queries import LabelledPhotos, Queries, Setting
+from models.evaluation.submemories import SubMemories
+from models.evaluation.workbench import LearningRecipe, Workbench
 from models.fusion.checkpoint import training_free_fusions
 from models.reco import Reco
 from models.tests.small import build_memory, unit_rows
-from models.training.episodes import joined
+from models.training.episodes import concatenate_pairs
 
 CLASSES = 6
 
 
-def world(encoder: Encoder, folder: Path) -> tuple[Photos, Labels, Pairs, Pairs]:
+def world(encoder: Encoder, folder: Path) -> tuple[LabelledPhotos, Labels, Pairs, Pairs]:
     """Photos that resemble those of their class in the memory, whose captions are the very prompts;
     another memory to learn from.
     """
@@ -39,7 +39,7 @@ def world(encoder: Encoder, folder: Path) -> tuple[Photos, Labels, Pairs, Pairs]
         Pairs(np.array([f"{name}{i}" for i in range(60)]), near(of), said[of], records) for name in "mt"
     )
     asked = np.arange(30) % CLASSES
-    photos = Photos(
+    photos = LabelledPhotos(
         [str(i) for i in range(30)], [names[i] for i in asked], Queries(Encoded(near(asked), None), [()] * 30), []
     )
     return photos, labels, memory, taught_by
@@ -51,13 +51,13 @@ def test_every_claim_becomes_a_row_and_a_second_run_measures_nothing(encoder: En
         build_memory(tmp_path / name, pairs, encoder.fingerprint) for name, pairs in (("m", memory), ("t", taught_by))
     )
     served = training_free_fusions("core", encoder.dim, alpha=40.0, k=5)
-    bench = Bench(
+    bench = Workbench(
         encoder,
         photos,
         labels,
         one,
         two,
-        Recipe(steps=2, batch=16, k=3, alpha=50.0, seeds=(0, 1)),
+        LearningRecipe(steps=2, batch=16, k=3, alpha=50.0, seeds=(0, 1)),
         tmp_path,
         served=served,
     )
@@ -87,7 +87,7 @@ def test_more_of_the_memory_is_right_more_often(encoder: Encoder, tmp_path: Path
         training_free_fusions("core", encoder.dim, alpha=50.0, k=3),
     )
     reco = Reco(encoder, rule.fusions, rule.fusion_id, rule.k)
-    points = memory_curve(reco, photos, labels, Parts(memory, tmp_path / "parts"), Setting("image"))
+    points = memory_curve(reco, photos, labels, SubMemories(memory, tmp_path / "parts"), Setting("image"))
     assert [pairs for pairs, _ in points] == [2, 3, 6, 15, 30, 60]
     assert points[0][1] < 0.6 < points[-1][1] == 1.0
 
@@ -101,13 +101,13 @@ def test_parts_are_of_the_same_pairs_and_keys(encoder: Encoder, tmp_path: Path) 
         encoder.fingerprint,
         {"image": "trunk", "text": "vector"},
     )
-    parts = Parts(memory, tmp_path / "parts")
-    assert parts.share(1.0, 0) is memory
-    half = parts.share(0.5, 0)
-    assert parts.share(0.5, 0) is half
+    parts = SubMemories(memory, tmp_path / "parts")
+    assert parts.random_share(1.0, 0) is memory
+    half = parts.random_share(0.5, 0)
+    assert parts.random_share(0.5, 0) is half
     assert (len(half), half.key_kind("image"), half.manifest.key_dim("image")) == (30, "trunk", 9)
     assert {str(name) for block in half.blocks() for name in block.ids} < set(pairs.ids.tolist())
-    assert parts.by_vectors().key_kind("image") == "vector"
-    shuffled = joined(list(parts.shuffled(0).blocks()))
-    np.testing.assert_array_equal(shuffled.image, joined(list(memory.blocks())).image)
-    assert (shuffled.text != joined(list(memory.blocks())).text).any()
+    assert parts.with_vector_keys().key_kind("image") == "vector"
+    shuffled = concatenate_pairs(list(parts.with_shuffled_texts(0).blocks()))
+    np.testing.assert_array_equal(shuffled.image, concatenate_pairs(list(memory.blocks())).image)
+    assert (shuffled.text != concatenate_pairs(list(memory.blocks())).text).any()

@@ -14,8 +14,8 @@ from models.data.sources import read_samples
 from models.encoder.encoder import Encoder
 from models.errors import ConfigError, DataError
 from models.evaluation.evaluate import Captioned, Labels, classify, entities, retrieve
-from models.evaluation.queries import Photos, Queries, Setting, encode_photos
-from models.evaluation.report import Report, compared, markdown, terminal
+from models.evaluation.queries import LabelledPhotos, Queries, Setting, encode_photos
+from models.evaluation.report import Report, compare_with_plain, markdown, terminal
 from models.fusion.checkpoint import training_free_fusions
 from models.reco import Reco, RetrievalMode
 from models.tests.small import build_memory, image_bytes, picture, unit_rows, write_tar
@@ -53,7 +53,7 @@ def snapshot(tar: Path, encoder: Encoder, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def photos(tar: Path, encoder: Encoder) -> Photos:
+def photos(tar: Path, encoder: Encoder) -> LabelledPhotos:
     return encode_photos(read_samples(tar, caption="{class}"), encoder, labels=LABELS, batch=5)
 
 
@@ -72,7 +72,7 @@ def counts(report: Report, name: str) -> dict[str, int]:
     }
 
 
-def test_classify_against_a_memory_that_knows(encoder: Encoder, photos: Photos, snapshot: Snapshot) -> None:
+def test_classify_against_a_memory_that_knows(encoder: Encoder, photos: LabelledPhotos, snapshot: Snapshot) -> None:
     reco = ruled(encoder, alpha=100.0)  # what is found drowns what random weights saw
     labels = Labels(LABELS, ["a photo of a {}."], encoder)
     report = classify(
@@ -92,7 +92,9 @@ def test_classify_against_a_memory_that_knows(encoder: Encoder, photos: Photos, 
     assert report.details.confused == []
 
 
-def test_the_four_figures_are_those_computed_by_hand(reco: Reco, tar: Path, photos: Photos, snapshot: Snapshot) -> None:
+def test_the_four_figures_are_those_computed_by_hand(
+    reco: Reco, tar: Path, photos: LabelledPhotos, snapshot: Snapshot
+) -> None:
     templates = ["{}", "the {}"]
     report = classify(reco, photos, Labels(LABELS, templates, reco.encoder), snapshot, SIDES)
     samples = [item for item in read_samples(tar, caption="{class}") if isinstance(item, Sample)]
@@ -122,7 +124,7 @@ def test_no_image_finds_itself_nor_its_double(reco: Reco, encoder: Encoder, tmp_
         assert "0.98" in " ".join(report.notes)
 
 
-def test_a_k_beyond_the_memory_is_refused(reco: Reco, photos: Photos, snapshot: Snapshot) -> None:
+def test_a_k_beyond_the_memory_is_refused(reco: Reco, photos: LabelledPhotos, snapshot: Snapshot) -> None:
     with pytest.raises(ConfigError, match="holds 24 pairs"):
         classify(reco, photos, Labels(LABELS, ["{}"], reco.encoder), snapshot, [Setting("image", 25)])
 
@@ -133,7 +135,7 @@ def test_one_label_tells_nothing_apart(encoder: Encoder) -> None:
 
 
 def test_baselines_are_left_out_where_the_memory_names_no_label(
-    reco: Reco, encoder: Encoder, photos: Photos, tmp_path: Path
+    reco: Reco, encoder: Encoder, photos: LabelledPhotos, tmp_path: Path
 ) -> None:
     rows = unit_rows(np.random.default_rng(0).standard_normal((5, encoder.dim)))
     snapshot = build_memory(tmp_path, Pairs(np.arange(5), rows, rows, [{"caption": "c"}] * 5), encoder.fingerprint)
@@ -150,7 +152,7 @@ def test_what_cannot_be_classified_is_counted(encoder: Encoder) -> None:
         encode_photos(samples[:3], encoder, labels=LABELS)
 
 
-def test_entities_are_counted_apart(encoder: Encoder, photos: Photos, snapshot: Snapshot) -> None:
+def test_entities_are_counted_apart(encoder: Encoder, photos: LabelledPhotos, snapshot: Snapshot) -> None:
     reco = ruled(encoder, alpha=100.0)
     labels = Labels(LABELS, ["a photo of a {}."], encoder)
     report = entities(reco, photos, labels, snapshot, [Setting("image", 3, image_limit=None)], ["red", "blue"])
@@ -235,7 +237,12 @@ def test_both_fusions_bring_twice_the_neighbours(encoder: Encoder, world: tuple[
 def test_the_table_shows_shares_with_gain_and_interval() -> None:
     plain, better = np.zeros(100, bool), np.arange(100) < 40
     report = Report(
-        "classify", "m@1", "abc", 10, ["100 images"], compared({"none": {"top-1": plain}, "both": {"top-1": better}})
+        "classify",
+        "m@1",
+        "abc",
+        10,
+        ["100 images"],
+        compare_with_plain({"none": {"top-1": plain}, "both": {"top-1": better}}),
     )
     title, note, _, first, second = terminal(report).splitlines()
     assert (title, note) == ("classify · m@1 · fusion abc · k 10", "100 images")

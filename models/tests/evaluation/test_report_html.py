@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 
 from models.evaluation.queries import Setting
-from models.evaluation.report import Details, Report, compared
+from models.evaluation.report import Details, Report, compare_with_plain
 from models.evaluation.report_html import Example, best_line, page, recommendation, thumbnail
 from models.tests.small import picture
 
@@ -14,7 +14,9 @@ def report_of(shares: dict[str, float]) -> Report:
     """100 queries, of which so many are right, always the first ones."""
     hits = {method: {"top-1": np.arange(100) < 100 * share} for method, share in shares.items()}
     details = Details([("red <b>", 50, 0.1, 0.5), ("blue", 50, 0.3, 0.2)], [("red <b>", "blue", 3)])
-    return Report("classify", "m@1", "abc", 10, ["100 images"], compared(hits), details, hits, np.full(100, 0.7))
+    return Report(
+        "classify", "m@1", "abc", 10, ["100 images"], compare_with_plain(hits), details, hits, np.full(100, 0.7)
+    )
 
 
 def test_the_recommendation_follows_the_figures() -> None:
@@ -39,7 +41,7 @@ def test_what_loses_anywhere_is_not_recommended() -> None:
             method: {"R@1": np.arange(100) < 100 * one, "R@10": np.arange(100) < 100 * ten}
             for method, (one, ten) in shares.items()
         }
-        return Report("retrieve", "m@1", "abc", 10, [], compared(hits), None, hits)
+        return Report("retrieve", "m@1", "abc", 10, [], compare_with_plain(hits), None, hits)
 
     mixed = both_ways({"none": (0.2, 0.6), "both, k 1": (0.4, 0.6), "both, k 10": (0.6, 0.3)})
     assert best_line(mixed).method == "both, k 1"

@@ -13,9 +13,9 @@ from models.encoder.encoder import Encoder, EncoderSpec
 from models.fusion.checkpoint import load_fusions
 from models.starter import CONFIG, FOLDER, FUSION, MEMORY, VERSIONS, StarterMemory, install_starter
 from models.starter.data_sets import load_trunk
-from models.starter.learn import Source, learn, project, pseudo_features
-from models.starter.lessons import invented
-from models.starter.photos import Reader, folded
+from models.starter.learn import TokenizedPhotos, learn, project, pseudo_features
+from models.starter.lessons import invented_name
+from models.starter.photos import FeatureReader, fold_batch_norms
 from models.tests.small import image_bytes, picture, unit_rows, write_tar
 
 
@@ -116,14 +116,14 @@ def test_features_are_those_of_the_encoder(mobile: Encoder, tmp_path: Path) -> N
             (f"{row}.json", {"captions": [f"one {row}", f"two {row}"]}),
         ]
     tar = write_tar(tmp_path / "photos.tar", members)
-    photos = Reader(mobile, mobile.module.visual.trunk, tmp_path / "kept", 0).read("photos", [tar], views=2)
+    photos = FeatureReader(mobile, mobile.module.visual.trunk, tmp_path / "kept", 0).read("photos", [tar], views=2)
     assert photos.captions[3] == ["one 3", "two 3"]
     assert photos.features.shape == (5, 2, 1280)
     expected = mobile.encode(np.stack([mobile.preprocess(picture(row)) for row in range(5)]), "image")
     assert expected.trunk is not None
     assert (photos.keys * expected.trunk).sum(1).min() > 0.9999
     assert (project(mobile.module, photos.features[:, 0]) * expected.vectors).sum(1).min() > 0.9999
-    again = Reader(mobile, torch.nn.Identity(), tmp_path / "kept", 0).read(
+    again = FeatureReader(mobile, torch.nn.Identity(), tmp_path / "kept", 0).read(
         "photos", [tar], views=2
     )  # kept: no network is asked
     np.testing.assert_array_equal(again.features, photos.features)
@@ -140,7 +140,7 @@ def test_folding_changes_no_feature() -> None:
     pixels = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         before = trunk(pixels)
-        after = folded(trunk)(pixels)
+        after = fold_batch_norms(trunk)(pixels)
     assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in trunk.modules())
     torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5)
 
@@ -151,13 +151,13 @@ def test_learning_aligns_both_towers(mobile: Encoder, configs: Path) -> None:
     words = ["apple", "boat", "cloud", "door", "egg", "fish", "goat", "hat"]
     features = np.abs(rng.standard_normal((8, 2, 1280), np.float32))
     tokens = torch.from_numpy(np.stack([encoder.tokenize([word, f"a photo of a {word}"]) for word in words]))
-    learn(encoder.module, [Source(torch.from_numpy(features), tokens, np.arange(8), 8)], steps=40, seed=0)
+    learn(encoder.module, [TokenizedPhotos(torch.from_numpy(features), tokens, np.arange(8), 8)], steps=40, seed=0)
     text = encoder.encode(encoder.tokenize(words), "text").vectors
     assert ((project(encoder.module, features[:, 0]) @ text.T).argmax(1) == np.arange(8)).all()
 
 
 def test_no_two_of_a_group_share_a_batch() -> None:
-    source = Source(torch.randn(30, 1, 4), torch.arange(90).view(30, 3, 1), np.arange(30) % 5, share=4)
+    source = TokenizedPhotos(torch.randn(30, 1, 4), torch.arange(90).view(30, 3, 1), np.arange(30) % 5, share=4)
     # (4, 2, 1): item and caption of each, as 3 * item + caption
     _, tokens = source.draw(np.random.default_rng(0))
     one, another = tokens.squeeze(2).unbind(1)
@@ -179,10 +179,10 @@ def test_pseudo_features_lie_near_the_photos_of_their_class() -> None:
 
 
 def test_invented_names_are_steady_and_different() -> None:
-    names = [invented(str(label), "one") for label in range(100)]
-    assert names == [invented(str(label), "one") for label in range(100)]
+    names = [invented_name(str(label), "one") for label in range(100)]
+    assert names == [invented_name(str(label), "one") for label in range(100)]
     assert len(set(names)) > 95
-    assert names[0] != invented("0", "two")
+    assert names[0] != invented_name("0", "two")
     assert len({name.split()[0] for name in names}) <= 12
 
 

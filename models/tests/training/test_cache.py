@@ -20,7 +20,7 @@ from models.training import cache as prepared
 from models.training import train
 from models.training.cache import look_up_prepared, prepare_pairs
 from models.training.config import EpisodeConfig, TrainConfig
-from models.training.episodes import Asking, look_up
+from models.training.episodes import MemoryQuery, look_up
 
 ROOT = Path(__file__).parents[3]
 SMALL_STEPS = """
@@ -133,7 +133,7 @@ def test_on_disk_and_in_memory_the_same_is_found(
     pairs = prepare_pairs(
         tmp_path, [photos], Encoding(encoder, {"image": "vector", "text": "vector"}, Reading("a photo of {class}"))
     )
-    episode = look_up_prepared(tmp_path, pairs, Asking(snapshot, reco, 4, {"image": 0.9}))
+    episode = look_up_prepared(tmp_path, pairs, MemoryQuery(snapshot, reco, 4, {"image": 0.9}))
     records = [{"caption": str(number)} for number in pairs.captions]
     in_memory = Pairs(pairs.ids, np.array(pairs.vectors["image"]), np.array(pairs.vectors["text"]), records)
     expected = look_up("things", in_memory, snapshot, reco, 4, {"image": 0.9})

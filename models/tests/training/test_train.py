@@ -16,7 +16,7 @@ from models.tests.small import build_memory, unit_rows, write_tar
 from models.training.config import EpisodeConfig, TrainConfig
 from models.training.episodes import Episode, look_up
 from models.training.train import accuracy, train
-from models.training.trainer import Learning, learn
+from models.training.trainer import TrainerConfig, learn
 
 CLASSES = 12
 
@@ -44,7 +44,7 @@ def taught(episode: Episode, dim: int, seed: int, **changes: object) -> tuple[li
     """Losses, and held-out accuracy before and after."""
     fusions = build_fusions("paper", dim)
     learned, away = episode.split(0.3, seed=0)
-    learning = Learning(steps=60, batch=48, learning_rate=3e-3, weight_decay=0.0, seed=seed, scale=20.0)
+    learning = TrainerConfig(steps=60, batch=48, learning_rate=3e-3, weight_decay=0.0, seed=seed, scale=20.0)
     before = accuracy(fusions, episode, away)
     losses = learn(fusions, [episode], [learned], dataclasses.replace(learning, **changes))  # type: ignore[arg-type]
     return losses, before, accuracy(fusions, episode, away)
@@ -87,7 +87,7 @@ def test_the_learned_metric_holds_for_classes_never_seen(reco: Reco, tmp_path: P
     )
     everything, fusions = np.arange(120), build_fusions("default", dim)
     rule = accuracy(fusions, foreign, everything)
-    learning = Learning(steps=150, batch=96, learning_rate=1e-5, weight_decay=0.0, seed=0, scale=20.0)
+    learning = TrainerConfig(steps=150, batch=96, learning_rate=1e-5, weight_decay=0.0, seed=0, scale=20.0)
     learn(fusions, [known], [everything], learning)
     assert accuracy(fusions, foreign, everything) > rule + 0.3
 

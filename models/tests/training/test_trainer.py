@@ -12,9 +12,9 @@ from models.reco import Reco
 from models.tests.small import build_memory
 from models.tests.training.test_train import strangers
 from models.training.episodes import Episode, look_up
-from models.training.trainer import Learning, Loop
+from models.training.trainer import Trainer, TrainerConfig
 
-LEARNING = Learning(
+LEARNING = TrainerConfig(
     steps=12, batch=16, learning_rate=3e-3, weight_decay=0.01, seed=0, scale=20.0, every=4, learn_scale=True
 )
 
@@ -26,15 +26,15 @@ def episode(reco: Reco, tmp_path: Path) -> Episode:
     return look_up("strangers", strangers(120, 1, dim, "query"), memory, reco, 4, {})
 
 
-def loop_of(episode: Episode, folder: Path | None, **changes: object) -> Loop:
+def loop_of(episode: Episode, folder: Path | None, **changes: object) -> Trainer:
     torch.manual_seed(0)
     fusions = build_fusions("paper", episode.lookups["image"].query.shape[1])
     learning = dataclasses.replace(LEARNING, **changes)  # type: ignore[arg-type]
     rows = np.arange(len(episode))
-    return Loop(fusions, [episode], [rows], learning, watch=lambda: 0.5, folder=folder)
+    return Trainer(fusions, [episode], [rows], learning, watch=lambda: 0.5, folder=folder)
 
 
-def weights(loop: Loop) -> dict[str, torch.Tensor]:
+def weights(loop: Trainer) -> dict[str, torch.Tensor]:
     return loop._layers.state_dict()
 
 

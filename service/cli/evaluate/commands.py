@@ -128,7 +128,7 @@ def ablate(
     from models.evaluation.ablation import ablate as measure
     from models.evaluation.ablation import markdown
     from models.evaluation.evaluate import Labels
-    from models.evaluation.workbench import Bench, Recipe
+    from models.evaluation.workbench import LearningRecipe, Workbench
     from models.fusion.checkpoint import FusionFile
     from service.cli.evaluate import inputs, output
 
@@ -138,11 +138,11 @@ def ablate(
     names = inputs.read_labels(data, labelled)
     photos = inputs.encode_labelled(data, reco, names)
     labels = Labels(names, labelled.templates, reco.encoder)
-    recipe = Recipe(steps=ablation.steps, alpha=ablation.alpha, seeds=tuple(range(ablation.seeds)))
+    recipe = LearningRecipe(steps=ablation.steps, alpha=ablation.alpha, seeds=tuple(range(ablation.seeds)))
     ablation.out.mkdir(parents=True, exist_ok=True)
     served = FusionFile(reco.fusions, reco.k, reco.fusion_id, {})
     rival = inputs.read_rival(ablation, data, names)
-    bench = Bench(reco.encoder, photos, labels, snapshot, teacher, recipe, ablation.out, served=served, rival=rival)
+    bench = Workbench(reco.encoder, photos, labels, snapshot, teacher, recipe, ablation.out, served=served, rival=rival)
     rows = measure(bench, ablation.out / "rows.jsonl")
     head = (
         f"{len(photos.queries)} photos, {len(names)} labels; encoder {reco.encoder.fingerprint}; "

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from index_store.build.source import Reject
     from models.data.samples import Sample
     from models.evaluation.evaluate import Labels
-    from models.evaluation.queries import Photos, Setting
+    from models.evaluation.queries import LabelledPhotos, Setting
     from models.evaluation.report import Report
     from models.evaluation.report_html import Example
     from models.reco import Reco
@@ -28,7 +28,7 @@ class Subject:
     """What a classification measured: the model, the photos, their labels and the memory."""
 
     reco: Reco
-    photos: Photos
+    photos: LabelledPhotos
     labels: Labels
     snapshot: Snapshot
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from index_store.build.source import Reject
     from models.data.samples import Sample
     from models.evaluation.evaluate import Captioned
-    from models.evaluation.queries import Photos
-    from models.evaluation.workbench import Rival
+    from models.evaluation.queries import LabelledPhotos
+    from models.evaluation.workbench import FineTuneBaseline
     from models.reco import Reco
     from service.cli.evaluate.options import AblateOptions, LabelOptions
 
@@ -106,7 +106,7 @@ def draw_share(names: Sequence[str], share: float, seed: int) -> list[str]:
     return [names[i] for i in drawn]
 
 
-def encode_labelled(data: Data, reco: Reco, names: Sequence[str]) -> Photos:
+def encode_labelled(data: Data, reco: Reco, names: Sequence[str]) -> LabelledPhotos:
     """The photos with a label among `names`, encoded.
 
     A label without any photo is named on stderr: it has no share of its own, and still takes
@@ -139,19 +139,19 @@ def encode_captioned(data: Data, reco: Reco) -> Captioned:
     return Captioned(images, Queries(encode_prompts(photos.labels, reco.encoder), own), photo)
 
 
-def read_rival(options: AblateOptions, data: Data, names: Sequence[str]) -> Rival | None:
+def read_rival(options: AblateOptions, data: Data, names: Sequence[str]) -> FineTuneBaseline | None:
     """The pairs that full fine-tuning and the fusion both learn from, None without --tune-on."""
     from models.data.samples import Reading, Sample
     from models.data.sources import read_all
     from models.evaluation.finetune import Tuning
     from models.evaluation.queries import encode_photos
-    from models.evaluation.workbench import Rival
+    from models.evaluation.workbench import FineTuneBaseline
 
     if not options.tune_on:
         return None
     found = [item for item in read_all(options.tune_on, Reading(options.tune_caption)) if isinstance(item, Sample)]
     drawn = np.random.default_rng(0).permutation(len(found))[: options.tune_pairs]
-    return Rival(
+    return FineTuneBaseline(
         [found[row] for row in sorted(drawn.tolist())],
         lambda encoder: encode_photos(data, encoder, labels=set(names)),
         Tuning(options.tune_steps),

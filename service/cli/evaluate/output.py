@@ -57,13 +57,13 @@ def with_memory_curve(report: Report, settings: Sequence[Setting], subject: Subj
     """
     from models.evaluation.evaluate import memory_curve
     from models.evaluation.report_html import best_line
-    from models.evaluation.submemories import Parts
+    from models.evaluation.submemories import SubMemories
 
     best = best_line(report).method
     setting = next((each for each in settings if str(each) == best), None)
     if setting is None or len(subject.snapshot) > CURVE_PAIRS:
         return report
     with TemporaryDirectory() as folder:
-        parts = Parts(subject.snapshot, Path(folder))
+        parts = SubMemories(subject.snapshot, Path(folder))
         curve = memory_curve(subject.reco, subject.photos, subject.labels, parts, setting)
         return replace(report, memory_curve=curve)
