@@ -10,9 +10,9 @@ from typing import Any
 
 from index_store.build.checkpoint import refuse_other_build, unfinished_version
 from index_store.build.index import index_version
-from index_store.build.shards import VersionWriter, fill, fill_from
+from index_store.build.shards import VersionWriter, write_blocks, write_source
 from index_store.build.source import BuildSource
-from index_store.build.staging import forget_notes, workplace
+from index_store.build.staging import remove_build_files, staging_folder
 from index_store.search.probes import RECALL_K
 from index_store.storage.atomic import file_digests, fsync_path, replace_text, translate_write_errors
 from index_store.storage.checksums import FileStats, record_verified
@@ -48,15 +48,19 @@ def build_version(
     """
     job = blocks if isinstance(blocks, BuildSource) else None
     digest = "" if job is None else job.digest(encoder=encoder, kinds=dict(kinds), shard_pairs=shard_pairs)
-    version = _chosen(store, name, version, job, digest)
-    with workplace(store.root / check_name(name), version) as work:
+    version = _choose_version(store, name, version, job, digest)
+    with staging_folder(store.root / check_name(name), version) as work:
         writer = VersionWriter(work, kinds, index, shard_pairs)
-        content = fill(writer, blocks) if isinstance(blocks, Iterable) else fill_from(writer, blocks, digest, version)
+        content = (
+            write_blocks(writer, blocks)
+            if isinstance(blocks, Iterable)
+            else write_source(writer, blocks, digest, version)
+        )
         draft = Manifest(
             name=name,
             version=version,
             encoder=encoder,
-            **content.described(),
+            **content.manifest_fields(),
             index={"asked": index},
             recall={"k": RECALL_K, "floor": recall_floor},
             files={file: {} for file in content.files},
@@ -64,12 +68,14 @@ def build_version(
             parent=parent,
             source=dict(source() if callable(source) else source or {}),
         )
-        return _published(work, *index_version(work, draft))
+        return _publish(work, *index_version(work, draft))
 
 
-def _chosen(store: Store, name: str, version: str | None, job: BuildSource | None, digest: str) -> str:
-    """The version asked for, else the one that an interrupted run of this job was building, else
-    the next name; free of deleted ones, and never that of an unfinished build of something else.
+def _choose_version(store: Store, name: str, version: str | None, job: BuildSource | None, digest: str) -> str:
+    """The given version, else the one that an interrupted run of this job was building, else the
+    next free name.
+
+    Raises VersionExists for the name of an unfinished build of something else.
     """
     store.remove_deleted(name)
     memory = store.root / name
@@ -81,11 +87,11 @@ def _chosen(store: Store, name: str, version: str | None, job: BuildSource | Non
     return version
 
 
-def _published(work: Path, indexed: Manifest, written: Iterable[str]) -> Manifest:
-    """Everything onto the disk, the manifest last, then the one rename that makes the version
+def _publish(work: Path, indexed: Manifest, written: Iterable[str]) -> Manifest:
+    """Sync all files, write the manifest last, then rename the folder, which makes the version
     exist.
 
-    written: the files that came after those of the shards.
+    written: files written after those of the shards.
     """
     names = [*indexed.files, *written]
     for name in names:
@@ -104,6 +110,6 @@ def _published(work: Path, indexed: Manifest, written: Iterable[str]) -> Manifes
         finished = work.with_name(manifest.version)
         work.rename(finished)
         fsync_path(finished.parent)
-    forget_notes(finished)
+    remove_build_files(finished)
     record_verified(finished, manifest, sight)
     return manifest

@@ -1,6 +1,4 @@
-"""A builder's notes: how much of what lies on the disk counts, so that a killed or stopped build
-goes on instead of beginning anew.
-"""
+"""Checkpoints of a build: which stored rows are valid, so that a stopped build can be resumed."""
 
 import json
 import logging
@@ -16,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from index_store.build.ids import id_array, read_ids_by_origin
-from index_store.build.source import BuildProgress, BuildSource, Kept, Reject, SourceStep
-from index_store.build.staging import IDS, LOCK, PROGRESS, REJECTS, Progress
+from index_store.build.ids import read_ids_by_origin, to_id_array
+from index_store.build.source import BuildProgress, BuildSource, Reject, SourceStep, StoredRows
+from index_store.build.staging import IDS, LOCK, PROGRESS, REJECTS, BuildState
 from index_store.errors import VersionExists
 from index_store.storage.atomic import fsync_path, replace_text, translate_write_errors
 from index_store.storage.columns import map_rows, open_lines
@@ -28,13 +26,14 @@ log = logging.getLogger("reco")
 KEPT_ROWS = 8192  # rows of one block given back to a source that goes on
 
 
-def earlier_progress(work: Path, job: BuildSource, digest: str) -> Progress | None:
-    """How far an earlier run of this job came in this folder; None where the build begins anew,
-    which is logged where work is lost.
+def find_earlier_state(work: Path, job: BuildSource, digest: str) -> BuildState | None:
+    """State of an earlier run of this job in the folder, cut to the rows that this run may keep.
+
+    None where the build starts from zero, which is logged where stored pairs are discarded.
     """
     if not (work / PROGRESS).exists():
         return None
-    found = _read(work)
+    found = _read_state(work)
     if found is None:
         log.warning("%s: what an interrupted build left cannot be read, it begins anew", work.parent.name)
         return None
@@ -42,19 +41,19 @@ def earlier_progress(work: Path, job: BuildSource, digest: str) -> Progress | No
     if job.fresh or not kept:
         why = "as asked" if job.fresh else "its sources or options were others"
         log.warning("%s: an interrupted build of %d pairs is forgotten, %s", work.parent.name, found.pairs, why)
-    elif not _whole(work, found):
+    elif not _is_complete(work, found):
         log.warning("%s: what an interrupted build left is damaged, it begins anew", work.parent.name)
     else:
         if kept < found.pairs:
             lost = found.pairs - kept
             log.warning("%s: %d of %d pairs are kept; %d came from or after a source that has changed",
                         work.parent.name, kept, found.pairs, lost)  # fmt: skip
-        return found.cut(kept)
+        return found.first_rows(kept)
     return None
 
 
-def usable_rows(work: Path, found: Progress, job: BuildSource, digest: str) -> int:
-    """How many of the first rows stored a run of this job may keep."""
+def usable_rows(work: Path, found: BuildState, job: BuildSource, digest: str) -> int:
+    """Number of leading stored rows that a run of this job may keep."""
     if found.job != digest:
         return 0
     if job.origins is None:
@@ -69,20 +68,20 @@ def usable_rows(work: Path, found: Progress, job: BuildSource, digest: str) -> i
 
 
 def unfinished_version(memory: Path, job: BuildSource, digest: str) -> str | None:
-    """The version that an interrupted run was building of which this job may keep the most."""
+    """The unfinished version of which this job can keep the most rows; None without one."""
     usable = dict[str, int]()
     for path in sorted(memory.glob(f".*.partial/{PROGRESS}")):
-        found = _read(path.parent)
+        found = _read_state(path.parent)
         if found is not None and (rows := usable_rows(path.parent, found, job, digest)):
             usable[path.parent.name[1:].removesuffix(".partial")] = rows
     return max(usable, key=lambda version: usable[version]) if usable else None
 
 
 def refuse_other_build(work: Path, job: BuildSource, digest: str, ref: str) -> None:
-    """Raise VersionExists where a folder holds an unfinished build that this job cannot go on
-    with: its work would be lost.
+    """Raise VersionExists where the folder holds an unfinished build that this job cannot resume,
+    since its pairs would be lost.
     """
-    found = _read(work)
+    found = _read_state(work)
     if found is not None and not job.fresh and found.pairs and not usable_rows(work, found, job, digest):
         raise VersionExists(
             f"{ref} is the unfinished build of other sources or options, with {found.pairs} pairs: choose another "
@@ -90,8 +89,10 @@ def refuse_other_build(work: Path, job: BuildSource, digest: str, ref: str) -> N
         )
 
 
-def keep_only(work: Path, progress: Progress) -> None:
-    """Remove what does not count: half-made indexes, shards begun after the last checkpoint."""
+def remove_uncounted(work: Path, progress: BuildState) -> None:
+    """Remove files that the state does not cover: partial indexes, and shards begun after the last
+    checkpoint.
+    """
     known = {folder for folder, _ in progress.rows()}
     files = {*progress.files, *(f"{progress.open_folder}/{name}" for name in _row_files(progress.keys))}
     with translate_write_errors(work.parent.name):
@@ -107,12 +108,12 @@ def keep_only(work: Path, progress: Progress) -> None:
 
 
 class BuildCheckpoint:
-    """The notes of one run.
+    """Writes the checkpoints of one run.
 
-    `note` after every step is cheap; `save` waits for the disk, and is what a kill leaves.
+    `note` after every step is cheap; `save` waits for the disk, and a killed build resumes from it.
     """
 
-    def __init__(self, work: Path, job: BuildSource, digest: str, earlier: Progress | None) -> None:
+    def __init__(self, work: Path, job: BuildSource, digest: str, earlier: BuildState | None) -> None:
         self._work, self._job, self._digest = work, job, digest
         self._rejected = 0
         self._settled = earlier
@@ -122,23 +123,24 @@ class BuildCheckpoint:
             self._rejects, _ = open_lines(work / REJECTS, 0)
 
     def note(self, step: SourceStep) -> None:
-        """Remember what a step brought; it counts once `settle` says that its rows are written."""
+        """Record ids, origins and rejects of a step; they count once `mark_stored` is called."""
         with translate_write_errors(self._work.parent.name):
             if step.pairs is not None:
                 names = step.pairs.ids.tolist()
                 origins = step.origins or [""] * len(names)
                 self._ids.writelines(json.dumps(pair).encode() + b"\n" for pair in zip(names, origins, strict=True))
-            self._rejects.writelines(_line(reject) for reject in step.rejects)
+            self._rejects.writelines(_encode_reject(reject) for reject in step.rejects)
         self._rejected += len(step.rejects)
 
-    def settle(self, **stored: Any) -> None:
-        """From here on a run may go on after this step.  stored: the fields of Progress that the
-        shards answer for.
-        """
-        self._settled = Progress(job=self._digest, **stored)
+    def mark_stored(self, **stored: Any) -> None:
+        """Include the steps so far in the next checkpoint.
 
-    def due(self) -> bool:
-        """True where a kill would by now cost more work than a checkpoint does."""
+        stored: the fields of BuildState that the shards know.
+        """
+        self._settled = BuildState(job=self._digest, **stored)
+
+    def is_due(self) -> bool:
+        """Whether the work since the last checkpoint is worth another one."""
         if self._settled is None or self._settled == self._saved:
             return False
         waited = time.monotonic() - self._saved_at
@@ -147,7 +149,7 @@ class BuildCheckpoint:
         return enough or waited >= self._job.every_s or len(self._settled.shards) > shards
 
     def save(self) -> None:
-        """Sync everything that is settled, then say so in one step.
+        """Sync all rows marked as stored, then replace the state file atomically.
 
         The shard's own rows must have been flushed.
         """
@@ -164,9 +166,7 @@ class BuildCheckpoint:
         self._saved, self._saved_at = self._settled, time.monotonic()
 
     def publish_rejects(self, target: Path) -> None:
-        """Put the list of rejects, whole, where people look for it; none where nothing was
-        rejected.
-        """
+        """Write the full list of rejects to `target`, or remove it where nothing was rejected."""
         with translate_write_errors(target.name):
             self._rejects.flush()
             if not self._rejected:
@@ -179,17 +179,17 @@ class BuildCheckpoint:
             fsync_path(target.parent)
 
     def first_reject(self) -> Reject | None:
-        """For an error that explains why nothing is left."""
+        """The first reject, for the error of a build without any pair."""
         self._rejects.flush()
         return next(iter(read_rejects(self._work, 1)), None)
 
     @property
-    def rejected(self) -> int:
-        """Items left out by this run; what earlier runs left out is tried again."""
+    def rejected_count(self) -> int:
+        """Items rejected by this run; rejects of earlier runs are tried again."""
         return self._rejected
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         for file in (self._ids, self._rejects):
             try:
                 file.close()
@@ -197,40 +197,40 @@ class BuildCheckpoint:
                 log.debug("notes were not flushed", exc_info=True)
 
 
-def done_of(work: Path, progress: Progress | None) -> BuildProgress:
-    """What a source is told so that it goes on."""
+def describe_progress(work: Path, progress: BuildState | None) -> BuildProgress:
+    """What a source needs to know of an earlier run in order to continue."""
     if progress is None:
         return BuildProgress()
     kept = progress
-    return BuildProgress(progress.pairs, lambda: read_ids_by_origin(work, kept.pairs), lambda: _kept(work, kept))
+    return BuildProgress(progress.pairs, lambda: read_ids_by_origin(work, kept.pairs), lambda: _stored_rows(work, kept))
 
 
 def read_rejects(work: Path, count: int) -> Iterable[Reject]:
-    """The first rejects noted."""
+    """The first `count` rejects."""
     with (work / REJECTS).open("rb") as file:
         return [Reject(**json.loads(line)) for line in islice(file, count)]
 
 
-def _kept(work: Path, progress: Progress) -> Iterator[Kept]:
+def _stored_rows(work: Path, progress: BuildState) -> Iterator[StoredRows]:
     with (work / IDS).open("rb") as file:
         for folder, rows in progress.rows():
             image, text = (map_rows(work / folder / f"{side}.npy", progress.dim, rows) for side in SIDES)
             for start in range(0, rows, KEPT_ROWS):
                 part = slice(start, min(rows, start + KEPT_ROWS))
                 ids: list[Id] = [json.loads(line)[0] for line in islice(file, part.stop - part.start)]
-                yield Kept(id_array(ids, progress.id_kind), np.asarray(image[part]), np.asarray(text[part]))
+                yield StoredRows(to_id_array(ids, progress.id_kind), np.asarray(image[part]), np.asarray(text[part]))
 
 
-def _line(reject: Reject) -> bytes:
-    """For people to read; half a surrogate pair, as in a name that was not UTF-8, becomes its JSON
+def _encode_reject(reject: Reject) -> bytes:
+    """One JSON line; half a surrogate pair, as in a file name that is not UTF-8, becomes its
     escape.
     """
     return json.dumps(asdict(reject), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
-def _read(work: Path) -> Progress | None:
+def _read_state(work: Path) -> BuildState | None:
     try:
-        return Progress(**json.loads((work / PROGRESS).read_text("utf-8")))
+        return BuildState(**json.loads((work / PROGRESS).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -240,10 +240,8 @@ def _row_files(keys: dict[Side, dict[str, Any]]) -> list[str]:
     return ["image.npy", "text.npy", *own, "records.jsonl"]
 
 
-def _whole(work: Path, progress: Progress) -> bool:
-    """True where every row that counts is really there: a disk that lost power may have lost more
-    than the notes know.
-    """
+def _is_complete(work: Path, progress: BuildState) -> bool:
+    """Whether all rows of the state are on the disk; after a power loss some may be missing."""
     try:
         for folder, rows in progress.rows():
             for side in SIDES:
@@ -252,13 +250,13 @@ def _whole(work: Path, progress: Progress) -> bool:
                     map_rows(work / folder / f"{side}_key.npy", progress.keys[side]["dim"], rows)
         records = f"{progress.open_folder}/records.jsonl"
         for name, lines in ((IDS, progress.pairs), (records, progress.filled)):
-            if lines and _lines(work / name, lines) < lines:
+            if lines and _count_lines(work / name, lines) < lines:
                 return False
         return all((work / name).is_file() for name in progress.files)
     except (OSError, ValueError, KeyError):
         return False
 
 
-def _lines(path: Path, most: int) -> int:
+def _count_lines(path: Path, most: int) -> int:
     with path.open("rb") as file:
         return sum(line.endswith(b"\n") for line in islice(file, most))

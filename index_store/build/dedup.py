@@ -1,5 +1,5 @@
-"""Near-duplicates dropped on the way into a memory: a pair whose image and text both come close to
-an earlier one adds nothing.
+"""Near-duplicate removal in a build: drops a pair whose image and text are both close to an earlier
+pair.
 """
 
 from bisect import bisect_right
@@ -10,11 +10,11 @@ from operator import itemgetter
 import faiss
 import numpy as np
 
-from index_store.build.source import Kept, Reject, SourceStep
+from index_store.build.source import Reject, SourceStep, StoredRows
 from index_store.errors import PairsRefused
 from index_store.types import Id, Pairs
 
-# up to here every kept pair is compared; beyond, those in the PROBES nearest of LISTS lists
+# up to here every kept pair is compared; above, those in the PROBES nearest of LISTS lists
 EXACT_PAIRS = 32_768
 LISTS = 512
 PROBES = 16
@@ -22,13 +22,12 @@ ROUNDING = 1e-6  # float32 products of equal rows come out this much below 1
 
 
 class Deduplicator:
-    """What was kept so far, searched by image, judged by both sides.
+    """Kept pairs so far, searched by image and compared by both sides.
 
-    Holds 6·D bytes per kept pair (3 KB at D = 512). Exact while at most EXACT_PAIRS are kept.
-    Beyond that, an inverted file over the images' vectors finds the candidates, trained once on the
-    first EXACT_PAIRS. Measured on 80,000 clustered pairs × 512: of 1,000 planted twins each at
-    cosines 0.95, 0.98 and 0.999 none was missed (with half the PROBES, 0.1 % of those at 0.95).
-    Whatever is dropped has been compared exactly.
+    Holds 6·D bytes per kept pair (3 KB at D = 512). Exact up to EXACT_PAIRS kept pairs. Above, an
+    inverted file over the image vectors, trained on the first EXACT_PAIRS, finds the candidates,
+    whose cosines are exact. Measured on 80,000 clustered pairs × 512: of 1,000 planted twins each
+    at cosines 0.95, 0.98 and 0.999 none was missed (with half the PROBES, 0.1 % of those at 0.95).
     """
 
     def __init__(self, cosine: float) -> None:
@@ -43,24 +42,22 @@ class Deduplicator:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def restore(self, blocks: Iterable[Kept]) -> None:
-        """Take over what an earlier run kept."""
+    def restore(self, blocks: Iterable[StoredRows]) -> None:
+        """Add the pairs that an earlier run kept."""
         for block in blocks:
             self._keep(block.ids.tolist(), _unit(block.image), block.text)
 
     def filter(self, steps: Iterable[SourceStep]) -> Iterator[SourceStep]:
-        """The same steps, with every near-duplicate of an earlier pair turned into a reject that
-        names it.
-        """
+        """The same steps; a near-duplicate of an earlier pair becomes a reject that names it."""
         for step in steps:
-            yield step if step.pairs is None or not len(step.pairs) else self._filtered(step, step.pairs)
+            yield step if step.pairs is None or not len(step.pairs) else self._filter_step(step, step.pairs)
 
-    def _filtered(self, step: SourceStep, pairs: Pairs) -> SourceStep:
+    def _filter_step(self, step: SourceStep, pairs: Pairs) -> SourceStep:
         image, text = _unit(pairs.image.astype(np.float16)), _unit(pairs.text.astype(np.float16))
         ids = pairs.ids.tolist()
-        nearest = self._among_kept(image, text)
-        twins = _twins(image, text, self._least)
-        good = dict[int, None]()  # in order, and quick to ask
+        nearest = self._nearest_kept(image, text)
+        twins = _find_twins(image, text, self._least)
+        good = dict[int, None]()  # an ordered set
         rejects = []
         for row, name in enumerate(ids):
             cosine, twin = max(
@@ -85,9 +82,9 @@ class Deduplicator:
         origins = [step.origins[row] for row in good] if step.origins else ()
         return replace(step, pairs=kept if good else None, rejects=(*step.rejects, *rejects), origins=origins)
 
-    def _among_kept(self, image: np.ndarray, text: np.ndarray) -> list[tuple[float, Id]]:
-        """For each row the lesser cosine to its best twin among the kept, and that one's id; -1
-        where there is none.
+    def _nearest_kept(self, image: np.ndarray, text: np.ndarray) -> list[tuple[float, Id]]:
+        """Per row (the lower cosine of both sides, id) of its best match among the kept pairs; -1
+        without one.
         """
         found: list[tuple[float, Id]] = [(-1.0, "")] * len(image)
         if self._index is None:
@@ -104,7 +101,7 @@ class Deduplicator:
         return found
 
     def _texts(self, rows: np.ndarray) -> np.ndarray:
-        """(M, D) float16 of some of the kept."""
+        """(M, D) float16 text vectors of kept pairs."""
         blocks = np.array(
             [bisect_right(self._starts, row) - 1 for row in rows.tolist()], np.int64
         )  # numpy would copy all starts each time
@@ -115,7 +112,10 @@ class Deduplicator:
         return taken
 
     def _keep(self, ids: list[Id], image: np.ndarray, text: np.ndarray) -> None:
-        """Add rows to what is kept.  image: (R, D) float32 unit.  text: (R, D) any float."""
+        """Add kept rows.
+
+        image: (R, D) float32 unit.  text: (R, D) any float.
+        """
         if not ids:
             return
         self._text.append(text.astype(np.float16))
@@ -126,13 +126,13 @@ class Deduplicator:
         room = EXACT_PAIRS - self._index.ntotal if isinstance(self._index, faiss.IndexFlatIP) else len(image)
         self._index.add(image[:room])
         if room <= len(image) and isinstance(self._index, faiss.IndexFlatIP):
-            self._index = _lists_over(self._index)
+            self._index = _build_lists(self._index)
             self._index.add(image[room:])
 
 
-def _twins(image: np.ndarray, text: np.ndarray, least: float) -> dict[int, list[tuple[int, float]]]:
-    """For each row of a block that has any, the earlier rows of it that both sides come close to,
-    with the lesser cosine.
+def _find_twins(image: np.ndarray, text: np.ndarray, least: float) -> dict[int, list[tuple[int, float]]]:
+    """Per row of a block, its near-duplicates among earlier rows of the block, with the lower
+    cosine of both sides.
     """
     near = np.argwhere(np.tril(image @ image.T, -1) >= least)  # (M, 2) row, earlier row
     rows, others = near.T
@@ -145,7 +145,7 @@ def _twins(image: np.ndarray, text: np.ndarray, least: float) -> dict[int, list[
     return found
 
 
-def _lists_over(flat: faiss.IndexFlatIP) -> faiss.Index:
+def _build_lists(flat: faiss.IndexFlatIP) -> faiss.Index:
     """An inverted file that holds the rows of a flat index, trained on all of them."""
     rows = flat.reconstruct_n(0, flat.ntotal)
     lists = faiss.IndexIVFFlat(faiss.IndexFlatIP(flat.d), flat.d, LISTS, faiss.METRIC_INNER_PRODUCT)

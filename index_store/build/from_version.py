@@ -1,6 +1,4 @@
-"""The pairs of a finished version read back, block by block, so that another version is made of
-them without encoding anything.
-"""
+"""Pairs of a finished version as a source, so that another version is built without encoding."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -21,15 +19,15 @@ REPEATED = "its id came before: ids must be unique"
 
 
 def is_version(path: Path) -> bool:
-    """True for a directory of our own format."""
+    """Whether the directory is a version of this format."""
     return (path / MANIFEST_FILE).is_file()
 
 
-def stored_manifest(path: Path, *, encoder: str, kinds: Mapping[Side, KeyKind]) -> Manifest:
-    """The manifest of a version whose pairs may go into one of this encoder and these keys; refused
-    before anything is built.
+def read_compatible_manifest(path: Path, *, encoder: str, kinds: Mapping[Side, KeyKind]) -> Manifest:
+    """The manifest of a version whose pairs fit this encoder and these keys. Raises
+    IncompatibleSnapshot, PairsRefused.
 
-    Edits made on it online are no part of it; that they are left out is logged.
+    Online edits of the version are left out, which is logged.
     """
     manifest = read_manifest(path)
     if not same_encoder(manifest.encoder, encoder):
@@ -50,7 +48,7 @@ def stored_manifest(path: Path, *, encoder: str, kinds: Mapping[Side, KeyKind]) 
     return manifest
 
 
-def stored_steps(
+def read_steps(
     path: Path,
     manifest: Manifest,
     *,
@@ -59,31 +57,31 @@ def stored_steps(
     origin: str = "",
     done: Collection[Id] = (),
 ) -> Iterator[SourceStep]:
-    """Every pair of a verified version in the order of its rows, edits made online apart: fold
-    those in by compacting first.
+    """All pairs of a verified version in row order, without online edits, which a compaction folds
+    in first.
 
-    seen: ids taken so far, added to; a pair whose id is among them is rejected.  origin: of the
+    seen: ids taken so far, extended here; a pair with one of them is rejected.  origin: of the
     pairs.  done: ids that an earlier run has stored.
     """
     verify(path, manifest)
     for shard in manifest.shards:
-        yield from _shard_steps(path / shard["folder"], kinds, seen, origin, done)
+        yield from _read_shard(path / shard["folder"], kinds, seen, origin, done)
 
 
-def _shard_steps(
+def _read_shard(
     folder: Path, kinds: Mapping[Side, KeyKind], seen: set[Id], origin: str, done: Collection[Id]
 ) -> Iterator[SourceStep]:
     names = ["ids", "records", *SIDES, *(f"{side}_key" for side in SIDES if kinds[side] != "vector")]
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
     lines = np.memmap(folder / "records.jsonl", np.uint8, mode="r")
     for start in range(0, len(arrays["ids"]), BLOCK_ROWS):
-        yield _step(arrays, lines, start, seen, origin, done)
+        yield _read_block(arrays, lines, start, seen, origin, done)
 
 
-def _step(
+def _read_block(
     arrays: Mapping[str, np.ndarray], lines: np.ndarray, start: int, seen: set[Id], origin: str, done: Collection[Id]
 ) -> SourceStep:
-    """The rows of one block whose ids are new."""
+    """The pairs of one block whose ids are new."""
     ids = decode_ids(np.asarray(arrays["ids"][start : start + BLOCK_ROWS]))
     first = np.array(first_of_each(ids.tolist(), seen))
     fresh = first & np.array([name not in done for name in ids.tolist()])

@@ -1,4 +1,4 @@
-"""The ids of a build: which were there before, and those that a stopped build has stored."""
+"""Ids of a build: the set of ids so far, and the stored ids of an interrupted build."""
 
 import json
 from itertools import islice
@@ -12,19 +12,19 @@ from index_store.types import Id
 
 
 class SeenIds:
-    """The ids of a build so far, as sorted runs of growing length; a set of a million strings would
-    take ten times the room.
+    """Set of ids as sorted arrays of growing length, in a tenth of the memory of a set of strings.
 
-    State: the runs, each more than twice as long as the next, so that an id is moved log2(N) times
-    at most.
+    State: the arrays, each more than twice as long as the next, so that an id is moved log2(N)
+    times at most.
     """
 
     def __init__(self) -> None:
         self._runs: list[np.ndarray] = []
 
     def add(self, ids: np.ndarray) -> None:
-        """Remember the ids of a block, or PairsRefused where one came before.  ids: (R,) int64,
-        str, or bytes as stored.
+        """Add the ids of a block. Raises PairsRefused for a repeated id.
+
+        ids: (R,) int64, str, or bytes as stored.
         """
         if not len(ids):
             return
@@ -44,13 +44,13 @@ class SeenIds:
 
 
 def read_ids(work: Path, count: int) -> list[Id]:
-    """The first ids stored, in the order of their rows."""
+    """The first `count` stored ids, in row order."""
     with (work / IDS).open("rb") as file:
         return [json.loads(line)[0] for line in islice(file, count)]
 
 
 def read_ids_by_origin(work: Path, count: int) -> dict[str, set[Id]]:
-    """The first ids stored, by their origin."""
+    """The first `count` stored ids, by their origin."""
     found: dict[str, set[Id]] = {}
     with (work / IDS).open("rb") as file:
         for line in islice(file, count):
@@ -59,6 +59,6 @@ def read_ids_by_origin(work: Path, count: int) -> dict[str, set[Id]]:
     return found
 
 
-def id_array(ids: list[Id], kind: str) -> np.ndarray:
-    """(R,) int64 or str, whichever the version holds."""
+def to_id_array(ids: list[Id], kind: str) -> np.ndarray:
+    """(R,) int64 or str, as the version stores them."""
     return np.array(ids, np.int64 if kind == "i" else np.str_)

@@ -1,6 +1,4 @@
-"""What a build reads: blocks of pairs with what was left out between them, and how a stopped build
-goes on.
-"""
+"""Sources of a build: blocks of pairs with rejects, and what a resumed build needs to know."""
 
 import hashlib
 import json
@@ -18,8 +16,8 @@ class Reject:
     """One item that was left out.
 
     item: its id or name.  reason: one line.
-    kind: "folded" for a caption that the same image has already, "duplicate" for a pair that came
-    before (by its id, or as a near-duplicate), "reject" for what cannot be used.
+    kind: "folded" for a repeated caption of the same image, "duplicate" for a repeated id or a
+    near-duplicate, "reject" for an unusable item.
     """
 
     item: str
@@ -29,12 +27,12 @@ class Reject:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SourceStep:
-    """What a source gives at once.
+    """One step of a source.
 
-    pairs: the next block, None where all was rejected.  items: how many of the source's items this
-    step deals with, rejects included.
-    origins: for each pair the digest of the files that it was read from; empty where the source
-    has none.  stored: how many of the items an earlier run has stored.
+    pairs: the next block, None where every item was rejected.  items: number of the source's items
+    in this step, rejects included.
+    origins: per pair the digest of the files that it was read from; empty where the source has
+    none.  stored: how many of the items an earlier run has stored.
     """
 
     pairs: Pairs | None
@@ -45,8 +43,11 @@ class SourceStep:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """Some rows that a builder has stored.  ids: (R,).  image, text: (R, D) float16."""
+class StoredRows:
+    """Rows that an earlier run has stored.
+
+    ids: (R,).  image, text: (R, D) float16.
+    """
 
     ids: np.ndarray
     image: np.ndarray
@@ -55,27 +56,27 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class BuildProgress:
-    """What an earlier run of the same job has stored; what it rejected is tried again.
+    """What an earlier run of the same job has stored; its rejects are tried again.
 
-    pairs: their number.  stored: their ids by origin, read from the disk when called.
-    kept: their rows, block by block.
+    pairs: their number.  stored: their ids by origin, read from the disk when called.  kept: their
+    rows, block by block.
     """
 
     pairs: int = 0
     stored: Callable[[], Mapping[str, set[Id]]] = field(default=dict)
-    kept: Callable[[], Iterator[Kept]] = field(default=lambda: iter(()))
+    kept: Callable[[], Iterator[StoredRows]] = field(default=lambda: iter(()))
 
 
 @dataclass(frozen=True, slots=True)
 class BuildSource:
-    """A source that can be read on from where an earlier run stopped.
+    """A source that can resume where an earlier run stopped.
 
-    identity: JSON, the options; runs with the same may go on from one another.
-    origins: the digests of the files that the source has now. Rows of an earlier run are kept up
-    to the first whose origin is not among them; None = all are kept.
-    steps: told what the earlier run stored, the steps that remain.
-    fresh: forget the earlier run.  every_pairs, every_s: how much work a kill may cost; the first
-    is not kept more often than every second, since a checkpoint waits for the disk.
+    identity: JSON, the options; only runs with an equal identity resume each other.
+    origins: digests of the files that the source has now. Stored rows are kept up to the first
+    whose origin is not among them; None = all are kept.
+    steps: maps what an earlier run stored to the remaining steps.
+    fresh: discard the earlier run.  every_pairs, every_s: work after which a checkpoint is due; by
+    pairs at most once per `least_s` seconds, since a checkpoint waits for the disk.
     """
 
     identity: Mapping[str, Any]
@@ -87,12 +88,12 @@ class BuildSource:
     least_s: float = 1.0
 
     def digest(self, **built: Any) -> str:
-        """sha256 of the identity, and of what the builder itself was asked for."""
+        """sha256 of the identity and of the builder's own arguments."""
         return hashlib.sha256(json.dumps([self.identity, built], sort_keys=True).encode()).hexdigest()
 
 
 def first_of_each(ids: Sequence[Id], seen: set[Id]) -> list[bool]:
-    """For each id, whether it comes here for the first time; all of them are added to `seen`."""
+    """Per id whether it occurs for the first time; all ids are added to `seen`."""
     first = []
     for name in ids:
         first.append(name not in seen)

@@ -1,6 +1,4 @@
-"""The hidden folder in which one builder works: owned by a lock, cleared, discarded, or left for
-the next run to go on from.
-"""
+"""The staging folder of a build: locked by one builder, and kept for a later run or removed."""
 
 import fcntl
 import os
@@ -16,21 +14,20 @@ from index_store.storage.atomic import make_folder, translate_write_errors
 from index_store.storage.layout import partial_folder
 from index_store.types import Side
 
-# held by the living builder; the kernel lets go when it dies, so a dead one's leftover is told
-# apart
+# locked by the running builder; the kernel unlocks it when the process dies
 LOCK = ".lock"
-PROGRESS = ".progress.json"  # how much of the rest counts
+PROGRESS = ".progress.json"  # the BuildState
 IDS = ".ids.jsonl"  # one line per pair stored
 REJECTS = ".rejects.jsonl"  # one line per item left out
-NOTES = (LOCK, PROGRESS, IDS, REJECTS)  # the builder's own, no part of a version
+BUILD_FILES = (LOCK, PROGRESS, IDS, REJECTS)  # not part of a version
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """What counts. Everything on the disk beyond it is cut off by the next run.
+class BuildState:
+    """The valid part of a staging folder; a later run removes everything else.
 
     job: digest.  dim, keys, id_kind: as in the manifest.  shards: the finished ones.
-    files: theirs.  filled: rows of the shard after them, 0 where none was begun.
+    files: of the finished shards.  filled: rows of the shard after them, 0 where none was begun.
     """
 
     job: str
@@ -43,16 +40,18 @@ class Progress:
 
     @property
     def open_folder(self) -> str:
-        """The shard that is being filled."""
+        """The folder of the unfinished shard."""
         return f"shard-{len(self.shards):04d}"
 
     @property
     def pairs(self) -> int:
-        """Stored in all."""
+        """Number of stored pairs."""
         return self.filled + sum(int(shard["pairs"]) for shard in self.shards)
 
-    def cut(self, rows: int) -> "Progress":
-        """The progress of the first rows only; the shard that they end in is open again."""
+    def first_rows(self, rows: int) -> "BuildState":
+        """The state of the first `rows` rows only; the shard in which they end becomes the
+        unfinished one.
+        """
         shards, left = list[dict[str, Any]](), rows
         for shard in self.shards:
             if shard["pairs"] > left:
@@ -64,18 +63,18 @@ class Progress:
         return replace(self, shards=shards, files=files, filled=left)
 
     def rows(self) -> Iterator[tuple[str, int]]:
-        """(folder, rows that count) of every shard."""
+        """(folder, valid rows) of every shard."""
         yield from ((shard["folder"], shard["pairs"]) for shard in self.shards)
         if self.filled:
             yield self.open_folder, self.filled
 
 
 @contextmanager
-def workplace(memory: Path, version: str) -> Iterator[Path]:
-    """The hidden folder that this builder alone owns, with whatever an earlier one left in it.
+def staging_folder(memory: Path, version: str) -> Iterator[Path]:
+    """Lock and yield the staging folder of a version, with the files of an earlier run.
 
-    Gone afterwards unless it was renamed into a version, or holds progress that a next run can go
-    on from.
+    It is removed afterwards unless it was renamed into a version or holds a checkpoint. Raises
+    VersionExists, StoreBusy, StoreUnwritable.
     """
     work = partial_folder(memory, version)
     with translate_write_errors(f"{memory.name}/{version}"):
@@ -84,7 +83,7 @@ def workplace(memory: Path, version: str) -> Iterator[Path]:
         work.mkdir(parents=True, exist_ok=True)
         lock = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _own(lock, work, f"{memory.name}@{version}")
+        _lock(lock, work, f"{memory.name}@{version}")
         try:
             if (memory / version).exists():
                 raise VersionExists(
@@ -103,7 +102,7 @@ def workplace(memory: Path, version: str) -> Iterator[Path]:
 
 
 def clear(work: Path) -> None:
-    """Remove what a builder that died left behind."""
+    """Remove everything but the lock."""
     with translate_write_errors(work.parent.name):
         for entry in work.iterdir():
             if entry.is_dir():
@@ -112,18 +111,18 @@ def clear(work: Path) -> None:
                 entry.unlink()
 
 
-def forget_notes(folder: Path) -> None:
-    """Remove the builder's own files from a finished version; where that fails they may as well
-    stay.
+def remove_build_files(folder: Path) -> None:
+    """Remove the builder's files from a finished version; failures are ignored, since the files do
+    no harm.
     """
-    for name in NOTES:
+    for name in BUILD_FILES:
         with suppress(OSError):
             (folder / name).unlink(missing_ok=True)
 
 
-def _own(lock: int, work: Path, ref: str) -> None:
-    """Take the lock, or StoreBusy; a lock file that is no longer in its place belonged to a builder
-    that has just finished.
+def _lock(lock: int, work: Path, ref: str) -> None:
+    """Take the lock. Raises StoreBusy where another builder holds it, or has just replaced the
+    file.
     """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,7 +136,7 @@ def _own(lock: int, work: Path, ref: str) -> None:
 
 
 def _discard(work: Path) -> None:
-    """Remove what this builder made, its lock last: until then nobody else may begin here."""
+    """Remove the folder, its lock last, so that no other builder starts in it meanwhile."""
     with suppress(OSError, StoreUnwritable):
         clear(work)
         (work / LOCK).unlink()

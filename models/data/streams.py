@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from index_store.build.dedup import Deduplicator
-from index_store.build.from_version import is_version, stored_manifest, stored_steps
+from index_store.build.from_version import is_version, read_compatible_manifest, read_steps
 from index_store.build.source import BuildProgress, SourceStep
 from index_store.types import Id, KeyKind, Side
 from models.data.clip_retrieval import EmbeddingFolder, embedding_steps
@@ -151,11 +151,11 @@ def sample_stream(parts: Sequence[Part], items: int, encoding: Encoding) -> Stre
 
 def version_stream(path: Path, encoder: str, kinds: Mapping[Side, KeyKind]) -> Stream:
     """A stream of the pairs of a finished version."""
-    manifest = stored_manifest(path, encoder=encoder, kinds=kinds)
+    manifest = read_compatible_manifest(path, encoder=encoder, kinds=kinds)
     origin = digest_of("version", manifest.to_json())
 
     def steps(seen: set[Id], stored: Stored) -> Iterator[SourceStep]:
-        return stored_steps(path, manifest, kinds=kinds, seen=seen, origin=origin, done=stored.get(origin, ()))
+        return read_steps(path, manifest, kinds=kinds, seen=seen, origin=origin, done=stored.get(origin, ()))
 
     return Stream(manifest.ref, manifest.pairs, frozenset([origin]), steps, version=manifest.ref)
 

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from index_store.build.index import FLAT
-from index_store.build.shards import VersionWriter, fill_from
+from index_store.build.shards import VersionWriter, write_source
 from index_store.build.source import BuildProgress, BuildSource, SourceStep
-from index_store.build.staging import forget_notes, workplace
+from index_store.build.staging import remove_build_files, staging_folder
 from index_store.errors import PairsRefused
 from index_store.search.hits import Hits
 from index_store.search.shard import keys_file
@@ -116,12 +116,12 @@ def _steps(streams: Sequence[Stream], runs: list[BuildProgress], done: BuildProg
 
 def _encode(path: Path, job: BuildSource, digest: str, kinds: Mapping[Side, KeyKind]) -> None:
     """Fill the one shard, going on where an earlier run stopped; whole once renamed."""
-    with workplace(path.parent, path.name) as work:
-        fill_from(VersionWriter(work, kinds, FLAT, shard_pairs=sys.maxsize), job, digest, path.name)
+    with staging_folder(path.parent, path.name) as work:
+        write_source(VersionWriter(work, kinds, FLAT, shard_pairs=sys.maxsize), job, digest, path.name)
         with translate_write_errors(path.name):
             work.rename(path)
             fsync_path(path.parent)
-    forget_notes(path)
+    remove_build_files(path)
 
 
 def _opened(path: Path, kinds: Mapping[Side, KeyKind]) -> Prepared:

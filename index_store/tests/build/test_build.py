@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from index_store.build.build import build_version
-from index_store.build.tuning import Point
+from index_store.build.tuning import MeasuredSetting
 from index_store.errors import PairsRefused, RecallTooLow, RecipeRefused, StoreBusy, StoreError, VersionExists
 from index_store.store import Store
 from index_store.tests.support.small import (
@@ -70,7 +70,8 @@ def test_auto_takes_lists_where_the_memory_is_large(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("index_store.build.index.FLAT_PAIRS", 1000)
     monkeypatch.setattr("index_store.build.index.SMALL_SHARD", 100)
     monkeypatch.setattr(
-        "index_store.build.index.flat_point", lambda *_: Point("Flat", 0, {"image": 1.0, "text": 1.0}, 1.0, 1e6)
+        "index_store.build.index.estimate_flat",
+        lambda *_: MeasuredSetting("Flat", 0, {"image": 1.0, "text": 1.0}, 1.0, 1e6),
     )
     centres = unit_rows(40, 16, 3)[np.arange(2050) % 40]
     rows = (centres + 0.05 * unit_rows(2050, 16, 4)).astype(np.float32)

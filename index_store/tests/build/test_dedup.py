@@ -5,7 +5,7 @@ import pytest
 
 from index_store.build import dedup
 from index_store.build.dedup import Deduplicator
-from index_store.build.source import Kept, Reject, SourceStep
+from index_store.build.source import Reject, SourceStep, StoredRows
 from index_store.errors import PairsRefused
 from index_store.tests.support.small import normalize, slice_pairs, some_pairs, unit_rows
 from index_store.types import Pairs
@@ -95,7 +95,7 @@ def test_what_was_restored_counts_as_kept() -> None:
     whole = list(Deduplicator(0.95).filter(steps(pairs, 50)))
     second = Deduplicator(0.95)
     second.restore(
-        Kept(step.pairs.ids, step.pairs.image.astype(np.float16), step.pairs.text.astype(np.float16))
+        StoredRows(step.pairs.ids, step.pairs.image.astype(np.float16), step.pairs.text.astype(np.float16))
         for step in whole[:3]
         if step.pairs
     )

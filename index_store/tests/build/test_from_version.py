@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from index_store.build.from_version import is_version, stored_manifest, stored_steps
+from index_store.build.from_version import is_version, read_compatible_manifest, read_steps
 from index_store.build.source import SourceStep
 from index_store.editor import Editor
 from index_store.errors import DamagedVersion, IncompatibleSnapshot, PairsRefused
@@ -16,8 +16,8 @@ def stored(
     path: Path, *, trunks: bool = False, seen: set[Id] | None = None, done: set[Id] | None = None
 ) -> list[SourceStep]:
     kinds = TRUNKS if trunks else VECTORS
-    manifest = stored_manifest(path, encoder=ENCODER, kinds=kinds)
-    return list(stored_steps(path, manifest, kinds=kinds, seen=set() if seen is None else seen, done=done or ()))
+    manifest = read_compatible_manifest(path, encoder=ENCODER, kinds=kinds)
+    return list(read_steps(path, manifest, kinds=kinds, seen=set() if seen is None else seen, done=done or ()))
 
 
 @pytest.mark.parametrize("ints", [False, True])
@@ -78,9 +78,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     build_memory(tmp_path, some_pairs(10))
     path = Store(tmp_path).path("things", "v1")
     with pytest.raises(IncompatibleSnapshot, match="things@v1 was built by tiny/test@0123456789ab, not by other@ffff"):
-        stored_manifest(path, encoder="other@ffff", kinds=VECTORS)
+        read_compatible_manifest(path, encoder="other@ffff", kinds=VECTORS)
     with pytest.raises(PairsRefused, match="holds vector image keys, trunk keys are asked for"):
-        stored_manifest(path, encoder=ENCODER, kinds=TRUNKS)
+        read_compatible_manifest(path, encoder=ENCODER, kinds=TRUNKS)
     file = unlock(path) / "shard-0000" / "text.npy"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(DamagedVersion, match=r"text\.npy"):

@@ -9,8 +9,8 @@ import pytest
 
 from index_store.build import index as indexing
 from index_store.build import tuning as curve
-from index_store.build.index import candidates, check_recipe
-from index_store.build.tuning import Clock, Point
+from index_store.build.index import candidate_recipes, check_recipe
+from index_store.build.tuning import MeasuredSetting, RelativeTimer
 from index_store.errors import RecipeRefused
 from index_store.search.filters import SearchParams
 from index_store.search.probes import ProbeQueries
@@ -34,11 +34,11 @@ from index_store.types import SIDES, Pairs
     ],
 )
 def test_auto_goes_by_size(shard: int, memory: int, recipes: list[str]) -> None:
-    assert candidates("auto", shard, memory) == recipes
+    assert candidate_recipes("auto", shard, memory) == recipes
 
 
 def test_what_is_asked_for_is_taken() -> None:
-    assert candidates("SQfp16", 3, 10**9) == ["SQfp16"]
+    assert candidate_recipes("SQfp16", 3, 10**9) == ["SQfp16"]
 
 
 def test_both_widths_must_suit() -> None:
@@ -65,7 +65,9 @@ def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     monkeypatch.setattr(indexing, "FLAT_PAIRS", 1000)
     monkeypatch.setattr(indexing, "SMALL_SHARD", 100)
-    monkeypatch.setattr(indexing, "flat_point", lambda *_: Point("Flat", 0, {"image": 1.0, "text": 1.0}, 1.0, 1e6))
+    monkeypatch.setattr(
+        indexing, "estimate_flat", lambda *_: MeasuredSetting("Flat", 0, {"image": 1.0, "text": 1.0}, 1.0, 1e6)
+    )
 
 
 def curve_of(manifest: Manifest, recipe: str) -> list[dict[str, float]]:
@@ -104,11 +106,11 @@ def test_finer_lists_are_tried_where_the_first_are_dear_and_kept_where_faster(
     pairs = clustered(2000)
     real, costs = curve.measure, {"IVF32,SQfp16": 2.0, "IVF128,SQfp16": 1.0}
 
-    def measure(fans: Any, questions: Any, clock: Any, recipe: str, probes: int) -> Point:
+    def measure(fans: Any, questions: Any, clock: Any, recipe: str, probes: int) -> MeasuredSetting:
         return replace(real(fans, questions, clock, recipe, probes), ms=costs[recipe])
 
     monkeypatch.setattr(curve, "measure", measure)
-    monkeypatch.setattr(indexing, "CHEAP", 1e9)
+    monkeypatch.setattr(indexing, "ENOUGH_SPEEDUP", 1e9)
     finer = build_memory(tmp_path, pairs, "v1")
     assert finer.index["recipe"] == "IVF128,SQfp16"
     assert curve_of(finer, "IVF32,SQfp16")
@@ -135,7 +137,7 @@ def test_a_slower_minute_makes_no_search_dearer(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(curve, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(curve, "build_flat_index", lambda rows: SimpleNamespace(search=lambda queries, k: work(1)))
-    clock = Clock(dict.fromkeys(SIDES, fan), dict.fromkeys(SIDES, questions))
+    clock = RelativeTimer(dict.fromkeys(SIDES, fan), dict.fromkeys(SIDES, questions))
     block = clock.flat_ms("image", 2000)
     assert clock.flat_ms("image", 20_000) == pytest.approx(10 * block)
     pace = 5.0
@@ -145,7 +147,9 @@ def test_a_slower_minute_makes_no_search_dearer(tmp_path: Path, monkeypatch: pyt
 def test_lists_that_are_no_faster_are_not_kept(
     tmp_path: Path, small_is_large: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(indexing, "flat_point", lambda *_: Point("Flat", 0, {"image": 1.0, "text": 1.0}, 1.0, 0.0))
+    monkeypatch.setattr(
+        indexing, "estimate_flat", lambda *_: MeasuredSetting("Flat", 0, {"image": 1.0, "text": 1.0}, 1.0, 0.0)
+    )
     snapshot = open_memory(tmp_path, clustered(2500), shard_pairs=1500)
     assert (snapshot.manifest.index["recipe"], snapshot.manifest.index["probes"]) == ("Flat", 0)
     assert not [name for name in snapshot.manifest.files if name.endswith("faiss")]

@@ -19,7 +19,7 @@ import pytest
 
 from index_store.build.build import build_version
 from index_store.build.source import BuildProgress, BuildSource, Reject, SourceStep
-from index_store.build.staging import NOTES
+from index_store.build.staging import BUILD_FILES
 from index_store.errors import PairsRefused, RecallTooLow, StoreBusy, StoreUnwritable, VersionExists
 from index_store.storage.manifest import Manifest
 from index_store.store import Store
@@ -101,7 +101,7 @@ def same(one: Path, two: Path, version: str = "v1") -> None:
     assert replace(first, created=second.created, index=second.index) == second
     assert rejects(one, version) == rejects(two, version)
     left = {path.name for path in (two / "things" / version).iterdir()}
-    assert left - set(NOTES) == {
+    assert left - set(BUILD_FILES) == {
         path.name for path in (one / "things" / version).iterdir()
     }  # a kill may spare the notes
     Store(one).open("things", version, encoder=ENCODER).check_recall()

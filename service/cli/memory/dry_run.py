@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from index_store.build.index import FLAT, candidates
+from index_store.build.index import FLAT, candidate_recipes
 from index_store.build.source import Reject
 from index_store.types import SIDES, Id, Pairs
 from models.data.encode import encode_images, encode_texts, reject_duplicate_ids
@@ -92,7 +92,7 @@ def estimate_bytes(found: BuildEstimate, encoding: Encoding, index: str, shard_p
     """
     encoder, pairs = encoding.encoder, found.pairs
     width = {side: encoder.trunk_dim or 0 if encoding.kinds[side] == "trunk" else encoder.dim for side in SIDES}
-    flat = candidates(index, min(pairs, shard_pairs), pairs)[0] == FLAT
+    flat = candidate_recipes(index, min(pairs, shard_pairs), pairs)[0] == FLAT
     return {
         "values": pairs * 2 * 2 * encoder.dim,
         "keys": pairs * 2 * sum(width[side] for side in SIDES if encoding.kinds[side] != "vector"),
