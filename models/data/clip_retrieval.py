@@ -16,9 +16,9 @@ import numpy as np
 
 from index_store.build.source import Reject, SourceStep
 from index_store.types import Id, Pairs, Side
-from models.data.embedding_files import Block, choose_id_column, files_by_number, read_part, short_path
+from models.data.embedding_files import ID_COLUMNS, Block, choose_id_column, files_by_number, read_part, short_path
 from models.data.encode import invalid_id_reason
-from models.data.tables.arrow import is_integer_column
+from models.data.samples import user_metadata
 from models.errors import DataError
 
 FOLDERS = {"image": ("img_emb", ".npy"), "text": ("text_emb", ".npy"), "metadata": ("metadata", ".parquet")}
@@ -38,6 +38,16 @@ class Blocks(Protocol):
 
     def blocks(self) -> Iterator[Block]:
         """The rows, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: its number in the source, its id, its fields and its caption, "" for none."""
+
+    number: int
+    id: Id | None
+    fields: Mapping[str, Any]
+    caption: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +105,7 @@ def read_embedding_folder(folder: Path, *, dim: int, encoder: str, id_column: st
     for part in parts:
         check_width(short_path(part.files["image"]), part.width, dim, encoder)
     tables = [part.files["metadata"] for part in parts]
-    column = choose_id_column(tables, id_column)
-    integer_ids = column is None or all(is_integer_column(table, column) for table in tables)
-    return EmbeddingFolder(folder.name, parts, column, integer_ids)
+    return EmbeddingFolder(folder.name, parts, *choose_id_column(tables, id_column, ID_COLUMNS))
 
 
 def check_width(what: str, width: int, dim: int, encoder: str) -> None:
@@ -127,59 +135,62 @@ def embedding_steps(
     for part in source.parts:
         for fields, vectors in part.blocks():
             ids = [_row_id(source, row, first + i) for i, row in enumerate(fields)]
-            stored = [i for i, row_id in enumerate(ids) if row_id in done and row_id not in seen]
-            seen.update(row_id for i in stored if (row_id := ids[i]) is not None)
-            left = sorted(set(range(len(ids))) - set(stored))
+            left = list[int]()
+            for row, row_id in enumerate(ids):
+                if row_id is None or row_id in seen or row_id not in done:
+                    left.append(row)
+                else:
+                    seen.add(row_id)
             some = {side: array[left] for side, array in vectors.items()}
-            numbers = [first + i for i in left]
-            step = _build_step(source, [fields[i] for i in left], [ids[i] for i in left], some, numbers, seen, encode)
+            rows = [Row(first + i, ids[i], fields[i], _caption(fields[i])) for i in left]
+            step = _build_step(source, rows, some, seen, encode)
             origins = [origin] * (len(step.pairs) if step.pairs is not None else 0)
-            yield replace(step, items=len(ids), origins=origins, stored=len(stored))
+            yield replace(step, items=len(ids), origins=origins, stored=len(ids) - len(left))
             first += len(fields)
 
 
 def _build_step(
     source: EmbeddingFolder,
-    fields: list[dict[str, Any]],
-    ids: list[Id | None],
+    rows: Sequence[Row],
     vectors: Mapping[Side, np.ndarray],
-    numbers: Sequence[int],
     seen: set[Id],
     encode: EncodeCaptions | None,
 ) -> SourceStep:
     """The usable rows of one block as pairs, the others as rejects.
 
-    vectors: (R, D) of any float dtype.  numbers: of the rows.
+    vectors: (R, D) of any float dtype.
     """
-    units: dict[Side, np.ndarray] = {}
-    reasons: list[str | None] = [None] * len(ids)
-    for side in vectors:
-        units[side], lengths = _normalize(vectors[side])
-        for row in np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0))).tolist():
-            reasons[row] = reasons[row] or f"its {side} vector has length {lengths[row]:.3g}: it has no direction"
-    captions = [_caption(row) for row in fields]
-    rejects = list[Reject]()
-    for row, row_id in enumerate(ids):
-        if "text" not in vectors and not captions[row]:
-            reasons[row] = reasons[row] or "no caption, and no text vector"
-        twice = reasons[row] is None and row_id is not None and row_id in seen
-        reasons[row] = reasons[row] or _id_reject_reason(row_id, seen)
-        if row_id is not None and reasons[row] is None:
-            seen.add(row_id)
-        if (reason := reasons[row]) is not None:
-            name = str(numbers[row] if row_id is None else row_id)
+    units = {side: _normalize(array) for side, array in vectors.items()}
+    usable, rejects = list[int](), list[Reject]()
+    for i, row in enumerate(rows):
+        reason = _fault(row, {side: lengths[i] for side, (_, lengths) in units.items()})
+        twice = reason is None and row.id in seen
+        if (reason := reason or _id_reject_reason(row.id, seen)) is not None:
+            name = str(row.number if row.id is None else row.id)
             rejects.append(Reject(name, reason, "duplicate" if twice else "reject"))
-    usable = [row for row, reason in enumerate(reasons) if reason is None]
+        elif row.id is not None:
+            seen.add(row.id)
+            usable.append(i)
     if not usable:
-        return SourceStep(None, len(ids), rejects)
-    records = [_record(fields[row], captions[row], source.id_column) for row in usable]
-    pair_ids = np.array([ids[row] for row in usable], np.int64 if source.integer_ids else np.str_)
+        return SourceStep(None, len(rows), rejects)
+    records = [_record(rows[i], source.id_column) for i in usable]
+    pair_ids = np.array([rows[i].id for i in usable], np.int64 if source.integer_ids else np.str_)
     if "text" in units:
-        text = units["text"][usable]
+        text = units["text"][0][usable]
     else:
         assert encode is not None, "the caller gives an encoder for image-only embeddings"  # noqa: S101
-        text = encode([captions[row] for row in usable])
-    return SourceStep(Pairs(pair_ids, units["image"][usable], text, records), len(ids), rejects)
+        text = encode([rows[i].caption for i in usable])
+    return SourceStep(Pairs(pair_ids, units["image"][0][usable], text, records), len(rows), rejects)
+
+
+def _fault(row: Row, lengths: Mapping[Side, float]) -> str | None:
+    """Why the vectors and the caption of a row make no pair, None where they do."""
+    for side, length in lengths.items():
+        if np.isnan(length):
+            return f"its {side} vector has no length: it is missing, of another width than the others, or holds NaN"
+        if not 0 < length < np.inf:
+            return f"its {side} vector has length {length:.3g}: it has no direction"
+    return "no caption, and no text vector" if "text" not in lengths and not row.caption else None
 
 
 def _normalize(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -215,11 +226,6 @@ def _caption(row: Mapping[str, Any]) -> str:
     return ""
 
 
-def _record(row: dict[str, Any], caption: str, id_column: str | None) -> dict[str, Any]:
+def _record(row: Row, id_column: str | None) -> dict[str, Any]:
     """The caption and the user's fields."""
-    fields = {
-        "source_id" if name == "id" else name: value
-        for name, value in row.items()
-        if name not in ("caption", id_column)
-    }
-    return {**fields, "caption": caption}
+    return {**user_metadata({k: v for k, v in row.fields.items() if k != id_column}), "caption": row.caption}

@@ -1,7 +1,7 @@
 """The files of a clip-retrieval folder: parts by number, memory-mapped vectors, columns."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from index_store.types import SIDES, Side
-from models.data.tables.arrow import column_names, count_rows, parquet_rows
+from models.data.tables.arrow import ArrowTable, column_names, count_rows, is_integer_column
 from models.errors import DataError
 
 ID_COLUMNS = ("key", "image_path", "url")  # the first that exists holds the ids, else the row number is the id
@@ -32,7 +32,9 @@ class EmbeddingPart:
 
     def blocks(self) -> Iterator[Block]:
         """The rows in blocks: fields, and vectors (R, D) of each side that there is."""
-        rows = parquet_rows(self.files["metadata"], BLOCK_ROWS)
+        table = ArrowTable(self.files["metadata"])
+        table.leave_out(table.images, "image bytes")
+        rows = table.rows()
         vectors: dict[Side, np.ndarray] = {side: _map_vectors(self.files[side]) for side in SIDES if side in self.files}
         for start in range(0, self.rows, BLOCK_ROWS):
             fields = list(islice(rows, min(BLOCK_ROWS, self.rows - start)))
@@ -81,17 +83,23 @@ def _map_vectors(path: Path) -> np.ndarray:
     return rows
 
 
-def choose_id_column(tables: Sequence[Path], wanted: str | None) -> str | None:
-    """The column that all tables have; None: rows are numbered. Raises DataError."""
-    columns = [set(column_names(table)) for table in tables]
-    common = set.intersection(*columns)
-    if wanted is not None and wanted not in common:
-        lacking = next(table for table, names in zip(tables, columns, strict=True) if wanted not in names)
-        raise DataError(
-            f"{short_path(lacking)} has no column {wanted!r}, only {', '.join(column_names(lacking))}: "
-            "choose --id among these"
-        )
-    return wanted or next((column for column in ID_COLUMNS if column in common), None)
+def choose_id_column(
+    tables: Sequence[Path], wanted: str | None, usual: Sequence[str], vectors: Collection[str] = ()
+) -> tuple[str | None, bool]:
+    """The column of the ids that all tables have, and whether these are integers.
+
+    usual: names of which the first that exists is chosen where none is wanted; without any the rows
+    are numbered: None, True.  vectors: columns that hold no ids.  Raises DataError.
+    """
+    columns = [[name for name in column_names(table) if name not in vectors] for table in tables]
+    for table, names in zip(tables, columns, strict=True):
+        if wanted is not None and wanted not in names:
+            raise DataError(
+                f"{short_path(table)} has no column {wanted!r}, only {', '.join(names)}: choose --id among these"
+            )
+    common = set.intersection(*map(set, columns))
+    chosen = wanted or next((name for name in usual if name in common), None)
+    return chosen, chosen is None or all(is_integer_column(table, chosen) for table in tables)
 
 
 def short_path(path: Path) -> str:

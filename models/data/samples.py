@@ -12,6 +12,7 @@ from index_store.build.source import Reject
 from models.errors import DataError
 
 MAX_BYTES = 256 << 20  # of one tar member or file; a larger one is not read into memory
+MAX_LEVELS = 32  # of nested lists and mappings in one record, as in an online edit
 # Endings of the files that the image reader decodes, lower case.
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jfif")
 DEFAULT_TEMPLATE = "a photo of {class}"  # of a folder per class, where no caption is given
@@ -92,17 +93,40 @@ def read_no_image(origin: str, name: str) -> bool:
 
 
 def parse_json_object(data: bytes, what: str = "json") -> dict[str, Any]:
-    """Parse one JSON object; NaN, which pandas writes but JSON does not allow, becomes null.
+    """Parse one JSON object, numbers as in `load_json`.
 
     what: the member in error messages.  Raises UnusableItem.
     """
     try:
-        record = json.loads(decode_text(data, what), parse_constant=lambda _: None)
+        record = load_json(decode_text(data, what))
     except (ValueError, RecursionError) as error:
         raise UnusableItem(f"its {what} does not parse ({str(error)[:80]})") from error
-    if not isinstance(record, dict):
-        raise UnusableItem(f"its {what} is not an object")
-    return record
+    return check_object(record, f"its {what}")
+
+
+def load_json(text: str) -> Any:
+    """Parse JSON. NaN, which pandas writes, and numbers beyond a float become null.
+
+    Raises ValueError, RecursionError.
+    """
+
+    def finite(digits: str) -> float | None:
+        return number if math.isfinite(number := float(digits)) else None
+
+    return json.loads(text, parse_constant=lambda _: None, parse_float=finite)
+
+
+def check_object(value: object, what: str) -> dict[str, Any]:
+    """The value, which must be a mapping of at most MAX_LEVELS levels. Raises UnusableItem."""
+    if not isinstance(value, dict):
+        raise UnusableItem(f"{what} is not an object")
+    level: list[Any] = [value]
+    for _ in range(MAX_LEVELS):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [one for each in inner for one in each if isinstance(one, dict | list)]
+        if not level:
+            return value
+    raise UnusableItem(f"{what} is nested deeper than {MAX_LEVELS} levels")
 
 
 def user_metadata(record: Mapping[str, Any]) -> dict[str, Any]:

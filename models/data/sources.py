@@ -9,7 +9,7 @@ from index_store.build.source import Reject
 from models.data.archives.members import is_tar_name
 from models.data.archives.webdataset import TarPart
 from models.data.folders.discover import find_places
-from models.data.folders.files import digest_of
+from models.data.folders.files import digest_of, real_path
 from models.data.folders.tabled import TablePart
 from models.data.folders.walked import WalkedPart
 from models.data.samples import Part, Reading, Sample, Skip, check_template, read_all_images
@@ -124,7 +124,7 @@ def _open(source: Path, reading: Reading) -> Iterator[Part]:
 
 def _open_folder(source: Path, reading: Reading) -> Iterator[Part]:
     """The parts of a folder."""
-    places, name = find_places(source, reading), source.resolve().name
+    places, name = find_places(source, reading), real_path(source).name
     if not places.any:
         raise DataError(f"{name} holds no table of captions, no tar and no photo: give {ACCEPTED}")
     for path, root in (*places.tables, *((path, path.parent) for path in places.tars)):

@@ -3,17 +3,23 @@
 Alphabet: N rows of a file, R rows in a block, D width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from index_store.types import SIDES, Side
+from index_store.types import Side
 from models.data.clip_retrieval import EmbeddingFolder, check_width
-from models.data.embedding_files import BLOCK_ROWS, Block
-from models.data.tables.arrow import ArrowTable, count_rows, is_integer_column
+from models.data.embedding_files import BLOCK_ROWS, Block, choose_id_column
+from models.data.tables.arrow import (
+    ArrowTable,
+    column_names,
+    count_rows,
+    is_vector_column,
+    vector_rows,
+    vector_width,
+)
 from models.errors import DataError
 
 ID_COLUMNS = ("id", "_id", "key", "pk", "image_path", "url")
@@ -22,12 +28,15 @@ UNIT_TOLERANCE = 1e-2  # of a vector's length, for float16 exports
 
 @dataclass(frozen=True, slots=True)
 class VectorFile:
-    """One parquet file.  columns: the vector column of each side that there is."""
+    """One parquet file.
+
+    columns: the vector column of each side that there is.  rows: N.  width: D.
+    """
 
     path: Path
     columns: Mapping[Side, str]
     rows: int
-    names: Sequence[str]
+    width: int
 
     @property
     def files(self) -> Mapping[str, Path]:
@@ -35,26 +44,15 @@ class VectorFile:
         return {"metadata": self.path}
 
     def blocks(self) -> Iterator[Block]:
-        """The rows in blocks; a row without a vector has one of NaN, and is rejected later."""
-        table = ArrowTable(self.path, vectors=list(self.columns.values()))
-        batch: list[dict[str, Any]] = []
-        for row in table.rows(BLOCK_ROWS):
-            batch.append(row)
-            if len(batch) == BLOCK_ROWS:
-                yield self._split(batch)
-                batch = []
-        if batch:
-            yield self._split(batch)
+        """The rows in blocks; a vector that is missing or of another width is NaN."""
+        for fields, vectors in self.table().blocks(BLOCK_ROWS):
+            yield fields, {side: vector_rows(vectors[column], self.width) for side, column in self.columns.items()}
 
-    def _split(self, rows: list[dict[str, Any]]) -> Block:
-        vectors: dict[Side, np.ndarray] = {}
-        for side, column in self.columns.items():
-            given = [row.pop(column, None) for row in rows]
-            width = max((len(each) for each in given if isinstance(each, list)), default=1)
-            lost = [float("nan")] * width
-            fits = [each if isinstance(each, list) and len(each) == width else lost for each in given]
-            vectors[side] = np.array([[np.nan if x is None else x for x in each] for each in fits], np.float32)
-        return rows, vectors
+    def table(self) -> ArrowTable:
+        """The file, opened, without images in its rows."""
+        table = ArrowTable(self.path, list(self.columns.values()))
+        table.leave_out(table.images, "image bytes")
+        return table
 
 
 def read_vector_table(
@@ -64,46 +62,50 @@ def read_vector_table(
 
     columns: the vector column of each side; without one of the text the captions are encoded.
     dim, encoder: the width and fingerprint of the encoder in use.
-    Raises DataError where a column is missing or of another width.
+    Raises DataError where a column is missing, holds no vectors or those of another width.
     """
-    files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
+    files = [path] if path.is_file() else sorted(each for each in path.glob("*") if each.suffix.lower() == ".parquet")
     if not files:
         raise DataError(f"{path.name} is no parquet file, and holds none: name one")
-    parts = [_open_file(file, columns, dim, encoder) for file in files]
-    common = set.intersection(*(set(part.names) for part in parts))
-    if id_column is not None and id_column not in common:
-        raise DataError(f"{path.name} has no column {id_column!r}, only {', '.join(sorted(common))}: choose --id")
-    chosen = id_column or next((name for name in ID_COLUMNS if name in common), None)
-    integers = chosen is None or all(is_integer_column(part.path, chosen) for part in parts)
+    if columns["image"] == columns.get("text"):
+        raise DataError(
+            f"the column {columns['image']!r} cannot hold the vectors of both the images and the texts: leave out "
+            "--text-vector, and the captions are encoded"
+        )
+    for file in files:
+        _check_columns(file, columns)
+    chosen, integers = choose_id_column(files, id_column, ID_COLUMNS, columns.values())
+    parts = [VectorFile(file, columns, count_rows(file), dim) for file in files]
     notes = [f"image = {columns['image']}, text = {columns.get('text', 'the caption, encoded here')}, id = {chosen}"]
-    return EmbeddingFolder(path.name, parts, chosen, integers), notes + _check_lengths(parts)
+    notes += [note for part in parts for note in (*part.table().notes, *_check_first_block(part, encoder))]
+    return EmbeddingFolder(path.name, parts, chosen, integers), notes
 
 
-def _open_file(path: Path, columns: Mapping[Side, str], dim: int, encoder: str) -> VectorFile:
-    table = ArrowTable(path, vectors=list(columns.values()))
-    for side in SIDES:
-        if side in columns and columns[side] not in table.names:
-            raise DataError(
-                f"{path.name} has no column {columns[side]!r}, only {', '.join(table.names)}: correct --{side}-vector"
-            )
-    part = VectorFile(path, columns, count_rows(path), table.names)
-    _, vectors = next(part.blocks(), ([], {}))
-    for side, rows in vectors.items():
-        check_width(f"{path.name}, column {columns[side]},", rows.shape[1], dim, encoder)
-    return part
+def _check_columns(path: Path, columns: Mapping[Side, str]) -> None:
+    """Raise DataError where a vector column is missing or holds anything but lists of numbers."""
+    names = column_names(path)
+    for side, column in columns.items():
+        if column not in names:
+            raise DataError(f"{path.name} has no column {column!r}, only {', '.join(names)}: correct --{side}-vector")
+        if not is_vector_column(path, column):
+            raise DataError(f"{path.name}, column {column}, holds no lists of numbers: correct --{side}-vector")
 
 
-def _check_lengths(parts: Sequence[VectorFile]) -> list[str]:
-    """A note where the first block of any file holds vectors that are not of unit length."""
+def _check_first_block(part: VectorFile, encoder: str) -> list[str]:
+    """Notes on vectors that are not of unit length. Raises DataError for those of another width."""
     notes = []
-    for part in parts:
-        _, vectors = next(part.blocks(), ([], {}))
-        for side, rows in vectors.items():
-            lengths = np.linalg.norm(rows, axis=1)
-            off = int((np.abs(lengths - 1) > UNIT_TOLERANCE).sum())
-            if off:
-                notes.append(
-                    f"{part.path.name}: {off} of the first {len(rows)} {side} vectors are not of unit length; "
-                    "all are scaled to it"
-                )
+    _, vectors = next(part.table().blocks(BLOCK_ROWS), ([], {}))
+    for side, column in part.columns.items():
+        if column not in vectors:  # a file without rows
+            continue
+        width = vector_width(vectors[column])
+        if width is not None:
+            check_width(f"{part.path.name}, column {column},", width, part.width, encoder)
+        lengths = np.linalg.norm(vector_rows(vectors[column], part.width), axis=1)
+        off = int((np.abs(lengths - 1) > UNIT_TOLERANCE).sum())
+        if off:
+            notes.append(
+                f"{part.path.name}: {off} of the first {len(lengths)} {side} vectors are not of unit length; "
+                "all are scaled to it"
+            )
     return notes

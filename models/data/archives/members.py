@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Self
 
 from models.data.folders.files import file_fault, is_hidden
-from models.data.samples import MAX_BYTES
+from models.data.samples import MAX_BYTES, UnusableItem
 from models.errors import DataError
 
-ReadMember = Callable[[], bytes]  # called only where the bytes are needed, so that counting reads no image
+# Called only where the bytes are needed, so that counting reads no image. Raises UnusableItem.
+ReadMember = Callable[[], bytes]
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 EXTENDED_TYPES = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
 MAX_HEADER_BYTES = 2**20  # of the names and attributes of one member
-_BREAKS = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError)
+# ValueError, OverflowError: numbers of extended headers, which tarfile reads unchecked
+_BREAKS = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError, ValueError, OverflowError)
 
 
 class _BoundedHeader(tarfile.TarInfo):
@@ -64,6 +66,8 @@ def iterate_members(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, Rea
     size = path.stat().st_size
     try:
         while (member := tar.next()) is not None:
+            if member.size < 0 or tar.offset <= member.offset:  # it would be read again and again
+                raise tarfile.ReadError(f"{member.name[:80]} has a size of {member.size} bytes")
             # tarfile keeps every member that it has seen, a gigabyte per million
             tar.members.clear()  # type: ignore[attr-defined]
             # checked before reading, so that counting and building find the same items
@@ -101,11 +105,18 @@ def _member_reader(tar: tarfile.TarFile, member: tarfile.TarInfo, *, at_once: bo
 
     def read() -> bytes:
         content = tar.extractfile(member)
-        return b"" if content is None else content.read()
+        data = b"" if content is None else content.read()
+        if len(data) < member.size:
+            raise EOFError(f"{member.name} is cut")
+        return data
+
+    def read_later() -> bytes:
+        try:
+            return read()
+        except _BREAKS as error:
+            raise UnusableItem(f"it cannot be read from the archive ({error})") from error
 
     if not at_once:
-        return read
+        return read_later
     data = read()
-    if len(data) < member.size:
-        raise EOFError(f"{member.name} is cut")
     return lambda: data

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.data.archives.members import is_tar_name
-from models.data.folders.files import is_hidden, is_image, walk_folder
+from models.data.folders.files import is_hidden, is_image, real_path, walk_folder
 from models.data.samples import Reading
+from models.data.tables.documents import NO_CAPTIONS
 from models.data.tables.table import KINDS, open_table
 from models.errors import DataError
 
@@ -80,7 +81,7 @@ def _find_tables(
         named = [path for path in found if path.stem.lower() == stem and path.suffix.lower() not in (".json", ".txt")]
         if len(named) > 1:
             raise DataError(
-                f"{folder.resolve().name} holds {' and '.join(path.name for path in named)}: keep the one that is meant"
+                f"{real_path(folder).name} holds {' and '.join(path.name for path in named)}: keep the one that is meant"
             )
         if named:
             return named
@@ -93,10 +94,11 @@ def _known_tables(found: Sequence[Path], reading: Reading, notes: list[str]) -> 
         try:
             open_table(path, reading)
         except DataError as error:
-            if path.suffix.lower() in QUIET:
-                continue
-            if "has the columns" in str(error) and len(found) > 1:
+            quiet = path.suffix.lower() in QUIET
+            if NO_CAPTIONS in str(error) or (not quiet and "has the columns" in str(error) and len(found) > 1):
                 notes.append(f"{path.name} is left alone: {error}")
+                continue
+            if quiet:
                 continue
         yield path
 
@@ -111,23 +113,27 @@ def _arrow_files(folder: Path, files: Sequence[str]) -> list[Path]:
 
 
 def _assign_photos(root: Path, tables: Sequence[Path], places: Places) -> None:
-    """Give each table the folder of its images; photos of a table are no photos of their own."""
+    """Give each table the folder of its images; photos of a table are no photos of their own.
+
+    Tables of one folder may share their images, as COCO's two do; of those in the folders beneath
+    the table that lies higher is read alone.
+    """
     with_photos = [root / folder for folder, _ in places.photos]
-    taken: list[Path] = []
+    taken: list[tuple[Path, Path]] = []  # of each table its folder, and the folder of its images
     for table in tables:
         own = table.parent
-        if any(other != own and own.is_relative_to(other) for other in taken):
+        if any(own != folder and own.is_relative_to(folder) for folder, _ in taken):
             places.notes.append(f"{table.name} of {own.name} is left alone: a table above names its photos")
             continue
         base = own if any(folder.is_relative_to(own) for folder in with_photos) else root
         holds_images = table.suffix.lower() in (".arrow", ".feather")
         places.tables.append((table, base))
         if not holds_images and with_photos:
-            taken.append(base)
+            taken.append((own, base))
     places.photos = [
         (folder, files)
         for folder, files in places.photos
-        if not any((root / folder).is_relative_to(base) for base in taken)
+        if not any((root / folder).is_relative_to(base) for _, base in taken)
     ]
     left = [tar for tar in places.tars if any(tar.is_relative_to(table.parent) for table in tables)]
     if left and tables:

@@ -34,13 +34,18 @@ def walk_folder(root: Path, *, follow_links: bool) -> Iterator[tuple[Path, list[
     """
     seen: set[Path] = set()
     for folder, folders, files in os.walk(root, followlinks=follow_links):
-        real = Path(folder).resolve()
+        real = real_path(folder)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         yield Path(folder), folders, sorted(files)
+
+
+def real_path(path: Path | str) -> Path:
+    """The absolute path without links. `Path.resolve` raises RuntimeError for a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def digest_of(*facts: object) -> str:
@@ -51,7 +56,7 @@ def digest_of(*facts: object) -> str:
 def stamp(path: Path) -> list[str | int]:
     """Name, size and modification time of a file, by which a change is recognised."""
     found = path.stat()
-    return [str(path.resolve()), found.st_size, found.st_mtime_ns]
+    return [str(real_path(path)), found.st_size, found.st_mtime_ns]
 
 
 def file_fault(path: Path) -> str | None:
@@ -79,7 +84,7 @@ class Finder:
     """
 
     def __init__(self, root: Path, *, follow_links: bool) -> None:
-        self.root = root.resolve()
+        self.root = real_path(root)
         self.spellings = Counter[str]()
         self._follow_links = follow_links
         self._index: dict[str, list[Path]] | None = None
@@ -90,14 +95,14 @@ class Finder:
             raise UnusableItem("it is a URL, and nothing is downloaded here: fetch it with img2dataset first")
         for spelling, candidate in _spellings(name):
             try:
-                path = (self.root / candidate).resolve(strict=True)
+                path = Path(os.path.realpath(self.root / candidate, strict=True))
             except (OSError, ValueError):
                 continue
             return self._counted(spelling, self._checked(path))
         found = self._look_up(name)
         if found is None:
             raise UnusableItem("the file cannot be read (no such file, also under other spellings of its name)")
-        return self._counted("letter case or folder", self._checked(found.resolve()))
+        return self._counted("letter case or folder", self._checked(real_path(found)))
 
     def images(self) -> dict[str, list[Path]]:
         """All image files beneath, by their comparable name."""

@@ -1,11 +1,13 @@
 """A table of captions with the images that it names, or that it holds."""
 
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from index_store.build.source import Reject
-from models.data.folders.files import URL, Finder, comparable, digest_of, read_bytes, stamp
+from models.data.folders.files import URL, Finder, comparable, digest_of, read_bytes, real_path, stamp
 from models.data.samples import (
     Reading,
     Sample,
@@ -21,6 +23,8 @@ from models.data.tables.documents import TableRow
 from models.data.tables.table import open_table
 from models.errors import DataError
 
+NUMBERED = re.compile(r"#\d+$")
+
 
 class TablePart:
     """One table; each caption of each row is an item.
@@ -30,13 +34,15 @@ class TablePart:
 
     def __init__(self, path: Path, root: Path, reading: Reading) -> None:
         """Open the table. Raises DataError."""
-        self.name, self.label = f"{path.name} of {path.resolve().parent.name}", path.resolve().parent.name
+        self.name, self.label = f"{path.name} of {real_path(path).parent.name}", real_path(path).parent.name
         self._table = open_table(path, reading)
         self._reading = reading
         self._finder = Finder(root, follow_links=reading.follow_links)
         self._origin = digest_of("table", stamp(path), reading.caption, dict(reading.columns))
         self.origins = frozenset([self._origin])
         self._named = set[str]()
+        self._ids = set[str]()  # that the table gives
+        self._numbered = set[str]()  # names of images without an id that end in a number, as in Flickr's
         self._urls = 0
         self._repeated = self._survey()
 
@@ -85,17 +91,30 @@ class TablePart:
             raise UnusableItem("no file is named")
         path = None if held else self._finder.find(name)
         captions = self._captions(row, columns)
-        number = counts.get(own or name, 0) if not own else 0
-        item = own or name or position.partition(" ")[2]
-        if not own and number:
-            item = f"{name}#{number}"
-        counts[own or name] = number + 1
-        wanted = not all(skip(self._origin, f"{item}#{i}" if len(captions) > 1 else item) for i in range(len(captions)))
+        several = len(captions) > 1
+        item = own or self._free_id(name or position.partition(" ")[2], counts, len(captions))
+        wanted = not all(skip(self._origin, f"{item}#{i}" if several else item) for i in range(len(captions)))
         data = b""
         if wanted:
             data = held[1] if held else last[1] if path == last[0] and last[1] else read_bytes(path or Path())
         metadata = self._metadata(row, columns, own)
-        return (path, data), split_captions(item, data, captions, metadata, self._origin, numbered=len(captions) > 1)
+        return (path, data), split_captions(item, data, captions, metadata, self._origin, numbered=several)
+
+    def _free_id(self, base: str, counts: dict[str, int], captions: int) -> str:
+        """An id for a row without one: the name of its image, numbered where that came before.
+
+        counts: ids given so far, by name.  A row of several captions takes as many numbers.
+        """
+        number = counts.get(base, 0)
+        while self._is_given(item := f"{base}#{number}" if number else base, base, captions):
+            number += 1
+        counts[base] = number + (1 if number else captions)
+        return item
+
+    def _is_given(self, item: str, base: str, captions: int) -> bool:
+        """Whether the table gives this id, or that of one of its captions, to another row."""
+        own = {f"{item}#{i}" for i in range(captions)} if captions > 1 else {item}
+        return not self._ids.isdisjoint(own) or not self._numbered.isdisjoint(own - {base})
 
     def _captions(self, row: Mapping[str, Any], columns: Columns) -> list[str]:
         if self._reading.caption is not None:
@@ -140,9 +159,10 @@ class TablePart:
                 yield from groups.pop(name, ())
 
     def _survey(self) -> set[str]:
-        """Names of images that come again with others in between; counts URLs on the way."""
+        """Names of images that come again with others in between; collects ids, counts URLs."""
         repeated, last = set[str](), ""
         for _, row in self._table.rows():
+            self._collect_id(row)
             name = self._image_name(row)
             if not name:
                 continue
@@ -152,6 +172,17 @@ class TablePart:
             self._named.add(name)
             last = name
         return repeated
+
+    def _collect_id(self, row: dict[str, Any] | str) -> None:
+        """Remember what a generated id must not be: an id of the table, a name that is numbered."""
+        if isinstance(row, str):
+            return
+        columns = self._columns(row)
+        with suppress(UnusableItem):
+            if own := _id_text(row.get(columns.id)):
+                self._ids.add(own)
+            elif isinstance(name := row.get(columns.image), str) and NUMBERED.search(name):
+                self._numbered.add(name)
 
     def _image_name(self, row: dict[str, Any] | str) -> str:
         value = "" if isinstance(row, str) else row.get(self._columns(row).image)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from index_store.build.source import Reject
-from models.data.folders.files import Finder, digest_of, is_hidden, is_image, read_bytes
+from models.data.folders.files import Finder, digest_of, is_hidden, is_image, read_bytes, real_path
 from models.data.samples import (
     DEFAULT_TEMPLATE,
     Reading,
@@ -34,7 +34,7 @@ class WalkedPart:
 
     def __init__(self, root: Path, folders: Sequence[tuple[Path, list[str]]], reading: Reading) -> None:
         """Choose sidecars or class names. Raises DataError where neither gives a caption."""
-        self.name = self.label = root.resolve().name
+        self.name = self.label = real_path(root).name
         self._root, self._folders, self._reading = root, folders, reading
         self._finder = Finder(root, follow_links=reading.follow_links)
         self._has_sidecars = any(_sidecars(files) for _, files in folders)
@@ -130,7 +130,7 @@ class WalkedPart:
             except OSError:
                 facts.append([name, 0, 0])
         own = [self._reading.caption, self._template, self._has_sidecars, dict(self._reading.columns)]
-        return digest_of("walk", str((self._root / folder).resolve()), facts, own)
+        return digest_of("walk", str(real_path(self._root / folder)), facts, own)
 
 
 def _sidecars(files: Sequence[str]) -> Mapping[str, list[str]]:

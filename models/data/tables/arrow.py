@@ -1,12 +1,14 @@
 """Rows of parquet and arrow files (as `save_to_disk` of Hugging Face writes) as JSON values."""
 
-import base64
 import datetime
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from models.data.folders.files import file_fault
 from models.data.samples import IMAGE_KINDS
@@ -15,6 +17,7 @@ from models.errors import DataError
 BATCH_ROWS = 1024  # rows held in memory at a time
 IMAGE_BATCH_ROWS = 64  # where rows hold image bytes
 VECTOR_WIDTH = 16  # a list of at least so many floats is a vector, not a value for people
+MAX_INTEGER = 2**63 - 1  # of an integer id
 PICTURE_NAMES = {"image", "img", "photo", "picture", "image_bytes", "image_data", *IMAGE_KINDS}
 
 
@@ -26,38 +29,68 @@ class ArrowTable:
     """
 
     def __init__(self, path: Path, vectors: Sequence[str] = ()) -> None:
-        """vectors: columns of vectors that are wanted all the same. Raises DataError."""
-        self.path = path
+        """vectors: columns that `blocks` gives as they are. Raises DataError."""
+        self.path, self._vectors = path, list(vectors)
         self.schema = _read_schema(path)
         self._labels = _class_labels(self.schema)
-        self.images = [field.name for field in self.schema if _is_image(field)]
         self.notes: list[str] = [f"{name}: its numbers are replaced by the class names" for name in self._labels]
-        self.names = [name for name in self.schema.names if not name.startswith("__index_level_")]
-        left_out = [
-            field.name for field in self.schema if _is_vector(field.type) or _is_stray_binary(field, self.images)
-        ]
+        self.names = column_names(path)
+        if repeated := [name for name, count in Counter(self.schema.names).items() if count > 1]:
+            self.notes.append(f"{', '.join(repeated)}: the name of several columns, none of them is read")
+        fields = [self.schema.field(name) for name in self.names]
+        self.images = [field.name for field in fields if _is_image(field)]
         self._broken: set[str] = set()
-        if dropped := [name for name in left_out if name in self.names and name not in vectors]:
-            self.names = [name for name in self.names if name not in dropped]
-            self.notes.append(f"{', '.join(dropped)}: vectors or bytes, left out of the metadata")
+        others = [each for each in fields if each.name not in {*self.images, *vectors}]
+        binary = self._without_text([each.name for each in others if _is_binary(each.type)])
+        left_out = [each.name for each in others if _is_vector(each.type) or _nests_binary(each.type)]
+        self.leave_out([name for name in self.names if name in {*left_out, *binary}], "vectors or bytes")
+        self.names = [name for name in self.names if name not in vectors]
 
-    def rows(self, batch: int | None = None) -> Iterator[dict[str, Any]]:
+    def leave_out(self, names: Sequence[str], what: str) -> None:
+        """Leave columns out of the rows, with a note.  what: they hold."""
+        if names:
+            self.names = [name for name in self.names if name not in names]
+            self.images = [name for name in self.images if name not in names]
+            self.notes.append(f"{', '.join(names)}: {what}, left out of the metadata")
+
+    def rows(self) -> Iterator[dict[str, Any]]:
         """The rows; image columns as they are, all others as JSON values. Raises DataError."""
+        for rows, _ in self.blocks(IMAGE_BATCH_ROWS if self.images else BATCH_ROWS):
+            yield from rows
+
+    def blocks(self, size: int) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
+        """The rows in blocks of at most `size`, with the arrow columns of the vectors.
+
+        Raises DataError.
+        """
         import pyarrow as pa
 
-        size = batch or (IMAGE_BATCH_ROWS if self.images else BATCH_ROWS)
         try:
-            for block in self._blocks(size):
+            for block in self._blocks(size, [*self.names, *self._vectors]):
                 columns = [self._values(name, block.column(name)) for name in self.names]
-                yield from (dict(zip(self.names, row, strict=True)) for row in zip(*columns, strict=True))
+                rows = [dict(zip(self.names, row, strict=True)) for row in zip(*columns, strict=True)]
+                yield rows or [{} for _ in range(len(block))], {name: block.column(name) for name in self._vectors}
         except (pa.ArrowException, OSError, ValueError) as error:
             raise unreadable(self.path, error) from error
 
-    def _blocks(self, size: int) -> Iterator[Any]:
+    def _without_text(self, names: list[str]) -> list[str]:
+        """The binary columns whose first rows are no UTF-8 text; some programs write text so."""
         import pyarrow as pa
 
-        if self.path.suffix == ".parquet":
-            yield from _open_parquet(self.path).iter_batches(size, columns=self.names)
+        if not names:
+            return []
+        try:
+            block = next(self._blocks(IMAGE_BATCH_ROWS, names), None)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise unreadable(self.path, error) from error
+        values = {name: [] if block is None else block.column(name).to_pylist() for name in names}
+        return [name for name in names if any(each and json_value(each) is None for each in values[name])]
+
+    def _blocks(self, size: int, names: Sequence[str]) -> Iterator[Any]:
+        import pyarrow as pa
+
+        if _is_parquet(self.path):
+            yield from _open_parquet(self.path).iter_batches(size, columns=list(names))
             return
         with pa.memory_map(str(self.path)) as file:
             reader: Any = _arrow_reader(file)
@@ -90,27 +123,57 @@ def count_rows(table: Path) -> int:
 
 
 def column_names(table: Path) -> list[str]:
-    """The column names of a parquet file, without the index column that pandas adds."""
-    return [name for name in _read_schema(table).names if not name.startswith("__index_level_")]
+    """The column names of a file that come once, without the index column that pandas adds."""
+    counts = Counter(_read_schema(table).names)
+    return [name for name, count in counts.items() if count == 1 and not name.startswith("__index_level_")]
 
 
 def is_integer_column(table: Path, column: str) -> bool:
-    """Whether a column of a parquet file has an integer type."""
+    """Whether every value of a column of a parquet file is an integer of 64 signed bits."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    kind = _read_schema(table).field(column).type
+    if not pa.types.is_uint64(kind):
+        return bool(pa.types.is_integer(kind))
+    largest = (compute.max(block.column(0)).as_py() for block in _open_parquet(table).iter_batches(columns=[column]))
+    return all(value is None or value <= MAX_INTEGER for value in largest)
+
+
+def vector_rows(column: Any, width: int) -> np.ndarray:
+    """(R, width) float32 of a column of lists; NaN where there is none of this width."""
+    from pyarrow import compute
+
+    fits = compute.equal(compute.list_value_length(column), width).fill_null(False)
+    fits = compute.and_(fits, column.is_valid())
+    rows = np.full((len(column), width), np.nan, np.float32)
+    values = column.filter(fits).flatten()
+    rows[fits.to_numpy(zero_copy_only=False)] = values.to_numpy(zero_copy_only=False).reshape(-1, width)
+    return rows
+
+
+def vector_width(column: Any) -> int | None:
+    """The commonest length of the lists of a column; None where there is none."""
+    from pyarrow import compute
+
+    lengths = compute.mode(compute.list_value_length(column))
+    return int(lengths[0]["mode"].as_py()) if len(lengths) else None
+
+
+def is_vector_column(table: Path, column: str) -> bool:
+    """Whether a column of a parquet file holds lists of numbers."""
     import pyarrow as pa
 
-    return bool(pa.types.is_integer(_read_schema(table).field(column).type))
-
-
-def parquet_rows(table: Path, batch: int = BATCH_ROWS) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file as JSON values, without vectors. Raises DataError."""
-    return ArrowTable(table).rows(batch)
+    kind = _read_schema(table).field(column).type
+    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(listed and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)))
 
 
 def json_value(value: Any) -> Any:
     """A value of a parquet file as a JSON value.
 
-    NaN and infinity become null, dates and times ISO text, bytes their UTF-8 text or base64; lists
-    and mappings are converted item by item.
+    NaN, infinity and bytes that are no UTF-8 text become null, dates and times ISO text; lists and
+    mappings are converted item by item.
     """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -125,7 +188,10 @@ def json_value(value: Any) -> Any:
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
     if isinstance(value, bytes):
-        return _bytes_text(value)
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return None
     return str(value)  # decimal.Decimal and any other type
 
 
@@ -146,8 +212,12 @@ def to_microseconds(column: Any) -> Any:
 def unreadable(table: Path, error: Exception) -> DataError:
     """The error of a file that is damaged, or not what its ending says."""
     reason = file_fault(table) or " ".join(str(error).replace(str(table), table.name).split())[:160]
-    kind = "parquet" if table.suffix == ".parquet" else "arrow"
+    kind = "parquet" if _is_parquet(table) else "arrow"
     return DataError(f"{table.name} of {table.parent.name} is not a readable {kind} file ({reason}): write it again")
+
+
+def _is_parquet(table: Path) -> bool:
+    return table.suffix.lower() == ".parquet"
 
 
 def _open_parquet(table: Path) -> Any:
@@ -164,7 +234,7 @@ def _open_parquet(table: Path) -> Any:
 def _read_schema(path: Path) -> Any:
     import pyarrow as pa
 
-    if path.suffix == ".parquet":
+    if _is_parquet(path):
         return _open_parquet(path).schema_arrow
     try:
         with pa.memory_map(str(path)) as file:
@@ -215,8 +285,10 @@ def _is_image(field: Any) -> bool:
     return _is_binary(field.type) and field.name.lower() in PICTURE_NAMES
 
 
-def _is_stray_binary(field: Any, images: Sequence[str]) -> bool:
-    return field.name not in images and _is_binary(field.type) and field.name.lower().endswith(("image", "bytes"))
+def _nests_binary(kind: Any) -> bool:
+    """Whether a list or a struct holds bytes at any depth, such as a list of images."""
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    return any(_is_binary(each) or _nests_binary(each) for each in inner)
 
 
 def _is_vector(kind: Any) -> bool:
@@ -226,10 +298,3 @@ def _is_vector(kind: Any) -> bool:
     if pa.types.is_fixed_size_list(kind):
         return bool(pa.types.is_floating(kind.value_type) and kind.list_size >= VECTOR_WIDTH)
     return bool((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_floating(kind.value_type))
-
-
-def _bytes_text(value: bytes) -> str:
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return base64.b64encode(value).decode("ascii")

@@ -11,6 +11,7 @@ from models.data.tables.columns import looks_like_image, recognised
 
 DELIMITERS = (",", ";", "\t", "|")
 HEAD_BYTES = 1 << 20  # of the file, from which encoding and delimiter are detected
+WIDE = ("utf-16", "utf-32")
 MAX_RECORD_LINES = 20  # lines over which one quoted field may reach
 BOMS = {
     b"\xef\xbb\xbf": "utf-8-sig",
@@ -93,7 +94,9 @@ def read_records(path: Path, form: TextForm) -> Iterator[Record]:
     A record that does not parse, or whose quote is not closed, is one reject for its first line;
     reading goes on with the next line.
     """
-    with path.open(encoding=form.encoding, errors="surrogateescape", newline="") as file:
+    # surrogateescape cannot stand for a byte below 128, which may be damaged in these two
+    errors = "replace" if form.encoding.startswith(WIDE) else "surrogateescape"
+    with path.open(encoding=form.encoding, errors=errors, newline="") as file:
         lines = _numbered(file)
         pending: list[tuple[int, str]] = []
         while True:
@@ -110,7 +113,7 @@ def read_records(path: Path, form: TextForm) -> Iterator[Record]:
                     break
                 taken.append(following)
                 cells = parse_line(line + "".join(text for _, text in taken), form.delimiter)
-            yield number, _judged(line, cells, taken, form)
+            yield number, _judged(cells, taken, form)
             if cells is None or isinstance(cells, str) or _swallows_rows(taken, form):
                 pending = taken + pending
 
@@ -128,7 +131,7 @@ def parse_line(text: str, delimiter: str) -> list[str] | str | None:
     return rows[0] if len(rows) == 1 else f"{len(rows)} records where one is expected"
 
 
-def _judged(line: str, cells: list[str] | str | None, taken: list[tuple[int, str]], form: TextForm) -> list[str] | str:
+def _judged(cells: list[str] | str | None, taken: list[tuple[int, str]], form: TextForm) -> list[str] | str:
     """The cells, or why the record is a reject."""
     if cells is None:
         return f"a quote is opened and not closed within {MAX_RECORD_LINES} lines"
@@ -138,10 +141,16 @@ def _judged(line: str, cells: list[str] | str | None, taken: list[tuple[int, str
         return "a quote is opened and not closed in its line"
     if len(cells) != len(form.names):
         return f"{len(cells)} fields where the header has {len(form.names)}: quote a text that holds {form.delimiter!r}"
-    if any("\udc80" <= letter <= "\udcff" for cell in cells for letter in cell):
-        byte = next(ord(letter) - 0xDC00 for letter in line if "\udc80" <= letter <= "\udcff")
-        return f"it is not {form.encoding.removesuffix('-sig').upper()} (byte 0x{byte:02X})"
-    return cells
+    return _encoding_fault(cells, form.encoding) or cells
+
+
+def _encoding_fault(cells: list[str], encoding: str) -> str | None:
+    """Which damaged character the cells hold, None for none."""
+    name, text = encoding.removesuffix("-sig").upper(), "".join(cells)
+    if encoding.startswith(WIDE):
+        return f"it is not {name} (a damaged character)" if "\ufffd" in text else None
+    broken = next((letter for letter in text if "\udc80" <= letter <= "\udcff"), None)
+    return broken and f"it is not {name} (byte 0x{ord(broken) - 0xDC00:02X})"
 
 
 def _swallows_rows(taken: list[tuple[int, str]], form: TextForm) -> bool:

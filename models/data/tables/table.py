@@ -1,16 +1,17 @@
 """One table of any kind as rows of JSON values, with its columns chosen and its guesses said."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from models.data.folders.files import real_path
 from models.data.samples import Reading
 from models.data.tables.arrow import ArrowTable
 from models.data.tables.columns import CellTypes, Columns, choose_columns
 from models.data.tables.delimited import TextForm, detect_form, read_records
-from models.data.tables.documents import TableRow, json_lines, read_document, sheet_rows
+from models.data.tables.documents import TableRow, json_lines, read_document, sheet_header, sheet_records
 from models.errors import DataError
 
 TEXT_KINDS = (".csv", ".tsv", ".tab", ".txt", ".token")
@@ -24,7 +25,6 @@ class Table:
 
     label: for messages.  columns: of each role.  rows: reads all rows anew.
     types: of text cells, None where values have types of their own.  notes: what was guessed.
-    captions: whether a caption column is needed.
     """
 
     path: Path
@@ -37,15 +37,13 @@ class Table:
 
 def open_table(path: Path, reading: Reading) -> Table:
     """Open a table and choose its columns. Raises DataError where that fails for all of it."""
-    label = f"{path.name} of {path.resolve().parent.name}"
+    label = f"{path.name} of {real_path(path).parent.name}"
     kind = path.suffix.lower()
     try:
         if kind in (".parquet", ".arrow", ".feather"):
             return _arrow_table(path, label, reading)
         if kind == ".xlsx":
-            names, _, note = sheet_rows(path)
-            columns = _chosen(names, reading, label)
-            return Table(path, label, columns, lambda: sheet_rows(path)[1], notes=[note, *_said(columns, reading)])
+            return _sheet_table(path, label, reading)
         if kind == ".json":
             found, what = read_document(path)
             columns = _chosen(_names_of(found), reading, label)
@@ -82,6 +80,7 @@ def _names_of(rows: Iterable[TableRow]) -> list[str]:
 def _arrow_table(path: Path, label: str, reading: Reading) -> Table:
     table = ArrowTable(path)
     columns = _chosen(table.names, reading, label, table.images)
+    table.leave_out([name for name in table.images if name != columns.image], "further images")
     if columns.image in table.images and not columns.id and "key" in table.names:
         columns = Columns(columns.image, columns.caption, "key")  # as img2dataset writes it
 
@@ -93,28 +92,43 @@ def _arrow_table(path: Path, label: str, reading: Reading) -> Table:
 
 def _text_table(path: Path, label: str, reading: Reading) -> Table:
     form, types = detect_form(path), CellTypes()
-    twice = [name for name, count in Counter(form.names).items() if count > 1]
-    unique = [name for name in form.names if name not in twice]
-    notes = _form_notes(form, path)
     columns = _chosen(list(dict.fromkeys(form.names)), reading, label)
-    needed = {columns.image, columns.caption, columns.id} & set(twice)
-
-    def rows() -> Iterator[TableRow]:
-        if twice:
-            yield "line 1", f"the header names {', '.join(map(repr, twice))} twice: neither is read"
-        for number, cells in read_records(path, form):
-            if isinstance(cells, str):
-                yield f"line {number}", cells
-            elif needed:
-                yield f"line {number}", f"the header names {', '.join(map(repr, sorted(needed)))} twice"
-            else:
-                fields: dict[str, Any] = dict(zip(form.names, cells, strict=True))
-                yield f"line {number}", {name: fields[name] for name in unique}
-
+    rows = _named_rows(form.names, max(form.header, 1), columns, lambda: read_records(path, form))
     for _, row in rows():
         if not isinstance(row, str):
             types.see(row)
-    return Table(path, label, columns, rows, types, notes + _said(columns, reading))
+    return Table(path, label, columns, rows, types, [*_form_notes(form, path), *_said(columns, reading)])
+
+
+def _sheet_table(path: Path, label: str, reading: Reading) -> Table:
+    names, header, note = sheet_header(path)
+    columns = _chosen(list(dict.fromkeys(names)), reading, label)
+    rows = _named_rows(names, header, columns, lambda: sheet_records(path, len(names)))
+    return Table(path, label, columns, rows, notes=[note, *_said(columns, reading)])
+
+
+def _named_rows(
+    names: Sequence[str], header: int, columns: Columns, records: Callable[[], Iterable[tuple[int, list[Any] | str]]]
+) -> Callable[[], Iterator[TableRow]]:
+    """Lines of cells as rows of named fields, without the columns that the header names twice.
+
+    header: its line.  A line whose image, caption or id is in such a column is a reject.
+    """
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    needed = sorted({columns.image, columns.caption, columns.id} & set(twice))
+
+    def rows() -> Iterator[TableRow]:
+        if twice:
+            yield f"line {header}", f"the header names {', '.join(map(repr, twice))} twice: neither is read"
+        for number, cells in records():
+            if isinstance(cells, str):
+                yield f"line {number}", cells
+            elif needed:
+                yield f"line {number}", f"the header names {', '.join(map(repr, needed))} twice"
+            else:
+                yield f"line {number}", {n: cell for n, cell in zip(names, cells, strict=True) if n not in twice}
+
+    return rows
 
 
 def _form_notes(form: TextForm, path: Path) -> list[str]:

@@ -101,7 +101,7 @@ def test_rows_are_normalized_and_zero_or_infinite_ones_rejected(tmp_path: Path) 
     np.testing.assert_allclose(step.pairs.image[0], image[0] / 17, atol=1e-3)
     assert {reject.item: reject.reason for reject in step.rejects} == {
         "b": "its image vector has length 0: it has no direction",
-        "c": "its image vector has length nan: it has no direction",
+        "c": "its image vector has no length: it is missing, of another width than the others, or holds NaN",
         "d": "its image vector has length inf: it has no direction",
         "4": "it has no id",
         "a": "its id came before: ids must be unique",
@@ -120,6 +120,21 @@ def test_an_interrupted_import_continues_within_a_part(tmp_path: Path, skip: int
     assert pair_ids(rest) == [name for name in accepted[skip:] if name]
     assert seen == {name for name in accepted if name}
     assert pair_ids(whole) == [name for name in accepted if name]
+
+
+def test_a_resumed_import_counts_an_id_that_comes_twice_as_before(tmp_path: Path) -> None:
+    write_part(tmp_path, 0, 4, columns={"key": ["a", "b", "a", "a"]})
+    (step,) = read_steps(tmp_path, done={"a", "b"})
+    assert (step.items, step.stored, step.pairs) == (4, 2, None)
+    assert [(reject.item, reject.kind) for reject in step.rejects] == [("a", "duplicate")] * 2
+
+
+def test_image_bytes_in_the_metadata_are_left_out(tmp_path: Path) -> None:
+    image = pa.array([{"bytes": b"\xff\xd8", "path": "x.jpg"}] * 2)
+    write_part(tmp_path, 0, 2, columns={"key": ["a", "b"], "image": image, "n": [1, 2]})
+    (step,) = read_steps(tmp_path)
+    assert step.pairs is not None
+    assert step.pairs.records == [{"n": 1, "caption": ""}, {"n": 2, "caption": ""}]
 
 
 def damage(folder: Path, what: str) -> None:
