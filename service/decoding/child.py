@@ -31,6 +31,8 @@ from service.decoding.messages import (
     REFUSED,
     REQUEST,
     DecodeJob,
+    Order,
+    OrderReply,
     pack_refusal,
 )
 
@@ -43,11 +45,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def serve_forks(control: socket.socket) -> None:
-    """Fork and end decoding processes as the service orders, until it closes `control`.
-
-    {"fork": job} with a socket, and shared memory where there is some -> {"pid": n} or {"error": s}
-    {"end": pid} -> {"status": exit code, or minus the signal that ended it}
-    """
+    """Fork and end decoding processes as the service orders, until it closes `control`."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a group's signals mean the service, which drains
     children: set[int] = set()
@@ -57,12 +55,12 @@ def serve_forks(control: socket.socket) -> None:
         message, descriptors, _, _ = socket.recv_fds(control, 2**16, 2)
         if not message:
             return
-        order = json.loads(message)
+        order: Order = json.loads(message)
         if "fork" in order:
             try:
                 pid = os.fork()
             except OSError as error:
-                reply: dict[str, object] = {"error": error.strerror or str(error)}
+                reply: OrderReply = {"error": error.strerror or str(error)}
             else:
                 if pid == 0:
                     control.close()
@@ -122,6 +120,7 @@ class DecodingProcess:
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1
         pillow_heif.options.DECODE_THREADS = 1
         self._statm = os.open("/proc/self/statm", os.O_RDONLY) if sys.platform == "linux" else None
+        self._inherited = resource.getrlimit(resource.RLIMIT_AS)
 
     def run(self) -> None:
         """Answer requests until the socket closes."""
@@ -153,7 +152,7 @@ class DecodingProcess:
             found = BrokenImage(f"the image does not decode ({type(error).__name__}): it is damaged, send it again")
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-        self._limit_memory(None)
+        self._limit_memory(resource.RLIM_INFINITY)
         if isinstance(found, int):
             return ANSWER.pack(ASKS, found)
         if isinstance(found, ImageError):
@@ -168,7 +167,7 @@ class DecodingProcess:
         """The pixels (3, H, W) uint8, or how many it would have to hold, where that is not
         granted.
         """
-        allowed = PARSING_BYTES + COPIES_OF_FILE * len(data)
+        allowed = self._used_memory() + PARSING_BYTES + COPIES_OF_FILE * len(data)
         held = pixels_held_open(data)
         if self._job.free_pixels < held <= self._job.max_pixels and not granted:
             return held
@@ -179,9 +178,18 @@ class DecodingProcess:
         self._limit_memory(allowed + BYTES_PER_PIXEL * image.pixels)
         return self._job.crop.pixels(image.decode())
 
-    def _limit_memory(self, more: int | None) -> None:
-        """Let the process grow by at most `more` bytes of address space (Linux); None = any."""
+    def _used_memory(self) -> int:
+        """Bytes of address space that the process has now (Linux), else 0."""
+        return 0 if self._statm is None else int(os.pread(self._statm, 64, 0).split()[0]) * mmap.PAGESIZE
+
+    def _limit_memory(self, limit: int) -> None:
+        """Limit the address space to `limit` bytes (Linux), or to less where the service has less.
+
+        Only the soft limit moves: it rises again for the next image, which the hard one could not.
+        The hard one stays what the operator set (`ulimit -v`, systemd's LimitAS), infinite or not.
+        """
         if self._statm is not None:
-            now = int(os.pread(self._statm, 64, 0).split()[0]) * mmap.PAGESIZE
-            limit = resource.RLIM_INFINITY if more is None else now + more
-            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+            soft, hard = self._inherited
+            if soft != resource.RLIM_INFINITY:
+                limit = soft if limit == resource.RLIM_INFINITY else min(limit, soft)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

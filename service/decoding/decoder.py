@@ -20,7 +20,7 @@ from service.batching.executors import IdleThreads
 from service.batching.turns import PixelBudget, Turns
 from service.batching.workers import WorkerLost
 from service.decoding.fork_server import ForkServer
-from service.decoding.messages import ASKS, REFUSED, DecodeJob, unpack_refusal
+from service.decoding.messages import DecodeJob
 from service.decoding.worker import ProcessEnded, Reply, Worker, fork_worker
 from service.errors import NotServing
 from service.observability.metrics import Metrics
@@ -31,6 +31,7 @@ log = logging.getLogger("reco")
 START_S = 10.0
 GRACE_S = 0.1  # for an image that nobody waits for any more, before its process is killed
 RETRY_S = 0.5  # between two attempts to replace a process
+PROTOCOL = "protocol"  # why a process was replaced that sent what is no answer
 FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 
 
@@ -43,7 +44,8 @@ class Decoder:
     fork_server: started with the first process, unless it was started before.
 
     State, changed on the event loop only: the processes, those that are idle, whose turn it is,
-    pixels held, processes being replaced, why one cannot be, whether it is closed.
+    pixels held, deadlines of the images inside, processes being replaced, why one cannot be,
+    whether it is closed.
     """
 
     def __init__(self, job: DecodeJob, *, workers: int, pixels: int, metrics: Metrics, fork_server: ForkServer) -> None:
@@ -53,6 +55,7 @@ class Decoder:
         self._turns = Turns()
         self._budget = PixelBudget(max(pixels, job.max_pixels), max(1, workers - 1))
         self._orders = IdleThreads(2, "decode-orders")
+        self._inside: set[asyncio.Timeout] = set()
         self._recovering: set[asyncio.Task[str]] = set()
         self._problem: str | None = None
         self._closed = False
@@ -67,26 +70,32 @@ class Decoder:
         deadline: a `time.monotonic()` instant, at which the process is killed if it has begun.
         caller: the request of the image; requests take turns.
         Raises ImageError (UnsupportedImage, ImageTooLarge, CostlyImage, BrokenImage), WorkerLost
-        where the process was killed from outside, DeadlinePassed, NotServing after close.
+        where the process was killed from outside, DeadlinePassed, NotServing once closed.
         """
-        if self._closed:
-            raise NotServing("the service is shutting down and decodes no new image: retry elsewhere or later")
         left_s = deadline - time.monotonic()
+        if self._closed:
+            raise _not_serving()
         try:
             if left_s <= 0:
                 raise TimeoutError
-            async with asyncio.timeout(left_s):
-                reply = await self._ask(data, caller, granted=False)
-                if reply.kind == ASKS:
-                    async with self._budget.reserve(reply.number):
-                        reply = await self._ask(data, caller, granted=True)
+            async with asyncio.timeout(left_s) as limit:
+                self._inside.add(limit)
+                try:
+                    reply = await self._ask(data, caller, granted=False)
+                    if reply.asks:
+                        async with self._budget.reserve(reply.asks):
+                            reply = await self._ask(data, caller, granted=True)
+                finally:
+                    self._inside.discard(limit)
         except TimeoutError as error:
+            if self._closed:
+                raise _not_serving() from error
             raise DeadlinePassed(
                 "the image was not decoded before its deadline: allow more time, or send less"
             ) from error
-        if reply.kind == REFUSED:
-            raise unpack_refusal(reply.data)
-        return np.frombuffer(reply.data, np.uint8).reshape(3, *self._job.crop.size)
+        if reply.refusal is not None:
+            raise reply.refusal
+        return np.frombuffer(reply.pixels, np.uint8).reshape(3, *self._job.crop.size)
 
     def not_live(self) -> str | None:
         """None, or why no image is decoded at the moment."""
@@ -102,10 +111,16 @@ class Decoder:
             metrics.decoder_workers.labels(state).set(count)
 
     async def close(self) -> None:
-        """Take no more images, and end the processes."""
+        """Take no more images, refuse those inside with NotServing, and end the processes."""
         self._closed = True
-        for task in self._recovering:
+        now = asyncio.get_running_loop().time()
+        for limit in self._inside:
+            if not limit.expired():
+                limit.reschedule(now)
+        recovering = list(self._recovering)
+        for task in recovering:
             task.cancel()
+        await asyncio.gather(*recovering, return_exceptions=True)
         self._orders.close()
         for worker in list(self._workers):
             worker.close()
@@ -114,15 +129,17 @@ class Decoder:
     async def _ask(self, data: bytes, caller: Hashable, *, granted: bool) -> Reply:
         """Send an image to a process once it is the caller's turn, and wait for the answer."""
         worker = await self._take_worker(caller)
-        answer, recovering = worker.send(data, granted=granted), None
+        answer = worker.send(data, granted=granted)
         try:
-            return await asyncio.shield(answer)
+            return await answer
+        except asyncio.CancelledError:
+            if worker.answer is answer and not self._closed:
+                self._recover(worker, answer)
+            raise
         except ProcessEnded as error:
-            recovering = self._recover(worker, answer)
-            raise self._error_of(await asyncio.shield(recovering)) from error
-        finally:
-            if recovering is None:
-                self._free(worker, answer)
+            if self._closed:
+                raise _not_serving() from error
+            raise self._error_of(await asyncio.shield(self._recover(worker, answer))) from error
 
     async def _take_worker(self, caller: Hashable) -> Worker:
         """An idle process, once it is the caller's turn."""
@@ -133,15 +150,10 @@ class Decoder:
                 return worker
             self._recover(worker, None)  # it was ended while it was idle
 
-    def _free(self, worker: Worker, answer: asyncio.Future[Reply]) -> None:
-        """Seat a process that has answered; get the place of any other back."""
-        if worker.alive and answer.done() and answer.exception() is None:
-            self._seat(worker)
-        else:
-            self._recover(worker, answer)
-
     def _error_of(self, cause: str) -> Exception:
         """The error of the image in whose process `cause` happened."""
+        if cause == PROTOCOL:
+            return BrokenImage("the image misled its decoder: it is damaged, send it again")
         if cause == signal.SIGPROF.name:
             return CostlyImage(f"decoding takes more than {self._job.cpu_s:g} s of CPU: save the image again")
         if cause in {fault.name for fault in FAULTS}:
@@ -153,17 +165,17 @@ class Decoder:
         return self._run_aside(self._replace(worker, answer))
 
     async def _replace(self, worker: Worker, answer: asyncio.Future[Reply] | None) -> str:
+        """answer: to the image in it, whose caller may have left; it has GRACE_S to come."""
         unwanted = False
-        if answer is not None and not answer.done():
-            await asyncio.wait({answer}, timeout=GRACE_S)
-            if worker.alive and answer.done() and answer.exception() is None:
-                self._seat(worker)
+        if answer is not None and answer.cancelled():
+            await asyncio.sleep(GRACE_S)
+            if worker.answer is not answer:
                 return "answered"
-            unwanted = not answer.done()
+            unwanted = worker.alive
         worker.close()
         self._workers.discard(worker)
         status = await self._orders.run(self._fork_server.end, worker.pid)
-        cause = "unwanted" if unwanted else _name_of(status)
+        cause = PROTOCOL if worker.misled else "unwanted" if unwanted else _name_of(status)
         self._metrics.decoder_replaced_total.labels(cause).inc()
         log.warning("decoding process %d was replaced: %s", worker.pid, cause)
         self._renew()
@@ -195,7 +207,7 @@ class Decoder:
 
     async def _fork(self) -> Worker:
         seat = await self._orders.run(fork_worker, self._fork_server, self._job)
-        worker = Worker(seat, self._job.pixel_bytes)
+        worker = Worker(seat, self._job, on_free=self._seat)
         await asyncio.get_running_loop().create_unix_connection(lambda: worker, sock=seat.connection)
         self._workers.add(worker)
         return worker
@@ -206,6 +218,12 @@ class Decoder:
         self._turns.give()
 
 
+def _not_serving() -> NotServing:
+    return NotServing("the service is shutting down and decodes no more images: retry elsewhere or later")
+
+
 def _name_of(status: int) -> str:
-    """SIGSEGV for -11, exit 1 for 1."""
-    return signal.Signals(-status).name if status < 0 else f"exit {status}"
+    """SIGSEGV for -11, signal 40 for -40, exit 1 for 1."""
+    if status >= 0:
+        return f"exit {status}"
+    return signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"

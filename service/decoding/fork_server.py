@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from contextlib import suppress
 
-from service.decoding.messages import DecodeJob
+from service.decoding.messages import DecodeJob, Order, OrderReply
 
 __all__ = ["ForkFailed", "ForkServer"]
 
@@ -23,6 +24,10 @@ START = (
     "from service.decoding.child import serve_forks\n"
     "serve_forks(socket.socket(fileno=int(sys.argv[2])))\n"
 )
+# Of the service's environment, what a process needs to start. Keys and tokens are not among it: a
+# process that hostile bytes took over reads its own environment first.
+KEPT_NAMES = {"GLIBC_TUNABLES", "LANG", "PATH", "TMPDIR", "TZ"}
+KEPT_PREFIXES = ("DYLD_", "LC_", "LD_", "OPENBLAS_")
 # One thread and one heap in each process. glibc gives freed memory back at once by default, and the
 # page faults of the next photo then take a quarter of its time: up to 64 MiB are kept.
 ENVIRON = {
@@ -44,36 +49,42 @@ class ForkServer:
     Python's own (`multiprocessing.forkserver`) is one for the whole process, forks what others have
     preloaded into it, torch for example, and reads pickles. Methods block, and may be called from
     any thread.
-    State: the process and the control socket, None until started; a lock around each order.
+    State: the process and the control socket, None until started; whether it was closed; a lock
+    around each order.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._closed = False
 
     def start(self) -> None:
-        """Start the process, unless it runs; its imports go on in the background.
+        """Start the process, unless it runs, also after `close`; its imports go on in the
+        background.
 
         Raises ForkFailed.
         """
         with self._lock:
+            self._closed = False
             self._start()
 
     def fork(self, job: DecodeJob, descriptors: list[int]) -> int:
-        """Fork a decoding process and return its id. Raises ForkFailed.
+        """Fork a decoding process and return its id. Raises ForkFailed, also after `close`.
 
         descriptors: its end of the socket, then the shared memory where there is some.
         """
         with self._lock:
+            if self._closed:
+                raise ForkFailed("the fork server was closed")
             try:
-                reply = self._order({"fork": job.as_dict()}, descriptors)
-            except OSError as error:
+                reply = self._order(self._start(), {"fork": job.as_dict()}, descriptors)
+            except (OSError, ValueError) as error:
                 self._stop()
                 raise ForkFailed(f"the fork server does not answer: {error}") from error
         if "pid" not in reply:
             raise ForkFailed(f"no process can be forked: {reply.get('error')}")
-        return int(str(reply["pid"]))
+        return reply["pid"]
 
     def end(self, pid: int) -> int:
         """Kill a decoding process, unless it has ended.
@@ -81,26 +92,27 @@ class ForkServer:
         Returns its exit code, or minus the signal that ended it.
         """
         with self._lock:
-            try:
-                return int(str(self._order({"end": pid}, [])["status"]))
-            except (OSError, KeyError) as error:
-                log.warning("the fork server of the decoders ended and is started again: %s", error)
-                self._stop()  # and with it every process that it forked
-                return -9
+            if self._control is not None:
+                try:
+                    return self._order(self._control, {"end": pid}, [])["status"]
+                except (OSError, ValueError, KeyError) as error:
+                    log.warning("the fork server of the decoders ended: %s", error)
+                    self._stop()
+            return -signal.SIGKILL  # what it forked ended with it
 
     def close(self) -> None:
-        """End the fork server, and with it what it forked."""
+        """End the fork server, and with it what it forked; only `start` starts it again."""
         with self._lock:
+            self._closed = True
             self._stop()
 
-    def _order(self, order: dict[str, object], descriptors: list[int]) -> dict[str, object]:
-        control = self._start()
+    def _order(self, control: socket.socket, order: Order, descriptors: list[int]) -> OrderReply:
         socket.send_fds(control, [json.dumps(order).encode()], descriptors)
-        reply = control.recv(2**16)
-        if not reply:
+        message = control.recv(2**16)
+        if not message:
             raise ConnectionResetError("it has ended")
-        found: dict[str, object] = json.loads(reply)
-        return found
+        reply: OrderReply = json.loads(message)
+        return reply
 
     def _start(self) -> socket.socket:
         if self._control is not None:
@@ -109,7 +121,7 @@ class ForkServer:
         command = [sys.executable, "-I", "-S", "-c", START, json.dumps(sys.path), str(theirs.fileno())]
         try:
             self._process = subprocess.Popen(  # noqa: S603  our own interpreter and code
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env={**os.environ, **ENVIRON}
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=_environ()
             )
         except OSError as error:
             ours.close()
@@ -131,3 +143,8 @@ class ForkServer:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+
+def _environ() -> dict[str, str]:
+    kept = {name: os.environ[name] for name in os.environ if name in KEPT_NAMES or name.startswith(KEPT_PREFIXES)}
+    return kept | ENVIRON

@@ -9,10 +9,22 @@ import mmap
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from models.errors import ImageError
 from service.decoding.fork_server import ForkServer
-from service.decoding.messages import ANSWER, ASKS, PIXELS, PIXELS_SENT, REFUSED, REQUEST, DecodeJob
+from service.decoding.messages import (
+    ANSWER,
+    ASKS,
+    FOLLOWED,
+    PIXELS,
+    REFUSED,
+    REQUEST,
+    DecodeJob,
+    allowed_numbers,
+    unpack_refusal,
+)
 
 __all__ = ["ProcessEnded", "Reply", "Worker", "WorkerSeat", "fork_worker"]
 
@@ -26,11 +38,13 @@ class ProcessEnded(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """kind, number: of `messages`.  data: pixels, or the bytes of a refusal."""
+    """pixels: the bytes of (3, H, W) uint8.  asks: pixels that decoding would hold, 0 = it is done.
+    refusal: why there are no pixels.
+    """
 
-    kind: int
-    number: int
-    data: bytes = b""
+    pixels: bytes
+    asks: int
+    refusal: ImageError | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +104,20 @@ def _create_memory(size: int) -> int | None:
 class Worker(asyncio.Protocol):
     """One decoding process, with at most one image in it. Used on the event loop only.
 
-    State: the transport, the answer being waited for, the bytes of it that came.
+    on_free: called as soon as it has answered, before the answer is passed on.
+    State: the transport, the answer to the image in it, what may come as one, the bytes of it that
+    came, whether the process broke the protocol.
     """
 
-    def __init__(self, seat: WorkerSeat, pixel_bytes: int) -> None:
+    def __init__(self, seat: WorkerSeat, job: DecodeJob, on_free: Callable[[Worker], None]) -> None:
         self.pid = seat.pid
-        self._shared, self._pixel_bytes = seat.shared, pixel_bytes
+        self.answer: asyncio.Future[Reply] | None = None  # None = it is free
+        self.misled = False
+        self._shared, self._on_free = seat.shared, on_free
         self._transport: asyncio.Transport | None = None
-        self._answer: asyncio.Future[Reply] | None = None
+        shared = seat.shared is not None
+        self._numbers = {granted: allowed_numbers(job, granted=granted, shared=shared) for granted in (False, True)}
+        self._allowed = self._numbers[False]
         self._came = bytearray()
 
     @property
@@ -106,13 +126,17 @@ class Worker(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def send(self, data: bytes, *, granted: bool) -> asyncio.Future[Reply]:
-        """Send an image; the future gets the answer or ProcessEnded. Shield it, never cancel it."""
-        self._answer = asyncio.get_running_loop().create_future()
+        """Send an image; the future gets the answer or ProcessEnded.
+
+        A caller who leaves cancels the future. The process decodes on, until it is ended.
+        """
+        self.answer = asyncio.get_running_loop().create_future()
+        self._allowed = self._numbers[granted]
         if self._transport is None or not self.alive:
             self._fail("it had ended before")
         else:
             self._transport.writelines([REQUEST.pack(len(data), granted), data])
-        return self._answer
+        return self.answer
 
     def close(self) -> None:
         """Close the socket: the process ends after its image."""
@@ -122,32 +146,45 @@ class Worker(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the loop."""
         self._transport = transport  # type: ignore[assignment]
+        # uvloop leaves a small write to the end of the round, after the work of all other callers
+        self._transport.set_write_buffer_limits(high=0)  # type: ignore[union-attr]
 
     def data_received(self, data: bytes) -> None:
         """Called by the loop: settle the answer once it is whole."""
         self._came += data
-        if len(self._came) < ANSWER.size:
-            return
-        kind, number = ANSWER.unpack_from(self._came)
-        follows = number if kind in (PIXELS_SENT, REFUSED) else 0
-        pixels = kind in (PIXELS, PIXELS_SENT)
-        wrong = (pixels and number != self._pixel_bytes) or (kind == REFUSED and number > 2**16)
-        if wrong or kind not in (PIXELS, PIXELS_SENT, REFUSED, ASKS) or len(self._came) > ANSWER.size + follows:
-            self._fail("it sent what is no answer")
-            self.close()
-        elif len(self._came) == ANSWER.size + follows:
-            body = bytes(self._came[ANSWER.size :])
-            if kind == PIXELS:
-                body = b"" if self._shared is None else self._shared[:]
-            self._came.clear()
-            if self._answer is not None and not self._answer.done():
-                self._answer.set_result(Reply(kind, number, body))
+        answer = self.answer
+        if answer is None:
+            self._break_off("it sent what nobody asked for")
+        elif len(self._came) >= ANSWER.size:
+            kind, number = ANSWER.unpack_from(self._came)
+            missing = ANSWER.size + (number if kind in FOLLOWED else 0) - len(self._came)
+            if missing < 0 or number not in self._allowed.get(kind, ()):
+                self._break_off("it sent what is no answer")
+            elif missing == 0:
+                self._settle(answer, kind, number)
 
     def connection_lost(self, error: Exception | None) -> None:
         """Called by the loop."""
         self._fail("its socket closed")
 
+    def _settle(self, answer: asyncio.Future[Reply], kind: int, number: int) -> None:
+        body = bytes(self._came[ANSWER.size :]) if self._shared is None or kind != PIXELS else self._shared[:]
+        refusal = unpack_refusal(body) if kind == REFUSED else None
+        if kind == REFUSED and refusal is None:
+            self._break_off("its refusal cannot be read")
+            return
+        self._came.clear()
+        self.answer = None
+        self._on_free(self)
+        if not answer.done():
+            answer.set_result(Reply(body, number if kind == ASKS else 0, refusal))
+
+    def _break_off(self, why: str) -> None:
+        self.misled = True
+        self._fail(why)
+        self.close()
+
     def _fail(self, why: str) -> None:
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(ProcessEnded(f"decoding process {self.pid}: {why}"))
-            self._answer.exception()  # a caller who has left does not fetch it
+        if self.answer is not None and not self.answer.done():
+            self.answer.set_exception(ProcessEnded(f"decoding process {self.pid}: {why}"))
+            self.answer.exception()  # a caller who has left does not fetch it

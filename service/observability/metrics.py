@@ -110,7 +110,7 @@ class Metrics:
         self.decoder_replaced_total = Counter(
             "reco_decoder_replaced_total",
             "Decoding processes replaced: unwanted (killed at the deadline, or when the caller left), "
-            "or the signal that ended them (SIGPROF: too much CPU)",
+            "protocol (sent what is no answer), or the signal that ended them (SIGPROF: too much CPU)",
             ["reason"],
             registry=r,
         )

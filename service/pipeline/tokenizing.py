@@ -11,6 +11,7 @@ import numpy as np
 from service.batching.batcher import DeadlinePassed
 from service.batching.executors import IdleThreads
 from service.batching.turns import Turns
+from service.errors import NotServing
 
 __all__ = ["Tokenizing"]
 
@@ -30,17 +31,21 @@ class Tokenizing:
         self._threads, self._turns = IdleThreads(THREADS, "tokenize"), Turns()
         for _ in range(THREADS):
             self._turns.give()
+        self._closed = False
 
     async def tokenize(self, texts: Sequence[str], deadline: float, caller: Hashable) -> np.ndarray:
         """(B, L) int64. deadline: a `time.monotonic()` instant.  caller: the request.
 
-        Raises DeadlinePassed.
+        Raises DeadlinePassed, NotServing once closed.
         """
         steps: list[np.ndarray] = []
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 for some in _split_into_steps(texts):
                     await self._turns.take(caller)
+                    if self._closed:
+                        self._turns.give()
+                        raise NotServing("the service is shutting down and takes no more texts: retry elsewhere")
                     work = self._threads.run(self._tokenize, some)
                     work.add_done_callback(self._finish_step)
                     # the turn ends with the thread's work, not with the caller
@@ -53,7 +58,8 @@ class Tokenizing:
         return steps[0] if len(steps) == 1 else np.concatenate(steps)
 
     def close(self) -> None:
-        """Start no more steps."""
+        """Start no more steps; a request in the middle of its steps gets NotServing."""
+        self._closed = True
         self._threads.close()
 
     def _finish_step(self, work: asyncio.Future[np.ndarray]) -> None:

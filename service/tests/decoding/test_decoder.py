@@ -5,14 +5,12 @@ gets.
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 import os
 import signal
 import struct
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,88 +19,12 @@ import pytest
 from PIL import Image
 
 from models.encoder.image_io import read_image
-from models.encoder.preprocess import Crop
 from models.errors import BrokenImage, CostlyImage, ImageError, ImageTooLarge, UnsupportedImage
 from service.batching.batcher import DeadlinePassed
 from service.batching.workers import WorkerLost
 from service.decoding.decoder import Decoder
-from service.decoding.fork_server import ForkServer
-from service.decoding.messages import DecodeJob
 from service.errors import NotServing
-from service.observability.metrics import Metrics
-
-SIDE = 8
-CROP = Crop((SIDE, SIDE), "squash", "bicubic")
-PATIENCE_S = 60.0
-rng = np.random.default_rng(7)
-
-
-@pytest.fixture(scope="module")
-def fork_server() -> Iterator[ForkServer]:
-    server = ForkServer()
-    server.start()
-    yield server
-    server.close()
-
-
-class Pool:
-    """Runs scenarios with a decoder of two processes, unless told otherwise."""
-
-    def __init__(self, fork_server: ForkServer) -> None:
-        self.fork_server = fork_server
-        self.metrics = Metrics(version="0", torch="0", faiss="0")
-
-    def run(self, work: Callable[[Decoder], Awaitable[Any]], workers: int = 2, **given: Any) -> Any:
-        usual: dict[str, Any] = {"crop": CROP, "max_pixels": 64_000_000, "free_pixels": 1_000_000, "cpu_s": 30.0}
-        job = DecodeJob(**usual | given)
-        decoder = Decoder(
-            job, workers=workers, pixels=job.max_pixels, metrics=self.metrics, fork_server=self.fork_server
-        )
-
-        async def scenario() -> Any:
-            async with asyncio.timeout(PATIENCE_S):
-                await decoder.start()
-                try:
-                    return await work(decoder)
-                finally:
-                    await decoder.close()
-
-        return asyncio.run(scenario())
-
-    def all(self, *images: bytes, **given: Any) -> list[np.ndarray | BaseException]:
-        async def work(decoder: Decoder) -> list[np.ndarray | BaseException]:
-            until = time.monotonic() + PATIENCE_S
-            return await asyncio.gather(*(decoder.decode(each, until, 0) for each in images), return_exceptions=True)
-
-        found: list[np.ndarray | BaseException] = self.run(work, **given)
-        return found
-
-    def replaced(self, reason: str) -> float:
-        return self.metrics.registry.get_sample_value("reco_decoder_replaced_total", {"reason": reason}) or 0.0
-
-
-@pytest.fixture
-def pool(fork_server: ForkServer) -> Pool:
-    return Pool(fork_server)
-
-
-def encoded(kind: str, mode: str = "RGB", size: tuple[int, int] = (40, 30), **options: Any) -> bytes:
-    pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, kind, **options)
-    return file.getvalue()
-
-
-# An AVIF whose header says 16x16 (ispe), and whose one frame has 8192x8192 pixels.
-LYING_AVIF = zlib.decompress(
-    base64.b85decode(
-        "c-muNU{FXasVqn=%S>Yc0uY^>nP!-qnV9D5Xy^nKdYzkElE?r7iWw<6MNl?FL1uCZ0~+8f$SlbPvlxL`E;A=T8N_h`@fjhaj"
-        "KT~I%<Mq6MrLMS8eFXukdw*;<t3IG7&_<Y<b&<X$}A`<0Mg!>1<Cn9S|qc$AQft#01OvoR%C(%m^nB&fD}(+nW1x|JP$}nI5"
-        "|J3C@(pu0%$TX16u=7NIbJ37v?9R!&n%ZnpuE)`EyeeON1D>xaB|F|NsB3gCoO4!RRZi1poK;R?++a|35l^fPo?U{3*@jQ*2"
-        "INE{NT~Z%Ri-_LhZro?l#{=EIiIVzXw~_pj61mt0-*rM1ugwD&^pFF{l0u5%Z$b}%xV_x5t}93KB7i#2y1))`Jel=6B?5?|1"
-        "2^^dV1TFk`Hv8|04R~R*X)NtYrr={5dDfhdl"
-    )
-)
+from service.tests.decoding.pool import CROP, LYING_AVIF, SIDE, Pool, encoded
 
 
 def png_chunk(kind: bytes, body: bytes) -> bytes:
@@ -113,20 +35,6 @@ def png_claiming(width: int, height: int, body: bytes = b"") -> bytes:
     """A well-formed PNG of a few bytes that claims to be large."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(body)) + png_chunk(b"IEND", b"")
-
-
-def slow_image() -> bytes:
-    """A progressive JPEG of 60 scans and 49 megapixels: seconds of work in a few kilobytes."""
-    file = io.BytesIO()
-    Image.new("RGB", (7000, 7000), "teal").save(file, "JPEG", progressive=True)
-    once = file.getvalue()
-    last = once.rfind(b"\xff\xda")
-    return once[:-2] + once[last:-2] * 50 + once[-2:]
-
-
-@pytest.fixture(scope="module")
-def slow() -> bytes:
-    return slow_image()
 
 
 @pytest.mark.parametrize(
@@ -242,9 +150,11 @@ def test_a_killed_process_costs_its_own_image_alone(pool: Pool, slow: bytes) -> 
         os.kill(busy.pid, signal.SIGKILL)
         with pytest.raises(WorkerLost, match="SIGKILL"):
             await lost
-        for worker in list(decoder._idle):  # one that is idle costs nothing
+        idle = list(decoder._idle)  # one that is idle costs nothing
+        for worker in idle:
             os.kill(worker.pid, signal.SIGKILL)
-        await asyncio.sleep(0.1)
+        while any(worker.alive for worker in idle):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
         images = [decoder.decode(encoded("PNG"), time.monotonic() + 30, i) for i in range(6)]
         assert all(pixels.shape == (3, SIDE, SIDE) for pixels in await asyncio.gather(*images))
 
@@ -276,13 +186,15 @@ def test_the_fork_server_is_started_again_where_it_was_killed(pool: Pool) -> Non
 
 def test_signals_of_the_group_do_not_end_the_processes(pool: Pool) -> None:
     async def work(decoder: Decoder) -> None:
+        workers = set(decoder._workers)
         assert pool.fork_server._process is not None
-        for pid in [pool.fork_server._process.pid, *(worker.pid for worker in decoder._workers)]:
+        for pid in [pool.fork_server._process.pid, *(worker.pid for worker in workers)]:
             for number in (signal.SIGINT, signal.SIGTERM):
                 os.kill(pid, number)
-        await asyncio.sleep(0.1)
-        assert all(worker.alive for worker in decoder._workers)
-        assert (await decoder.decode(encoded("PNG"), time.monotonic() + 30, 0)).shape == (3, SIDE, SIDE)
+        images = [decoder.decode(encoded("PNG"), time.monotonic() + 30, 0) for _ in workers]  # one in each process
+        assert all(pixels.shape == (3, SIDE, SIDE) for pixels in await asyncio.gather(*images))
+        assert decoder._workers == workers
+        assert not decoder._recovering
 
     pool.run(work)
 
@@ -359,6 +271,41 @@ def test_a_closed_decoder_refuses_and_its_processes_end(pool: Pool) -> None:
 
     for pid in pool.run(work):
         assert not Path(f"/proc/{pid}").exists()
+
+
+def test_images_inside_are_refused_when_the_decoder_is_closed(pool: Pool, slow: bytes) -> None:
+    """One is being decoded, one waits for its pixels, the others for their turn."""
+
+    async def work(decoder: Decoder) -> None:
+        until = time.monotonic() + 50
+        inside = [asyncio.create_task(decoder.decode(slow, until, i)) for i in range(2)]
+        await asyncio.sleep(0.3)
+        inside += [asyncio.create_task(decoder.decode(slow, until, 2)) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert decoder._turns.depth == 3
+        await decoder.close()
+        outcomes = await asyncio.gather(*inside, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [NotServing] * 5
+        assert not decoder._recovering
+
+    pool.run(work, workers=1)
+
+
+def test_an_image_whose_process_is_being_replaced_is_refused_when_the_decoder_is_closed(
+    pool: Pool, slow: bytes
+) -> None:
+    async def work(decoder: Decoder) -> None:
+        lost = asyncio.create_task(decoder.decode(slow, time.monotonic() + 50, 0))
+        await asyncio.sleep(0.3)
+        (worker,) = decoder._workers
+        os.kill(worker.pid, signal.SIGKILL)
+        while not decoder._recovering:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await decoder.close()
+        with pytest.raises(NotServing):
+            await lost
+
+    pool.run(work, workers=1)
 
 
 def test_faults_in_an_image_print_nothing(pool: Pool, capfd: pytest.CaptureFixture[str]) -> None:

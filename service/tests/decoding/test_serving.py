@@ -15,6 +15,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from service.app import create_app
 from service.engine import Engine
 from service.tests.conftest import Server
 from service.tests.inside import PATIENCE_S, scenario
@@ -78,9 +79,11 @@ def test_a_decoder_without_processes_is_told_by_livez(engine: Engine, monkeypatc
         decoder = engine.embedder.decoder
         with monkeypatch.context() as patch:
             patch.setattr("service.decoding.decoder.fork_worker", refused)
-            for worker in decoder._workers:
+            workers = list(decoder._workers)
+            for worker in workers:
                 os.kill(worker.pid, signal.SIGKILL)
-            await asyncio.sleep(0.1)
+            while any(worker.alive for worker in workers):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
             with_deadline = {"X-Request-Timeout-Ms": "500"} | JPEG
             assert (await client.post("/embed/image", content=b"GIF89a", headers=with_deadline)).status_code == 504
             assert "Resource temporarily unavailable" in await told(client, "/livez", 503)
@@ -89,6 +92,21 @@ def test_a_decoder_without_processes_is_told_by_livez(engine: Engine, monkeypatc
     scenario(engine, work)
 
 
+def test_an_image_that_is_being_decoded_when_the_service_ends_is_answered_503(engine: Engine) -> None:
+    async def run() -> None:
+        transport = httpx.ASGITransport(create_app(engine))
+        async with asyncio.timeout(PATIENCE_S), httpx.AsyncClient(transport=transport, base_url=LOCAL) as client:
+            async with engine.running():
+                inside = asyncio.create_task(client.post("/embed/image", content=slow_jpeg(), headers=JPEG))
+                while len(engine.embedder.decoder._idle) == engine.settings.decode_workers:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            reply = await inside
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_serving")
+
+    asyncio.run(run())
+
+
+LOCAL = "http://127.0.0.1"
 JPEG = {"Content-Type": "image/jpeg"}
 
 

@@ -1,7 +1,8 @@
 """Fuzzers of a running service: JSON, queries, forms, photos and raw HTTP.
 
 Each round is one request. A 5xx, a reply later than the deadline allows, or growth of memory, open
-files or threads fails. A failure names its seed and round: RECO_FUZZ_SEED repeats it.
+files or threads fails; a 504 at the deadline is an answer, which a busy machine may give to any
+request. A failure names its seed and round: RECO_FUZZ_SEED repeats it.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _usage(server: Server) -> tuple[int, int, int]:
 
 def _check(reply: httpx.Response, number: int) -> None:
     where = f"seed {SEED}, round {number}: {reply.request.method} {str(reply.request.url)[:200]}"
-    assert reply.status_code < 500, f"{where}: {reply.status_code} {reply.text[:200]}"
+    assert reply.status_code < 500 or reply.status_code == 504, f"{where}: {reply.status_code} {reply.text[:200]}"
     if reply.status_code >= 400:
         assert reply.json()["error"]["code"], where
         assert "Traceback" not in reply.text, where
@@ -166,4 +167,6 @@ def test_raw_http(fuzzed: Server) -> None:
                 except ConnectionError:
                     continue
             status = reply.split()[1:2]
-            assert not status or status[0][:1] != b"5", f"seed {SEED}, round {number}: {reply[:200]!r}"
+            assert not status or status[0][:1] != b"5" or status[0] == b"504", (
+                f"seed {SEED}, round {number}: {reply[:200]!r}"
+            )

@@ -15,6 +15,7 @@ import pytest
 
 from service.batching.batcher import DeadlinePassed
 from service.engine import Engine
+from service.errors import NotServing
 from service.pipeline.tokenizing import STEP_TEXTS, Tokenizing
 from service.tests.inside import PATIENCE_S, scenario
 
@@ -62,6 +63,23 @@ def test_a_request_that_nobody_waits_for_is_tokenized_no_further(way: str) -> No
         await stage.tokenize(["another"], time.monotonic() + 30, 1)
         assert [len(call) for call in held.calls] == [STEP_TEXTS, 1]
         stage.close()
+
+    asyncio.run(work())
+
+
+def test_requests_inside_are_refused_when_the_stage_is_closed() -> None:
+    held = Held()
+
+    async def work() -> None:
+        stage = Tokenizing(held)
+        until = time.monotonic() + 30
+        inside = [asyncio.create_task(stage.tokenize(["text"] * 2 * STEP_TEXTS, until, i)) for i in range(4)]
+        while not held.calls:  # noqa: ASYNC110  set by the thread
+            await asyncio.sleep(0.005)
+        stage.close()
+        held.go.release(50)
+        outcomes = await asyncio.gather(*inside, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [NotServing] * 4
 
     asyncio.run(work())
 
