@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -19,12 +18,13 @@ from starlette.staticfiles import StaticFiles
 from index_store.errors import StoreError
 from models.errors import ModelError
 from service.api import pages
+from service.api.dependencies import engine_of
 from service.api.middleware import RequestMiddleware
-from service.api.responses import dump_json, error_response
+from service.api.responses import count_refusal, dump_json, error_response
 from service.api.routes import classify, embed, health, label_sets, memories, openai
 from service.batching.batcher import BatcherError
 from service.engine import Engine
-from service.errors import BadRequest, InvalidValue, Refusal, ServiceError
+from service.errors import Refusal, ServiceError
 
 
 def create_app(engine: Engine) -> FastAPI:
@@ -51,25 +51,15 @@ def create_app(engine: Engine) -> FastAPI:
     app.mount("/page", StaticFiles(directory=pages.PAGE), name="page")
     for kind in (ServiceError, StoreError, ModelError, BatcherError):
         app.add_exception_handler(kind, _answer_refusal)
-    app.add_exception_handler(RequestValidationError, _answer_invalid_body)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(ClientDisconnect, _answer_disconnect)
     app.add_middleware(RequestMiddleware, engine=engine)
     return app
 
 
-async def _answer_refusal(_: Request, error: Exception) -> Response:
+async def _answer_refusal(request: Request, error: Exception) -> Response:
+    count_refusal(engine_of(request).metrics, error)
     return error_response(error)
-
-
-async def _answer_invalid_body(_: Request, error: Exception) -> Response:
-    """Answer a body that pydantic refuses with its first problem and the field."""
-    assert isinstance(error, RequestValidationError)  # noqa: S101  registered for this class alone
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"][1:]) or "body"
-    if first["type"] in ("json_invalid", "extra_forbidden", "missing"):
-        return error_response(BadRequest(f"{field}: {first['msg']}", field))
-    return error_response(InvalidValue(f"{field}: {first['msg']}", field))
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

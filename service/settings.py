@@ -252,7 +252,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         found = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and endless numbers
         raise UsageError(f"--config {path} is not TOML: {error}") from error
     for key in found:
         if key not in Settings.model_fields:

@@ -96,7 +96,7 @@ class TrainConfig:
         """Read a TOML file; ConfigError in one line where it is invalid."""
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # also no UTF-8, and endless numbers
             raise ConfigError(f"{path.name} cannot be read as TOML ({error}): correct it") from error
         try:
             # as JSON, since an array of TOML is a list, which a strict tuple takes from JSON alone

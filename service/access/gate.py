@@ -6,7 +6,7 @@ import ipaddress
 import logging
 
 from service.access.hosts import AllowedHosts
-from service.access.keys import Key, Role, digest, find_key
+from service.access.keys import Key, Role, digest, find_key, refuse_twins
 from service.access.keys_file import KeysFile
 from service.access.token import keep_token
 from service.errors import MissingKey, WrongKey
@@ -19,23 +19,25 @@ log = logging.getLogger("reco")
 
 
 class Gate:
-    """Checks callers. Raises UsageError where the keys file cannot be used.
+    """Checks callers. Raises UsageError where the keys file cannot be used, or two keys are one.
 
     token: the admin token of the store, None where the operator has set an admin key.
     keyless: embedding, classifying and reading label sets need no key.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._file = None if settings.keys_file is None else KeysFile(settings.keys_file)
         api = [key.get_secret_value() for key in settings.api_keys]
         self._fixed = [Key(f"RECO_API_KEYS[{i}]", "read", digest(key)) for i, key in enumerate(api)]
         if settings.admin_key is not None:
             self._fixed.append(Key("RECO_ADMIN_KEY", "admin", digest(settings.admin_key.get_secret_value())))
+        refuse_twins(self._fixed)
+        self._file = None if settings.keys_file is None else KeysFile(settings.keys_file, self._fixed)
         self.keyless = not settings.api_keys and self._file is None
         self.token: str | None = None
         if not any(key.role == "admin" for key in self._keys()):
             self.token = keep_token(settings.store)
             self._fixed.append(Key("token", "admin", digest(self.token)))
+            refuse_twins(self._keys())
         self.hosts = AllowedHosts(settings.allowed_hosts, settings.host, keyless=self.keyless)
         if self.keyless and not _is_loopback(settings.host):
             log.warning(

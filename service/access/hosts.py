@@ -1,4 +1,4 @@
-"""Which Host headers are answered.
+"""Which Host headers are answered, and which addresses belong to a network.
 
 A page of another site may give its own name the address of this machine (DNS rebinding); the
 browser then sends it here with that name in Host, and lets the page read the reply. An address is
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from service.errors import WrongHost
+from service.settings import Network
 
 LOOPBACK_NAME = "localhost"
 
@@ -42,6 +43,19 @@ class AllowedHosts:
             f"Host {header[:80]!r} is none of the names of this service: call it by its address, "
             "or add the name to RECO_ALLOWED_HOSTS"
         )
+
+
+def is_within(address: str, networks: Iterable[Network]) -> bool:
+    """Whether an address is of one of the networks; what is no address is of none.
+
+    A socket that listens on IPv6 and IPv4 tells an IPv4 peer as ::ffff:10.0.0.1, which is 10.0.0.1.
+    """
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return any(found in network or (mapped is not None and mapped in network) for network in networks)
 
 
 def _name(header: str) -> str:

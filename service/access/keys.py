@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from service.access.rates import Rates, Usage
+from service.settings import UsageError
 
 Role = Literal["read", "write", "admin"]
 ROLES: tuple[Role, ...] = ("read", "write", "admin")  # each may do what those before it may
@@ -30,6 +31,17 @@ class Key:
     def may(self, role: Role) -> bool:
         """Whether this key opens routes of `role`."""
         return ROLES.index(self.role) >= ROLES.index(role)
+
+
+def refuse_twins(keys: Iterable[Key]) -> None:
+    """Raise UsageError where two keys have one secret: chance would decide which role it has."""
+    seen: dict[bytes, str] = {}
+    for key in keys:
+        if key.sha256 is None:
+            continue
+        if key.sha256 in seen:
+            raise UsageError(f"{seen[key.sha256]} and {key.name} are the same key: give each its own")
+        seen[key.sha256] = key.name
 
 
 def digest(key: str) -> bytes:

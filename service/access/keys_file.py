@@ -14,11 +14,12 @@ import logging
 import re
 import time
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
-from service.access.keys import Key, Role, digest
+from service.access.keys import Key, Role, digest, refuse_twins
 from service.access.rates import Rates, Usage
 from service.settings import UsageError, nearest
 
@@ -62,14 +63,16 @@ class _Entry(BaseModel):
 class KeysFile:
     """The keys of a file as it is now. Raises UsageError where it cannot be used at the start.
 
+    others: the keys that are not in the file, none of which it may repeat; the gate adds to them.
     State: the keys, the stat of the file that they are from, and when that was compared. A later
     version of the file that cannot be used is logged, and the keys stay as they were.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._keys = _read(path, ())
+    def __init__(self, path: Path, others: Sequence[Key] = ()) -> None:
+        self._path, self._others = path, others
+        # before the file is read: one that changes meanwhile is then read again
         self._seen, self._checked = _stat(path), time.monotonic()
+        self._keys = self._read(())
         if self._seen is not None and self._seen[0] & 0o077:
             log.warning("the keys file %s can be read by other users: chmod 600 it, or name keys by sha256", path.name)
 
@@ -85,11 +88,21 @@ class KeysFile:
 
     def _reload(self) -> None:
         try:
-            self._keys = _read(self._path, self._keys)
+            self._keys = self._read(self._keys)
         except UsageError as error:
             log.error("the keys stay as they were: %s", error)
         else:
             log.info("%d keys are read from %s", len(self._keys), self._path.name)
+
+    def _read(self, before: tuple[Key, ...]) -> tuple[Key, ...]:
+        """The keys of the file; a key whose limits are as before keeps what it has left of them."""
+        usages = {(key.name, key.usage.rates): key.usage for key in before}
+        keys = tuple(
+            Key(name, entry.role, entry.secret, usages.get((name, entry.rates)) or Usage(entry.rates))
+            for name, entry in _read_entries(self._path).items()
+        )
+        refuse_twins((*self._others, *keys))
+        return keys
 
 
 def _stat(path: Path) -> tuple[int, ...] | None:
@@ -98,20 +111,6 @@ def _stat(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return found.st_mode, found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
-
-
-def _read(path: Path, before: tuple[Key, ...]) -> tuple[Key, ...]:
-    """The keys of the file; a key whose limits are as before keeps what it has left of them."""
-    usages = {(key.name, key.usage.rates): key.usage for key in before}
-    keys = tuple(
-        Key(name, entry.role, entry.secret, usages.get((name, entry.rates)) or Usage(entry.rates))
-        for name, entry in _read_entries(path).items()
-    )
-    for i, key in enumerate(keys):
-        twin = next((each.name for each in keys[:i] if each.sha256 == key.sha256), None)
-        if twin is not None:
-            raise UsageError(f"{path.name}: {twin} and {key.name} are the same key: give each its own")
-    return keys
 
 
 def _read_entries(path: Path) -> dict[str, _Entry]:
@@ -123,7 +122,7 @@ def _read_entries(path: Path) -> dict[str, _Entry]:
         found = tomllib.loads(content.decode("utf-8"))
     except OSError as error:
         raise UsageError(f"the keys file {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and endless numbers
         # a parser's message may quote the line, and with it a key
         raise UsageError(f"the keys file {path.name} is not TOML: look at its quotes and brackets") from error
     for other in found.keys() - {"keys"}:

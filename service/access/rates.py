@@ -31,9 +31,7 @@ class Allowance:
 
     def spend(self, amount: float) -> None:
         """Take an amount. Raises RateExceeded with the seconds after which it is allowed."""
-        now = time.monotonic()
-        self._left = min(self._most, self._left + (now - self._at) * self._rate)
-        self._at = now
+        self._refill()
         lacking = min(amount, self._most) - self._left
         if lacking > 0:
             raise RateExceeded(
@@ -44,7 +42,13 @@ class Allowance:
 
     def charge(self, amount: float) -> None:
         """Take an amount that has been used already."""
+        self._refill()
         self._left -= amount
+
+    def _refill(self) -> None:
+        now = time.monotonic()
+        self._left = min(self._most, self._left + (now - self._at) * self._rate)
+        self._at = now
 
 
 class Usage:

@@ -11,15 +11,15 @@ from collections.abc import Callable, Coroutine
 from typing import Any, ClassVar
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from service.access.keys import Role
 from service.api.dependencies import engine_of
 from service.api.json_body import read_json
-from service.errors import MissingKey, RateExceeded, ServiceError, WrongKey, refusal
+from service.errors import BadRequest, InvalidValue, MissingKey, RateExceeded, ServiceError, WrongKey, refusal
 from service.observability.audit import audit
-from service.observability.logging import current_request
 
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 
@@ -35,10 +35,12 @@ class GuardedRoute(APIRoute):
 
         async def check_and_handle(request: Request) -> Response:
             self._admit(request)
-            if self.body_field is None:
+            if self.body_field is not None:
+                request = _ParsedRequest(request, await read_json(request, engine_of(request).settings, exact=True))
+            try:
                 return await handle(request)
-            body = await read_json(request, engine_of(request).settings, exact=True)
-            return await handle(_ParsedRequest(request, body))
+            except RequestValidationError as error:
+                raise _describe_invalid(error) from error
 
         if self.role == "read":
             return check_and_handle
@@ -65,7 +67,6 @@ class GuardedRoute(APIRoute):
                 request.headers.get("authorization", ""), self.role, over_unix_socket=over_unix_socket(request)
             )
             request.state.key = key
-            _note_caller(key.name)
             declared = request.headers.get("content-length", "")
             key.usage.begin(int(declared) if declared.isascii() and declared.isdigit() else 0)
         except (MissingKey, WrongKey, RateExceeded) as error:
@@ -97,10 +98,12 @@ def over_unix_socket(request: Request) -> bool:
     return bool(request.scope.get("state", {}).get("unix_socket"))
 
 
-def _note_caller(name: str) -> None:
-    context = current_request.get()
-    if context is not None:
-        context.caller = name
+def _describe_invalid(error: RequestValidationError) -> BadRequest | InvalidValue:
+    """The first problem of a body that pydantic refuses, and its field."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"][1:]) or "body"
+    kind = BadRequest if first["type"] in ("json_invalid", "extra_forbidden", "missing") else InvalidValue
+    return kind(f"{field}: {first['msg']}", field)
 
 
 def _client(request: Request) -> str:

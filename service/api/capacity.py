@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Protocol
 
 from starlette.types import Scope
 
+from service.access.hosts import is_within
 from service.errors import CapacityExceeded
 from service.settings import Network
 
@@ -93,14 +93,8 @@ class ForwardedCallers:
     def _address(self, scope: Scope) -> str | None:
         """The last untrusted address of X-Forwarded-For; None where the peer is not trusted."""
         client = scope.get("client")
-        if not client or not self._trusts(client[0]):
+        if not client or not is_within(client[0], self._trusted):
             return None
         named = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
         hops = [hop.strip() for hop in b",".join(named).decode("latin-1").split(",") if hop.strip()]
-        return next((hop[:64] for hop in reversed(hops) if not self._trusts(hop)), None)
-
-    def _trusts(self, address: str) -> bool:
-        try:
-            return any(ipaddress.ip_address(address) in network for network in self._trusted)
-        except ValueError:
-            return False
+        return next((hop[:64] for hop in reversed(hops) if not is_within(hop, self._trusted)), None)

@@ -15,9 +15,9 @@ from contextlib import nullcontext, suppress
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.capacity import BodyBudget, ForwardedCallers
-from service.api.responses import error_response
+from service.api.responses import count_refusal, error_response
 from service.engine import Engine
-from service.errors import CapacityExceeded, NotServing, SlowSender, TooLarge, refusal
+from service.errors import CapacityExceeded, NotServing, SlowSender, TooLarge
 from service.observability.logging import RequestContext, current_request, log_access
 from service.observability.tracing import finish
 from service.settings import Settings
@@ -75,8 +75,6 @@ class RequestMiddleware:
         finally:
             self._bodies.release(exchange)
             self._engine.inside -= 1
-            if "key" in scope["state"]:
-                scope["state"]["key"].usage.charge_bytes(exchange.undeclared_bytes)
             self._count(scope, exchange)
 
     async def _answer(self, scope: Scope, exchange: _Exchange, send: Send, *, guard: bool = False) -> None:
@@ -93,11 +91,10 @@ class RequestMiddleware:
             with self._callers.count(scope) if guard else nullcontext():
                 await self._app(scope, exchange.receive if guard else exchange.receive_unlimited, exchange.send)
         except Exception as error:
-            if isinstance(error, CapacityExceeded | NotServing | SlowSender | TooLarge) and not exchange.status:
-                self._engine.metrics.rejected_total.labels(refusal(error).code).inc()
             response = error_response(error)
             if exchange.status:
                 raise
+            count_refusal(self._engine.metrics, error)
             await response(scope, exchange.receive_unlimited, exchange.send)
 
     def _check_host(self, scope: Scope) -> None:
@@ -120,7 +117,8 @@ class RequestMiddleware:
 class _Exchange:
     """The messages of one request. status: of the reply, 0 until it begins.
 
-    read_bytes: of the body so far.  complete: whether all of it has come.
+    read_bytes: of the body so far.  complete: whether all of it has come.  Bytes beyond what the
+    head declared, as all of a chunked body, are charged to the key as they come.
     """
 
     context: RequestContext
@@ -131,7 +129,9 @@ class _Exchange:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         self.id = given if CALLERS_ID.fullmatch(given) else uuid.uuid4().hex
-        self._declared = headers.get(b"content-length", b"0")
+        declared = headers.get(b"content-length", b"")
+        self._declared = int(declared) if declared.isdigit() else 0
+        self._state = scope["state"]
         self.receive_unlimited, self._send = receive, send
         self._max_bytes, self._receive_s = settings.max_body_bytes, settings.receive_s
         self.read_bytes, self.complete = 0, False
@@ -141,14 +141,8 @@ class _Exchange:
 
     def check_declared_length(self) -> None:
         """Raise TooLarge by the header alone, before a byte is read."""
-        if self._declared.isdigit() and int(self._declared) > self._max_bytes:
-            raise self._too_large(int(self._declared))
-
-    @property
-    def undeclared_bytes(self) -> int:
-        """Bytes of the body that came beyond what the head declared, as in a chunked one."""
-        declared = int(self._declared) if self._declared.isdigit() else 0
-        return max(0, self.read_bytes - declared)
+        if self._declared > self._max_bytes:
+            raise self._too_large(self._declared)
 
     async def receive(self) -> Message:
         """The next message.
@@ -168,7 +162,11 @@ class _Exchange:
                 f"{self.read_bytes} bytes of the body came in {self._receive_s:g} s: send it faster, or in parts"
             ) from error
         self.complete = not message.get("more_body", False)
-        self._bodies.add(self, len(message.get("body", b"")))
+        size = len(message.get("body", b""))
+        self._bodies.add(self, size)
+        undeclared = min(size, self.read_bytes - self._declared)
+        if undeclared > 0 and "key" in self._state:
+            self._state["key"].usage.charge_bytes(undeclared)
         if self.read_bytes > self._max_bytes:
             raise self._too_large(self.read_bytes)
         if self._refused is not None:

@@ -17,8 +17,18 @@ from starlette.responses import Response
 
 from index_store import Snapshot
 from service.engine import Engine
-from service.errors import ItemRefused, Refusal, refusal
+from service.errors import (
+    CapacityExceeded,
+    ItemRefused,
+    NotServing,
+    RateExceeded,
+    Refusal,
+    SlowSender,
+    TooLarge,
+    refusal,
+)
 from service.observability.logging import log_failure
+from service.observability.metrics import Metrics
 from service.pipeline.stages import EmbeddedItem, EmbedResult
 
 NPY = "application/x-npy"
@@ -33,6 +43,12 @@ def error_response(error: Exception) -> Response:
     elif refused.status == 408:  # the rest of the body may still come
         headers["Connection"] = "close"
     return Response(dump_json(refused.body), refused.status, headers=headers, media_type="application/json")
+
+
+def count_refusal(metrics: Metrics, error: Exception) -> None:
+    """Count a request that was refused before any work was done; a full queue counts itself."""
+    if isinstance(error, CapacityExceeded | NotServing | RateExceeded | SlowSender | TooLarge):
+        metrics.rejected_total.labels(refusal(error).code).inc()
 
 
 def refuse(error: Exception) -> Refusal:

@@ -35,14 +35,19 @@ current_request: ContextVar[RequestContext | None] = ContextVar("current_request
 class RequestContext:
     """The request that the current task answers.
 
-    logged: the failures of it that are in the log.  caller: the name of its key, once checked.
+    logged: the failures of it that are in the log.
     """
 
     id: str
     method: str
     scope: Scope
     logged: list[Exception] = field(default_factory=list)
-    caller: str | None = None
+
+    @property
+    def caller(self) -> str | None:
+        """The name of its key, None before one is checked."""
+        key = self.scope["state"].get("key")
+        return None if key is None else str(key.name)
 
     @property
     def route(self) -> str:

@@ -7,7 +7,6 @@ is pinned; `test_connection_limits` asserts the methods that are overridden.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import resource
 import socket
 from collections import Counter
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.access.hosts import is_within
 from service.settings import Network, Settings
 
 __all__ = ["ConnectionLimits", "LimitedProtocol"]
@@ -31,7 +31,8 @@ class ConnectionLimits:
     """What all connections of one server share.
 
     head_s, send_s: seconds.  per_address: connections of one peer address; trusted peers are
-    proxies and have no limit here.  unread_bytes: of all replies that callers have yet to read.
+    proxies and have no limit here.  unread_bytes: of all replies that callers have yet to read; one
+    larger reply is allowed alone.
     State: the open connections by address, and those with an unread reply, longest first.
     """
 
@@ -56,16 +57,18 @@ class ConnectionLimits:
 
     def trusts(self, address: str) -> bool:
         """Whether a peer is a proxy of the operator's."""
-        return any(ipaddress.ip_address(address) in network for network in self.trusted)
+        return is_within(address, self.trusted)
 
     def hold_unread(self, transport: asyncio.Transport) -> None:
         """Count a reply as unread; where all are too large, end the connections that have waited
         longest for their readers.
+
+        The limit is never below the size of this reply, so that a lone reader gets the largest.
         """
         self.unread.setdefault(transport)
         sizes = {each: each.get_write_buffer_size() for each in self.unread}
         self.unread = dict.fromkeys(each for each, size in sizes.items() if size)
-        excess = sum(sizes.values()) - self.unread_bytes
+        excess = sum(sizes.values()) - max(self.unread_bytes, sizes[transport])
         for each in list(self.unread):
             if excess <= 0:
                 break

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,8 @@ from service.settings import Settings, UsageError
 
 if TYPE_CHECKING:
     from service.engine import Engine
+
+BACKLOG = 2048  # connections that wait to be accepted
 
 log = logging.getLogger("reco")
 
@@ -103,7 +105,9 @@ def bind(host: str, port: int) -> socket.socket:
 def bind_unix(path: Path | None) -> Iterator[list[socket.socket]]:
     """The listening Unix socket with mode 600, none without a path; its file goes at the end.
 
-    A file that a killed service left behind is replaced. Raises UsageError.
+    A file that a killed service left behind is replaced; at the end, one that another service has
+    put there stays. Callers may connect at once, so that nobody takes the socket for such a
+    remnant, and wait for the model. Raises UsageError.
     """
     if path is None:
         yield []
@@ -113,6 +117,8 @@ def bind_unix(path: Path | None) -> Iterator[list[socket.socket]]:
     try:
         _remove_dead_socket(path)
         bound.bind(str(path))
+        bound.listen(BACKLOG)
+        ours = path.stat().st_ino
     except OSError as error:
         bound.close()
         raise UsageError(f"cannot listen on {path}: {error.strerror or error}; choose another --unix-socket") from error
@@ -122,7 +128,9 @@ def bind_unix(path: Path | None) -> Iterator[list[socket.socket]]:
         try:
             yield [bound]
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if path.stat().st_ino == ours:
+                    path.unlink()
 
 
 def _remove_dead_socket(path: Path) -> None:
@@ -165,7 +173,7 @@ def serve(settings: Settings) -> None:
         engine = opening.result()
         config = uvicorn.Config(
             create_app(engine), log_config=None, access_log=False, proxy_headers=False, server_header=False, lifespan="on", loop="uvloop",
-            http=LimitedProtocol.with_limits(ConnectionLimits.from_settings(settings)), backlog=2048,
+            http=LimitedProtocol.with_limits(ConnectionLimits.from_settings(settings)), backlog=BACKLOG, ws="none",
         )  # fmt: skip
         DrainingServer(config, engine).run(sockets=[bound, *unix])
     sys.stdout.flush()

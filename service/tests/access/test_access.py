@@ -6,16 +6,22 @@ import logging
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import IPv4Network, ip_network
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from service.access import keys_file, rates
 from service.access.gate import Gate
-from service.access.hosts import AllowedHosts
+from service.access.hosts import AllowedHosts, is_within
+from service.access.keys import Key
 from service.access.keys_file import KeysFile
 from service.access.token import TOKEN_FILE, keep_token, read_token
-from service.errors import MissingKey, RateExceeded, WrongHost, WrongKey
+from service.api.capacity import ForwardedCallers
+from service.errors import CapacityExceeded, MissingKey, RateExceeded, WrongHost, WrongKey
+from service.observability.logging import RequestContext
+from service.server.connection_limits import ConnectionLimits
 from service.settings import Settings, UsageError
 
 FILE = """
@@ -84,10 +90,14 @@ def test_a_changed_keys_file_is_read_again_and_a_broken_one_changes_nothing(
         write(path, broken)
         clock[0] += keys_file.CHECK_S
         assert [key.name for key in file.current()] == ["shop", "editor", "late"]
+    for no_toml in (b"\xff\xfe", b"[keys.shop]\nrequests_per_s = " + b"1" * 5000):
+        path.write_bytes(no_toml)
+        clock[0] += keys_file.CHECK_S
+        assert len(file.current()) == 3
     path.unlink()
     clock[0] += keys_file.CHECK_S
     assert len(file.current()) == 3
-    assert caplog.text.count("the keys stay as they were") >= 3
+    assert caplog.text.count("the keys stay as they were") == 6
     assert "secret" not in caplog.text
 
 
@@ -115,6 +125,62 @@ def test_a_keys_file_that_cannot_be_used_refuses_to_start(tmp_path: Path, text: 
         gate(tmp_path, keys_file=tmp_path / "missing.toml")
 
 
+def test_bytes_that_are_no_text_refuse_to_start(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    for content in (b"\xff\xfe", b"[keys.shop]\nrequests_per_s = " + b"1" * 5000):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match="is not TOML"):
+            gate(tmp_path, keys_file=path)
+
+
+def test_a_keys_file_that_changes_while_it_is_read_is_read_again(
+    tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, late = write(tmp_path / "keys.toml", FILE), write(tmp_path / "late.toml", FILE.replace("shop", "late"))
+    read = Path.open
+
+    def change_after(opened: Path, mode: str) -> IO[bytes]:
+        file = read(opened, mode)
+        late.replace(path)
+        return file
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", change_after)
+        file = KeysFile(path)
+    assert [key.name for key in file.current()] == ["shop", "editor"]
+    clock[0] += keys_file.CHECK_S
+    assert [key.name for key in file.current()] == ["late", "editor"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"api_keys": ("shop-secret",)},
+        {"admin_key": "editor-secret"},
+        {"api_keys": ("one-secret",), "admin_key": "one-secret"},
+    ],
+)
+def test_one_secret_under_two_names_refuses_to_start(tmp_path: Path, settings: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="are the same key: give each its own") as refused:
+        gate(tmp_path, keys_file=write(tmp_path / "keys.toml", FILE), **settings)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_key_of_the_settings_does_not_become_another_by_the_file(
+    tmp_path: Path, clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "keys.toml", FILE)
+    guard = gate(tmp_path, keys_file=path, api_keys=("reader-secret",))
+    for secret in ("reader-secret", str(guard.token)):
+        write(path, FILE + f'[keys.root]\nkey = "{secret}"\nrole = "admin"\n')
+        clock[0] += keys_file.CHECK_S
+        with pytest.raises(WrongKey):
+            guard.admit(bearer("reader-secret"), "admin", over_unix_socket=False)
+        assert guard.admit(bearer(str(guard.token)), "admin", over_unix_socket=False).name == "token"
+    assert "RECO_API_KEYS[0] and root are the same key" in caplog.text
+    assert "token and root are the same key" in caplog.text
+
+
 def test_a_rate_is_paid_off_and_never_refuses_for_ever(clock: list[float]) -> None:
     allowance = rates.Allowance(4, "items")
     allowance.spend(3)
@@ -135,6 +201,15 @@ def test_a_rate_is_paid_off_and_never_refuses_for_ever(clock: list[float]) -> No
     clock[0] += 1.9
     with pytest.raises(RateExceeded):
         slow.spend(1)
+
+
+def test_bytes_that_came_after_a_rest_are_charged_in_full(clock: list[float]) -> None:
+    allowance = rates.Allowance(100, "bytes")
+    clock[0] += 60  # the allowance is full, and no more than that
+    allowance.charge(400)
+    with pytest.raises(RateExceeded) as refused:
+        allowance.spend(1)
+    assert refused.value.retry_after_s == pytest.approx(3.01)
 
 
 def test_a_token_is_made_once_with_mode_600(tmp_path: Path) -> None:
@@ -207,6 +282,44 @@ def test_the_operators_names_are_answered() -> None:
     hosts = AllowedHosts(("shop.example", "*.cluster.local"), "0.0.0.0", keyless=True)
     for host in ("shop.example", "SHOP.example:443", "reco.svc.cluster.local:8000", "10.0.0.1"):
         hosts.check(host)
+
+
+@pytest.mark.parametrize(
+    ("address", "networks", "inside"),
+    [
+        ("10.1.2.3", "10.0.0.0/8", True),
+        ("::ffff:10.1.2.3", "10.0.0.0/8", True),
+        ("::ffff:10.1.2.3", "::ffff:0:0/96", True),
+        ("::ffff:11.1.2.3", "10.0.0.0/8", False),
+        ("::1", "127.0.0.0/8,::1/128", True),
+        ("fe80::1%eth0", "10.0.0.0/8", False),
+        ("unknown", "0.0.0.0/0", False),
+    ],
+)
+def test_an_address_is_of_a_network_in_either_notation(address: str, networks: str, inside: bool) -> None:
+    assert is_within(address, [ip_network(each) for each in networks.split(",")]) is inside
+
+
+def test_the_caller_of_a_request_is_the_key_that_it_has_now() -> None:
+    scope: dict[str, dict[str, Key]] = {"state": {}}
+    request = RequestContext("id", "GET", scope)
+    assert request.caller is None
+    scope["state"]["key"] = Key("shop", "read")
+    assert request.caller == "shop"
+
+
+def test_a_proxy_is_trusted_in_either_notation() -> None:
+    limits = ConnectionLimits(trusted=(IPv4Network("10.0.0.0/8"),))
+    assert limits.trusts("::ffff:10.1.2.3")
+    assert not limits.trusts("::ffff:192.0.2.1")
+    callers = ForwardedCallers(1, limits.trusted)
+    scope = {"client": ("::ffff:10.1.2.3", 1), "headers": [(b"x-forwarded-for", b"192.0.2.1, ::ffff:10.9.9.9")]}
+    with (
+        callers.count(scope),
+        pytest.raises(CapacityExceeded, match=r"192\.0\.2\.1 has 1 requests"),
+        callers.count(scope),
+    ):
+        pass
 
 
 def test_a_keyless_service_on_every_interface_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

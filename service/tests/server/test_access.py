@@ -38,6 +38,11 @@ key = "narrow-secret"
 role = "read"
 items_per_s = 3
 bytes_per_s = 2000
+
+[keys.chunked]
+key = "chunked-secret"
+role = "read"
+bytes_per_s = 2000
 """
 NGINX = """
 daemon off; pid {folder}/pid; error_log {folder}/error.log; worker_processes 1;
@@ -144,6 +149,38 @@ def test_limits_of_a_key(guarded: Server) -> None:
         assert refused(client.post("/embed/text", content=b"x" * 9000, headers=narrow))[0] in (415, 400)
         assert refused(client.post("/embed/text", content=b"x", headers=narrow)) == (429, "rate_exceeded")
         assert client.post("/embed/text", json=TEXT, headers=bearer("shop-secret")).status_code == 200
+
+
+def test_the_bytes_of_a_chunked_body_are_charged_as_they_come(guarded: Server) -> None:
+    host, port = guarded.url.removeprefix("http://").split(":")
+    head = (
+        f"POST /embed/text HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        "Authorization: Bearer chunked-secret\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    body = {**TEXT, "on_error": "null"}
+    with socket.create_connection((host, int(port)), timeout=60) as half:
+        half.sendall(head.encode() + b"ffff\r\n" + b" " * 0xFFFF)
+        give_up = time.monotonic() + 20
+        while httpx.post(guarded.url + "/embed/text", json=body, headers=bearer("chunked-secret")).status_code == 200:
+            assert time.monotonic() < give_up, "the body that is arriving is not charged"
+            time.sleep(0.05)
+
+
+def test_a_body_of_the_wrong_shape_is_audited_as_what_it_is(guarded: Server) -> None:
+    def outcomes() -> list[str]:
+        lines = [json.loads(line) for line in list(guarded.lines) if line.startswith("{")]
+        return [line["outcome"] for line in lines if line.get("request_id") == "shapes" and line["what"] == "admin"]
+
+    headers = {**bearer("editor-secret"), "x-request-id": "shapes"}
+    with httpx.Client(base_url=guarded.url, timeout=60, headers=headers) as client:
+        assert refused(client.put("/label-sets/a", json={"labels": 5})) == (422, "invalid_value")
+        assert refused(client.put("/label-sets/a", json={})) == (400, "bad_request")
+        assert refused(client.put("/label-sets/a", json={"labels": [], "lables": []})) == (400, "bad_request")
+        assert refused(client.put("/label-sets/a", content=b"{")) == (415, "unsupported_type")
+    give_up = time.monotonic() + 10
+    while len(outcomes()) < 4 and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert outcomes() == ["422", "400", "400", "415"]
 
 
 def test_the_unix_socket_needs_no_key_and_is_the_owners(guarded: Server) -> None:
@@ -257,12 +294,16 @@ def test_a_socket_file_of_a_dead_service_is_replaced_and_others_stay(tmp_path: P
     path = tmp_path / "reco.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
-    with bind_unix(path) as (bound,):
-        bound.listen()
+    with bind_unix(path):
         with pytest.raises(UsageError, match="--unix-socket"), bind_unix(path):
             pass
         assert path.is_socket()
     assert not path.exists()
+    with bind_unix(path), socket.socket(socket.AF_UNIX) as successor:
+        path.unlink()
+        successor.bind(str(path))
+    assert path.is_socket()  # it is the successor's
+    path.unlink()
     path.write_text("a file of the user's")
     with pytest.raises(UsageError), bind_unix(path):
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import socket
 import threading
@@ -100,9 +101,19 @@ def test_a_full_queue_refuses_at_the_door(guarded: Server, photos: dict[str, byt
     assert ask(0).status_code == 200
 
 
+def count_refused(server: Server, reason: str) -> float:
+    """What /metrics says of one reason of a refusal."""
+    found = re.search(
+        rf'^reco_rejected_total{{reason="{reason}"}} (\S+)$', httpx.get(f"{server.url}/metrics").text, re.M
+    )
+    return float(found[1]) if found else 0
+
+
 def test_more_items_than_allowed(guarded: Server) -> None:
+    before = count_refused(guarded, "too_large")
     reply = httpx.post(f"{guarded.url}/embed/text", json={"texts": ["a"] * 5}, headers=bearer("alpha-key"))
     assert reply.status_code == 413
+    assert count_refused(guarded, "too_large") == before + 1
     assert "5" in reply.json()["error"]["message"]
     assert "4" in reply.json()["error"]["message"]
 
@@ -129,6 +140,7 @@ def test_a_body_that_trickles_in_is_a_408(guarded: Server) -> None:
             reply += part
     assert reply.startswith(b"HTTP/1.1 408"), reply
     assert b"slow_sender" in reply
+    assert count_refused(guarded, "slow_sender") == 1
     assert time.monotonic() > started + 1.9
 
 
