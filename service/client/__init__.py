@@ -1,5 +1,5 @@
-"""The Python client: `RecoClient` and `AsyncRecoClient`."""
+"""The Python client: `RecoClient` and `AsyncRecoClient`, and the `Limits` of what they send."""
 
-from .client import AsyncRecoClient, RecoClient, RecoError
+from .client import AsyncRecoClient, Limits, RecoClient, RecoError
 
-__all__ = ["AsyncRecoClient", "RecoClient", "RecoError"]
+__all__ = ["AsyncRecoClient", "Limits", "RecoClient", "RecoError"]

@@ -86,7 +86,14 @@ def label_set_body(labels: Sequence[str], templates: Sequence[str] | None) -> di
     return {"labels": list(labels), **({} if templates is None else {"templates": list(templates)})}
 
 
-def pair_path(name: str, pair_id: str | int | None = None) -> str:
-    """The route of a memory's pairs, or of one of them."""
-    pairs = f"/memories/{quote(name, safe='')}/pairs"
-    return pairs if pair_id is None else f"{pairs}/{quote(str(pair_id), safe='')}"
+def route(*parts: str | int) -> str:
+    """The path of these parts, each quoted as one: a name or an id never becomes another route.
+
+    >>> route("memories", "shop", "pairs", "a/b?")
+    '/memories/shop/pairs/a%2Fb%3F'
+    >>> route("memories", "shop", "pairs", "..")
+    '/memories/shop/pairs/%2E%2E'
+    """
+    quoted = [quote(str(part), safe="") for part in parts]
+    # httpx would leave out "." and "..", which are fine ids
+    return "/" + "/".join(part.replace(".", "%2E") if part in (".", "..") else part for part in quoted)

@@ -25,14 +25,16 @@ from . import protocol as flows
 from .bodies import ImageLike, Limits
 from .protocol import Call, Flow, Outcome, RecoError
 
-__all__ = ["AsyncRecoClient", "RecoClient", "RecoError"]
+__all__ = ["AsyncRecoClient", "Limits", "RecoClient", "RecoError"]
 
 T = TypeVar("T")
 
 
 def _arguments(base_url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    return {"base_url": base_url, "headers": headers, "timeout": timeout_s}
+    # a proxy of the environment (HTTP_PROXY) must not see the key of a service on this machine
+    local = httpx.URL(base_url).host in ("127.0.0.1", "::1", "localhost")
+    return {"base_url": base_url, "headers": headers, "timeout": timeout_s, "trust_env": not local}
 
 
 class RecoClient:
@@ -42,7 +44,8 @@ class RecoClient:
     edits included: the first reply's version is pinned, and where it is replaced meanwhile all
     begins anew.
     limits: how much one request carries, how long a busy service is waited for, and how often an
-    answer begins anew.  timeout_s: of one HTTP request.
+    answer begins anew.  timeout_s: of one HTTP request.  A proxy of the environment is used, but
+    never for a service on this machine. Methods that need another key than a read key say which.
     """
 
     def __init__(
@@ -87,54 +90,54 @@ class RecoClient:
         return self._run(flows.classify(items, texts, options, self._limits, progress))
 
     def memories(self) -> list[dict[str, Any]]:
-        """One row per memory of the service's store (admin key)."""
+        """One row per memory of the service's store (write key)."""
         return self._run(flows.memories(self._limits))
 
     def activate(
         self, name: str, version: str, *, dry_run: bool = False, wait_s: float | None = 600.0
     ) -> Mapping[str, Any]:
-        """Swap to a version and wait until its job is done; wait_s=None returns the job as started.
+        """Swap to a version and wait until its job is done (admin key).
 
-        Raises RecoError where it fails.
+        wait_s: seconds; None returns the job as started. Raises RecoError where it fails.
         """
         body = {"version": version, "dry_run": dry_run}
         return self._run(flows.start_job(name, "activate", body, wait_s, self._limits))
 
     def rollback(self, name: str, *, wait_s: float | None = 600.0) -> Mapping[str, Any]:
-        """Swap back to the version that was served before; as `activate`."""
+        """Swap back to the version that was served before (admin key); as `activate`."""
         return self._run(flows.start_job(name, "rollback", None, wait_s, self._limits))
 
     def compact(self, name: str, *, wait_s: float | None = 600.0) -> Mapping[str, Any]:
-        """Fold the online edits into a new version, which is then served; as `activate`."""
+        """Fold the online edits into a version that is then served (admin key); as `activate`."""
         return self._run(flows.start_job(name, "compact", None, wait_s, self._limits))
 
     def job(self, job_id: str) -> Mapping[str, Any]:
-        """A swap or a compaction as it is now."""
-        return self._run(flows.request("GET", f"/jobs/{job_id}", None, self._limits))
+        """A swap or a compaction as it is now (write key)."""
+        return self._run(flows.request("GET", bodies.route("jobs", job_id), None, self._limits))
 
     def put_pairs(self, name: str, pairs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Add pairs, or replace those of the same id, all or none (admin key).
+        """Add pairs, or replace those of the same id, all or none (write key).
 
         pairs: {id, caption, and image (base64) or image_embedding…}, as POST /memories/{name}/pairs
         takes them.
         """
         body = {"pairs": [dict(pair) for pair in pairs]}
-        return self._run(flows.request("POST", bodies.pair_path(name), body, self._limits))
+        return self._run(flows.request("POST", bodies.route("memories", name, "pairs"), body, self._limits))
 
     def delete_pair(self, name: str, pair_id: str | int) -> Mapping[str, Any]:
-        """Remove one pair (admin key)."""
-        return self._run(flows.request("DELETE", bodies.pair_path(name, pair_id), None, self._limits))
+        """Remove one pair (write key)."""
+        return self._run(flows.request("DELETE", bodies.route("memories", name, "pairs", pair_id), None, self._limits))
 
     def label_set(self, name: str) -> Mapping[str, Any]:
         """A stored label set, NAME or NAME@VERSION."""
-        return self._run(flows.request("GET", f"/label-sets/{name}", None, self._limits))
+        return self._run(flows.request("GET", bodies.route("label-sets", name), None, self._limits))
 
     def put_label_set(
         self, name: str, labels: Sequence[str], templates: Sequence[str] | None = None
     ) -> Mapping[str, Any]:
-        """Store or replace a label set (admin key)."""
+        """Store or replace a label set (write key)."""
         body = bodies.label_set_body(labels, templates)
-        return self._run(flows.request("PUT", f"/label-sets/{name}", body, self._limits))
+        return self._run(flows.request("PUT", bodies.route("label-sets", name), body, self._limits))
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -226,27 +229,29 @@ class AsyncRecoClient:
 
     async def job(self, job_id: str) -> Mapping[str, Any]:
         """As `RecoClient.job`."""
-        return await self._run(flows.request("GET", f"/jobs/{job_id}", None, self._limits))
+        return await self._run(flows.request("GET", bodies.route("jobs", job_id), None, self._limits))
 
     async def put_pairs(self, name: str, pairs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """As `RecoClient.put_pairs`."""
         body = {"pairs": [dict(pair) for pair in pairs]}
-        return await self._run(flows.request("POST", bodies.pair_path(name), body, self._limits))
+        return await self._run(flows.request("POST", bodies.route("memories", name, "pairs"), body, self._limits))
 
     async def delete_pair(self, name: str, pair_id: str | int) -> Mapping[str, Any]:
         """As `RecoClient.delete_pair`."""
-        return await self._run(flows.request("DELETE", bodies.pair_path(name, pair_id), None, self._limits))
+        return await self._run(
+            flows.request("DELETE", bodies.route("memories", name, "pairs", pair_id), None, self._limits)
+        )
 
     async def label_set(self, name: str) -> Mapping[str, Any]:
         """As `RecoClient.label_set`."""
-        return await self._run(flows.request("GET", f"/label-sets/{name}", None, self._limits))
+        return await self._run(flows.request("GET", bodies.route("label-sets", name), None, self._limits))
 
     async def put_label_set(
         self, name: str, labels: Sequence[str], templates: Sequence[str] | None = None
     ) -> Mapping[str, Any]:
         """As `RecoClient.put_label_set`."""
         body = bodies.label_set_body(labels, templates)
-        return await self._run(flows.request("PUT", f"/label-sets/{name}", body, self._limits))
+        return await self._run(flows.request("PUT", bodies.route("label-sets", name), body, self._limits))
 
     async def close(self) -> None:
         """Let go of the connections."""

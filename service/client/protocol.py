@@ -9,12 +9,11 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
-from urllib.parse import quote
 
 import httpx
 import numpy as np
 
-from .bodies import ImageLike, Limits, decode_rows, form_body, read_images, split_batches, text_body
+from .bodies import ImageLike, Limits, decode_rows, form_body, read_images, route, split_batches, text_body
 
 T = TypeVar("T")
 Progress: TypeAlias = Callable[[int], object]  # tqdm's `bar.update` fits
@@ -96,8 +95,7 @@ def start_job(
 
     action: "activate", "rollback" or "compact".
     """
-    path = f"/memories/{quote(name, safe='')}/{action}"
-    call = Call("POST", path, {} if body is None else {"json": body}, again=False)
+    call = Call("POST", route("memories", name, action), {} if body is None else {"json": body}, again=False)
     job: dict[str, Any] = (yield from _answered(call, limits)).json()
     if wait_s is None:
         return job
@@ -109,7 +107,7 @@ def start_job(
                 code="job_running",
             )
         yield POLL_S
-        job = (yield from _answered(Call("GET", f"/jobs/{job['id']}"), limits)).json()
+        job = (yield from _answered(Call("GET", route("jobs", job["id"])), limits)).json()
     if job["state"] == "failed":
         what = f"swap to {name}@{job['version']}" if job["kind"] == "swap" else f"{job['kind']} of {name}"
         raise RecoError(

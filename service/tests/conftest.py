@@ -42,7 +42,7 @@ class Server:
 
     def client(self, **given: Any) -> httpx.Client:
         """A client that sends the admin token of the store, where there is one."""
-        return httpx.Client(base_url=self.url, timeout=60, **{"headers": self.admin, **given})
+        return httpx.Client(base_url=self.url, **{"timeout": 60, "headers": self.admin, **given})
 
     @property
     def admin(self) -> dict[str, str]:

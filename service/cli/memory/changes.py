@@ -116,7 +116,8 @@ def _run_job(settings: Settings, url: str, path: str, body: dict[str, Any]) -> d
 def _open_client(store: Path, url: str) -> Any:
     """An httpx client with the admin key, or with the token of the store.
 
-    The token is sent to this machine alone: an address elsewhere is not the service of this store.
+    The token is sent to this machine alone: an address elsewhere is not the service of this store,
+    and a proxy of the environment (HTTP_PROXY) is not asked for an address of this machine.
     """
     import httpx
 
@@ -129,7 +130,7 @@ def _open_client(store: Path, url: str) -> Any:
     local = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
     key = os.environ.get("RECO_ADMIN_KEY") or (read_token(store) if local else None)
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    return httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=30)
+    return httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=30, trust_env=not local)
 
 
 def _body(reply: Any) -> dict[str, Any]:

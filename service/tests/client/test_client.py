@@ -24,8 +24,7 @@ import numpy as np
 import pytest
 
 from service.access.token import read_token
-from service.client.bodies import Limits
-from service.client.client import AsyncRecoClient, RecoClient, RecoError
+from service.client import AsyncRecoClient, Limits, RecoClient, RecoError
 from service.tests.conftest import ROOT, Server
 
 SMALL = Limits(max_items=2, retries=2)
@@ -111,6 +110,22 @@ def test_label_sets_and_jobs(reco: RecoClient) -> None:
     with pytest.raises(RecoError) as refused:
         reco.job("none")
     assert refused.value.code == "not_found"
+
+
+@pytest.mark.parametrize("pair_id", ["a/b", "..", ".", "../grocery", "50 %", "what?", "#1", "ü", "a+b", "%2F"])
+def test_an_id_of_any_characters_is_one_id(reco: RecoClient, pair_id: str, photos: dict[str, bytes]) -> None:
+    pair = {"id": pair_id, "caption": "a new thing", "image": base64.b64encode(photos["coffee"]).decode()}
+    reco.put_pairs("grocery", [pair])
+    assert reco.delete_pair("grocery", pair_id)["deleted"] == pair_id
+
+
+@pytest.mark.parametrize("name", ["../jobs/none", "a/b", "a?b=1", "..", "a#b"])
+def test_a_name_never_becomes_another_route(reco: RecoClient, name: str) -> None:
+    for ask in (reco.label_set, reco.job, reco.rollback, lambda given: reco.put_label_set(given, ["a"])):
+        with pytest.raises(RecoError) as refused:
+            ask(name)
+        assert refused.value.status in (404, 422), refused.value
+    assert [row["name"] for row in reco.memories()] == ["grocery"]
 
 
 def test_a_refusal_names_the_place_in_the_callers_list(reco: RecoClient, photos: dict[str, bytes]) -> None:

@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import socket
+import socketserver
 import stat
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ import httpx
 import pytest
 
 from service.access.token import read_token
+from service.client import RecoClient
 from service.tests.conftest import Server, one_line, reco, serving
 
 ACTIVATE = "/memories/grocery/activate"
@@ -203,6 +206,43 @@ def test_commands_on_the_same_store_find_the_token(guarded: Server, tmp_path: Pa
     line = one_line(reco(*command, "--store", str(tmp_path)), 1)
     assert "refused (401)" in line
     assert "token printed at the start" in line
+
+
+@contextmanager
+def recording_proxy() -> Iterator[tuple[str, list[bytes]]]:
+    """The address of a server that takes every request for a failure, and what was sent to it."""
+    seen: list[bytes] = []
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            seen.append(self.request.recv(65536))
+            self.wfile.write(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{proxy.server_address[1]}", seen
+        proxy.shutdown()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_proxy_of_the_environment_never_sees_the_token(
+    guarded: Server, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"http://{host}:{httpx.URL(guarded.url).port}"
+    with recording_proxy() as (proxy, seen):
+        environ = {"HTTP_PROXY": proxy, "http_proxy": proxy, "ALL_PROXY": proxy, "NO_PROXY": "", "no_proxy": ""}
+        done = reco("memory", "activate", "grocery@all", "--url", url, "--store", str(guarded.store), **environ)
+        assert done.returncode == 0, done.stderr
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        with RecoClient(url, api_key=read_token(guarded.store)) as client:
+            assert [row["name"] for row in client.memories()] == ["grocery"]
+        assert seen == []
+        # an address elsewhere is reached as the environment says, without the token of this store
+        elsewhere = ("memory", "activate", "grocery@all", "--url", "http://192.0.2.1:8000")
+        reco(*elsewhere, "--store", str(guarded.store), **environ)
+        assert seen
+        assert b"authorization" not in seen[0].lower()
 
 
 def test_the_token_is_printed_once_as_a_link_and_never_logged(guarded: Server) -> None:

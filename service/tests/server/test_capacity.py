@@ -84,12 +84,12 @@ def test_a_caller_that_never_reads_is_disconnected(limited: Server) -> None:
 
 
 def test_a_slow_reader_gets_all_of_its_reply(limited: Server) -> None:
-    read_slowly(limited)
+    read_slowly(limited, 256)
 
 
-def read_slowly(server: Server) -> None:
+def read_slowly(server: Server, items: int) -> None:
     """Read a reply of megabytes in pieces, and check that it is whole."""
-    body = json.dumps({"texts": ["a"] * 256, "plain": True}).encode()
+    body = json.dumps({"texts": ["a"] * items, "plain": True}).encode()
     with connected(server) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         connection.sendall(head(len(body), "Connection: close") + body)
@@ -99,7 +99,7 @@ def read_slowly(server: Server) -> None:
             time.sleep(0.02)
     top, _, reply = received.partition(b"\r\n\r\n")
     assert int(top.lower().split(b"content-length: ")[1].split()[0]) == len(reply)
-    assert len(json.loads(reply)["data"]) == 256
+    assert len(json.loads(reply)["data"]) == items
 
 
 def test_a_body_that_goes_on_after_its_reply_is_not_read_for_ever(limited: Server) -> None:
@@ -149,8 +149,9 @@ def test_requests_that_wait_on_one_connection_are_limited(limited: Server) -> No
 
 def test_replies_that_nobody_reads_are_limited_together(tmp_path: Path) -> None:
     body = json.dumps({"texts": ["a"] * 256, "plain": True}).encode()
-    with serving(tmp_path, RECO_MAX_BODY_BYTES="100000", RECO_MAX_INFLIGHT_BYTES="100000") as server:
-        read_slowly(server)  # one reply alone may be larger than the limit
+    limits = {"RECO_MAX_BODY_BYTES": "100000", "RECO_MAX_INFLIGHT_BYTES": "100000", "RECO_MAX_ITEMS": "1000"}
+    with serving(tmp_path, **limits) as server:
+        read_slowly(server, 1000)  # one reply alone may be larger than the limit, and than the kernel's buffers
         with server.client() as client:
             client.get("/livez")
         before = open_sockets(server)
