@@ -10,7 +10,7 @@ from models.data.archives.members import is_tar_name
 from models.data.archives.webdataset import TarPart
 from models.data.folders.discover import find_places
 from models.data.folders.files import digest_of, real_path
-from models.data.folders.tabled import TablePart
+from models.data.folders.tabled import TablePart, share_photos
 from models.data.folders.walked import WalkedPart
 from models.data.samples import Part, Reading, Sample, Skip, check_template, read_all_images
 from models.data.tables.table import KINDS
@@ -78,6 +78,7 @@ def open_sources(sources: Iterable[Path], reading: Reading) -> list[Part]:
     """
     check_template(reading.caption)
     parts = [part for source in sources for path in expand_braces(source) for part in _open(path, reading)]
+    share_photos([part for part in parts if isinstance(part, TablePart)])
     failed = [part for part in parts if isinstance(part, FailedPart)]
     if failed and all(isinstance(part, FailedPart | NotedPart) for part in parts):
         raise DataError(failed[0].reason)
@@ -105,7 +106,8 @@ def expand_braces(source: Path) -> list[Path]:
         return [source]
     first, last = int(found[1]), int(found[2])
     width = len(found[1])
-    names = (f"{number:0{width}d}" for number in range(first, last + 1))
+    step = 1 if first <= last else -1  # as a shell counts
+    names = (f"{number:0{width}d}" for number in range(first, last + step, step))
     text = str(source)
     paths = [Path(text[: found.start()] + name + text[found.end() :]) for name in names]
     return [each for path in paths for each in expand_braces(path)]
@@ -134,6 +136,7 @@ def _open_folder(source: Path, reading: Reading) -> Iterator[Part]:
             yield WalkedPart(source, places.photos, reading)
         except DataError as error:
             yield FailedPart(name, str(error))
+    yield from (FailedPart(each, reason) for each, reason in places.refused)
     if places.notes:
         yield NotedPart(name, places.notes)
 

@@ -75,7 +75,7 @@ def count_parts(
                 own.add(item.id)
             on_progress(1)
         if shared := len(own & known):
-            prefix = _free_label(part.label, taken)
+            prefix = _free_label(part.label, taken, own, known)
             part, own = PrefixedPart(part, f"{prefix}/", shared), {f"{prefix}/{name}" for name in own}
         taken.add(part.label)
         known |= own
@@ -84,10 +84,10 @@ def count_parts(
     return separate, counts
 
 
-def _free_label(label: str, taken: set[str]) -> str:
-    if label not in taken:
-        return label
-    return next(each for number in count(2) if (each := f"{label}-{number}") not in taken)
+def _free_label(label: str, taken: set[str], own: set[str], known: set[str]) -> str:
+    """A prefix that no part has, and with which no id of this part (`own`) is one of `known`."""
+    labels = (label if number == 1 else f"{label}-{number}" for number in count(1))
+    return next(each for each in labels if each not in taken and known.isdisjoint(f"{each}/{name}" for name in own))
 
 
 def build_streams(
@@ -97,7 +97,11 @@ def build_streams(
 
     on_progress: called with the number of further items counted.  Raises DataError.
     """
-    opened = open_streams(sources, encoding.reading, on_progress)
+    return opened_streams(open_streams(sources, encoding.reading, on_progress), encoding)
+
+
+def opened_streams(opened: Sequence[Path | tuple[list[Part], int]], encoding: Encoding) -> list[Stream]:
+    """The streams of what `open_streams` found. Raises StoreError for another encoder's version."""
     return [
         version_stream(found, encoding.encoder.fingerprint, encoding.kinds)
         if isinstance(found, Path)

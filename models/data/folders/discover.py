@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.data.archives.members import is_tar_name
-from models.data.folders.files import is_hidden, is_image, real_path, walk_folder
+from models.data.folders.files import is_hidden, is_image, is_kind, place_fault, real_path, walk_folder
 from models.data.samples import Reading
 from models.data.tables.documents import NO_CAPTIONS
 from models.data.tables.table import KINDS, open_table
@@ -24,35 +24,44 @@ class Places:
     """What one folder holds.
 
     tables: (file, folder that holds its images).  photos: (folder relative to the root, its files).
-    notes: what is left alone.
+    notes: what is left alone.  refused: (name, reason) of what cannot be read.
     """
 
     tables: list[tuple[Path, Path]] = field(default_factory=list)
     tars: list[Path] = field(default_factory=list)
     photos: list[tuple[Path, list[str]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def any(self) -> bool:
-        """Whether there is anything to read."""
-        return bool(self.tables or self.tars or self.photos)
+        """Whether there is anything to read, or to refuse."""
+        return bool(self.tables or self.tars or self.photos or self.refused)
 
 
 def find_places(root: Path, reading: Reading) -> Places:
     """Walk a folder and tell its tables, tars and photos apart.
 
+    A table or tar that lies elsewhere, through a link or a name in `state.json`, is refused unless
+    links are followed.
     Raises DataError where a folder holds two tables of captions, of which one must be meant.
     """
     places, tables, links = Places(), list[Path](), 0
-    for folder, folders, files in walk_folder(root, follow_links=reading.follow_links):
+
+    def refuse_folder(error: OSError) -> None:
+        name = Path(error.filename).name[:80]
+        places.refused.append((name, f"the folder {name} cannot be read ({error.strerror}): grant permission"))
+
+    for folder, folders, files in walk_folder(root, follow_links=reading.follow_links, on_error=refuse_folder):
         if not reading.follow_links:
-            links += sum((folder / name).is_symlink() for name in folders)
+            links += sum(is_kind(folder / name, Path.is_symlink) for name in folders)
         if "dataset_info.json" in files and any(name.endswith(".arrow") for name in files):
-            places.tables += [(path, folder) for path in _arrow_files(folder, files)]
+            places.tables += [(path, folder) for path in _admitted(_arrow_files(folder, files), root, reading, places)]
             folders.clear()
             continue
-        places.tars += [folder / name for name in files if is_tar_name(name) and not is_hidden(name)]
-        tables += _find_tables(folder, folders, files, reading, places.notes)
+        tars = [folder / name for name in files if is_tar_name(name) and not is_hidden(name)]
+        places.tars += _admitted(tars, root, reading, places)
+        tables += _find_tables(root, folder, folders, files, reading, places)
         if any(is_image(name) and not is_hidden(name) for name in files):
             places.photos.append((folder.relative_to(root), files))
     if links:
@@ -62,21 +71,37 @@ def find_places(root: Path, reading: Reading) -> Places:
     return places
 
 
+def _admitted(paths: Sequence[Path], root: Path, reading: Reading, places: Places) -> list[Path]:
+    """The files that may be read; the others are named in `places`, as are photos of that kind."""
+    kept = []
+    for path in paths:
+        fault = place_fault(real_path(path), real_path(root), follow_links=reading.follow_links)
+        if fault is None or (not is_kind(path, Path.exists) and real_path(path).is_relative_to(real_path(root))):
+            kept.append(path)  # of one that is missing the build gives the system's reason
+        elif path.suffix.lower() in QUIET:
+            places.notes.append(f"{path.name} is left alone: it {fault}")
+        else:
+            places.refused.append((path.name, f"{path.name} {fault}"))
+    return kept
+
+
 def _find_tables(
-    folder: Path, folders: Sequence[str], files: Sequence[str], reading: Reading, notes: list[str]
+    root: Path, folder: Path, folders: Sequence[str], files: Sequence[str], reading: Reading, places: Places
 ) -> list[Path]:
     """The tables of one folder that name images."""
     images = {Path(name).stem for name in files if is_image(name)}
     shards = {*folders, *(name.partition(".")[0] for name in files if is_tar_name(name))}
-    found = [
+    named = [
         folder / name
         for name in files
         if Path(name).suffix.lower() in KINDS
         and not is_hidden(name)
         and not name.endswith(NO_TABLES)
         and Path(name).stem not in images
-        and not (name.endswith(".parquet") and Path(name).stem in shards)  # what img2dataset writes beside its output
+        # what img2dataset writes beside its output
+        and not (name.lower().endswith(".parquet") and Path(name).stem in shards)
     ]
+    found = _admitted(named, root, reading, places)
     for stem in PREFERRED:
         named = [path for path in found if path.stem.lower() == stem and path.suffix.lower() not in (".json", ".txt")]
         if len(named) > 1:
@@ -85,7 +110,7 @@ def _find_tables(
             )
         if named:
             return named
-    return list(_known_tables(found, reading, notes))
+    return list(_known_tables(found, reading, places.notes))
 
 
 def _known_tables(found: Sequence[Path], reading: Reading, notes: list[str]) -> Iterator[Path]:

@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -26,14 +26,16 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in IGNORED
 
 
-def walk_folder(root: Path, *, follow_links: bool) -> Iterator[tuple[Path, list[str], list[str]]]:
+def walk_folder(
+    root: Path, *, follow_links: bool, on_error: Callable[[OSError], object] = lambda _: None
+) -> Iterator[tuple[Path, list[str], list[str]]]:
     """(folder, names of sub-folders, names of files) of each folder beneath, in a fixed order.
 
     The caller may shorten the list of sub-folders. A link to a folder is entered only where
-    links are followed, and no folder twice.
+    links are followed, and no folder twice.  on_error: called for a folder that cannot be read.
     """
     seen: set[Path] = set()
-    for folder, folders, files in os.walk(root, followlinks=follow_links):
+    for folder, folders, files in os.walk(root, followlinks=follow_links, onerror=on_error):
         real = real_path(folder)
         if real in seen:
             folders.clear()
@@ -72,6 +74,23 @@ def file_fault(path: Path) -> str | None:
         return "it is a pointer of Git LFS, not the file: run `git lfs pull`"
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "it is an HTML page, such as a login or an error: download it again"
+    return None
+
+
+def is_kind(path: Path, test: Callable[[Path], bool]) -> bool:
+    """What `Path.is_file` or a test like it says; False where the path cannot be looked at."""
+    try:
+        return test(path)
+    except OSError:
+        return False
+
+
+def place_fault(real: Path, root: Path, *, follow_links: bool) -> str | None:
+    """Why a file must not be read from this place, or None.  real, root: paths without links."""
+    if not is_kind(real, Path.is_file):
+        return "is not a file within the folder"
+    if not follow_links and not real.is_relative_to(root):
+        return "is not a file within the folder (--follow-links lets links leave it)"
     return None
 
 
@@ -124,9 +143,8 @@ class Finder:
         return some[0] if len(some) == 1 else None
 
     def _checked(self, path: Path) -> Path:
-        if (not self._follow_links and not path.is_relative_to(self.root)) or not path.is_file():
-            hint = "" if self._follow_links or not path.is_file() else " (--follow-links lets links leave it)"
-            raise UnusableItem(f"it is not a file within the folder{hint}")
+        if (reason := place_fault(path, self.root, follow_links=self._follow_links)) is not None:
+            raise UnusableItem(f"it {reason}")
         return path
 
     def _counted(self, spelling: str, path: Path) -> Path:

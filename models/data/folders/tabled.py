@@ -1,7 +1,7 @@
 """A table of captions with the images that it names, or that it holds."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class TablePart:
         self._table = open_table(path, reading)
         self._reading = reading
         self._finder = Finder(root, follow_links=reading.follow_links)
+        self.root = self._finder.root
+        self.beside: Sequence[TablePart] | None = ()  # further tables of its photos; None: another tells of them
         self._origin = digest_of("table", stamp(path), reading.caption, dict(reading.columns))
         self.origins = frozenset([self._origin])
         self._named = set[str]()
@@ -159,10 +161,13 @@ class TablePart:
                 yield from groups.pop(name, ())
 
     def _survey(self) -> set[str]:
-        """Names of images that come again with others in between; collects ids, counts URLs."""
+        """Names of images that come again with others in between.
+
+        On the way it collects ids and types of cells, and counts URLs.
+        """
         repeated, last = set[str](), ""
         for _, row in self._table.rows():
-            self._collect_id(row)
+            self._collect(row)
             name = self._image_name(row)
             if not name:
                 continue
@@ -173,10 +178,12 @@ class TablePart:
             last = name
         return repeated
 
-    def _collect_id(self, row: dict[str, Any] | str) -> None:
-        """Remember what a generated id must not be: an id of the table, a name that is numbered."""
+    def _collect(self, row: dict[str, Any] | str) -> None:
+        """Remember types of cells, and what a generated id must not be: an id, a numbered name."""
         if isinstance(row, str):
             return
+        if self._table.types is not None:
+            self._table.types.see(row)
         columns = self._columns(row)
         with suppress(UnusableItem):
             if own := _id_text(row.get(columns.id)):
@@ -197,19 +204,31 @@ class TablePart:
         return sorted(self._finder.spellings.items())
 
     def _count_unnamed(self) -> int:
-        """Photos beneath the root that no row names."""
-        if not self._named or self._urls == len(self._named):
+        """Photos beneath the root that no row names, also none of the tables beside."""
+        tables = [self, *(self.beside or ())]
+        names = set[str]().union(*(table._named for table in tables))
+        if self.beside is None or not names or sum(table._urls for table in tables) >= len(names):
             return 0
-        bases: dict[str, set[str]] = {}
-        for name in self._named:
-            bases.setdefault(name.rpartition("/")[2], set()).add(name)
-        lost = 0
-        for base, paths in self._finder.images().items():
-            names = bases.get(base, set())
-            for path in paths:
-                own = comparable(str(path.relative_to(self._finder.root)))
-                lost += not any(own == name or own.endswith(f"/{name}") or name.endswith(f"/{own}") for name in names)
-        return lost
+        endings = {ending for name in names for ending in _endings(name)}
+        own = (
+            comparable(str(path.relative_to(self.root))) for paths in self._finder.images().values() for path in paths
+        )
+        return sum(each not in endings and names.isdisjoint(_endings(each)) for each in own)
+
+
+def share_photos(tables: Sequence[TablePart]) -> None:
+    """Let the first of the tables of each folder tell which of its photos none of them names."""
+    first: dict[Path, TablePart] = {}
+    for table in tables:
+        if (one := first.setdefault(table.root, table)) is not table:
+            one.beside, table.beside = (*(one.beside or ()), table), None
+
+
+def _endings(path: str) -> Iterator[str]:
+    """A path and what is left of it without its first folders."""
+    yield path
+    while path := path.partition("/")[2]:
+        yield path
 
 
 def _held_image(value: object) -> tuple[str, bytes] | None:

@@ -122,8 +122,10 @@ class WalkedPart:
 
     def _folder_digest(self, folder: Path, files: Sequence[str]) -> str:
         """Digest of names, sizes and times of a folder's images and sidecars."""
-        facts = []
+        facts, beside = [], {name for names in _sidecars(files).values() for name in names}
         for name in files:
+            if name not in beside and (not is_image(name) or is_hidden(name)):
+                continue
             try:
                 found = (self._root / folder / name).stat()
                 facts.append([name, found.st_size, found.st_mtime_ns])

@@ -24,7 +24,8 @@ class Table:
     """A table whose columns are known.
 
     label: for messages.  columns: of each role.  rows: reads all rows anew.
-    types: of text cells, None where values have types of their own.  notes: what was guessed.
+    types: of text cells, to be shown every row first; None where values have types of their own.
+    notes: what was guessed.
     """
 
     path: Path
@@ -91,13 +92,10 @@ def _arrow_table(path: Path, label: str, reading: Reading) -> Table:
 
 
 def _text_table(path: Path, label: str, reading: Reading) -> Table:
-    form, types = detect_form(path), CellTypes()
+    form = detect_form(path)
     columns = _chosen(list(dict.fromkeys(form.names)), reading, label)
     rows = _named_rows(form.names, max(form.header, 1), columns, lambda: read_records(path, form))
-    for _, row in rows():
-        if not isinstance(row, str):
-            types.see(row)
-    return Table(path, label, columns, rows, types, [*_form_notes(form, path), *_said(columns, reading)])
+    return Table(path, label, columns, rows, CellTypes(), [*_form_notes(form, path), *_said(columns, reading)])
 
 
 def _sheet_table(path: Path, label: str, reading: Reading) -> Table:
