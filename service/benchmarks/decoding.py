@@ -1,9 +1,9 @@
 """Decoding in the service's processes beside the same decoding in threads.
 
-    python -m service.benchmarks.decoding [--seconds 1] [--workers 2]
+    python -m service.benchmarks.decoding [--seconds 1] [--workers 2] [--out FILE]
 
 Several callers in a loop each send one photo at a time, as many workers decode. Both ways take
-turns, and each figure is the median of ROUNDS. Prints one JSON object.
+turns, and each figure is the median of ROUNDS. Prints a table and writes JSON.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
-import json
 import os
 import statistics
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import uvloop
 from PIL import Image
 
+from loadtests.support.report import environment, table, write
 from models.encoder.image_io import read_image
 from models.encoder.preprocess import Crop
 from service.decoding.decoder import Decoder
@@ -34,7 +35,7 @@ CROP = Crop((224, 224), "shortest", "bicubic")
 JOB = DecodeJob(CROP, max_pixels=64_000_000, free_pixels=16_000_000, cpu_s=10.0)
 SIZES = ((348, 348), (1600, 1200))
 CALLERS = (1, 8, 32)
-ROUNDS = 3
+ROUNDS = 5
 
 Decode = Callable[[bytes], Awaitable[np.ndarray]]
 
@@ -89,8 +90,9 @@ async def measure(workers: int, seconds: float) -> list[dict[str, Any]]:
                 found["processes"].append(await images_per_s(in_process, image, callers, seconds))
                 found["threads"].append(await images_per_s(in_thread, image, callers, seconds))
             rates = {f"{way}_per_s": round(statistics.median(each), 1) for way, each in found.items()}
-            ratio = statistics.median(a / b for a, b in zip(*found.values(), strict=True))
-            rows.append({"size": size, "bytes": len(image), "callers": callers, **rates, "ratio": round(ratio, 3)})
+            ratios = [round(a / b, 3) for a, b in zip(*found.values(), strict=True)]
+            row = {"size": size, "bytes": len(image), "callers": callers, **rates}
+            rows.append({**row, "speed_vs_threads": statistics.median(ratios), "all_speeds_vs_threads": ratios})
     await decoder.close()
     fork_server.close()
     threads.shutdown()
@@ -98,13 +100,19 @@ async def measure(workers: int, seconds: float) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each round of each way")
     parser.add_argument("--workers", type=int, default=max(2, os.cpu_count() or 2), help="threads, and processes")
-    asked = parser.parse_args()
-    rows = uvloop.run(measure(asked.workers, asked.seconds))
-    print(json.dumps({"cores": os.cpu_count(), "workers": asked.workers, "rows": rows}, indent=1))
+    parser.add_argument("--out", type=Path, default=Path("loadtests/results/decoding.json"))
+    args = parser.parse_args()
+    settings = {name: str(value) for name, value in vars(args).items()}
+    report = {**environment("service.benchmarks.decoding"), "settings": settings}
+    report["rows"] = rows = uvloop.run(measure(args.workers, args.seconds))
+    heads = ("size", "callers", "processes_per_s", "threads_per_s", "speed_vs_threads")
+    cells = [("x".join(map(str, row["size"])), *(str(row[head]) for head in heads[1:])) for row in rows]
+    print(table([("photo", "callers", "processes, images/s", "threads, images/s", "ratio"), *cells]))
+    write(args.out, report)
 
 
 if __name__ == "__main__":
