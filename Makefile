@@ -56,7 +56,7 @@ fuzz: .venv/.dev ## run every fuzzer for a minute (RECO_FUZZ_S); RECO_FUZZ_SEED 
 	RECO_FUZZ_S=$${RECO_FUZZ_S:-60} $(BIN)/python -m pytest --timeout 7200 index_store/tests/storage/test_fuzz.py service/tests/fuzz
 
 soak: .venv/.dev ## honest callers beside hostile ones, swaps and edits for half an hour; writes loadtests/results/
-	$(BIN)/python -m loadtests.siege
+	$(BIN)/python -m loadtests.hostile_load
 
 docs: .venv/.dev ## build the documentation site into var/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet

@@ -16,15 +16,15 @@ from typing import Any
 import httpx
 
 from loadtests.compare import figures, lifecycle
+from loadtests.compare.bare_model import BareModel
 from loadtests.compare.figures import BenchContext, Measured
-from loadtests.compare.yardstick import Yardstick
 from loadtests.support.photos import crops
 from loadtests.support.picture import draw_targets
 from loadtests.support.report import ROOT, compare_to_targets, environment, format_verdicts, median_and_spread, write
 from loadtests.support.serving import service
 
 MEMORY = "bench"
-# candidates for the yardstick; the fastest is taken
+# candidates for the bare model; the fastest is taken
 BATCHES = {"cpu": (16, 32), "cuda": (32, 64, 128, 256, 512)}
 QUICK = {"model": "ViT-S-32-alt", "repeats": 1, "seconds": 6.0, "warmup": 0.5, "pairs": 2000, "labels": 20_000}
 SETTINGS = (
@@ -80,7 +80,7 @@ def help_seconds(repeats: int) -> dict[str, float]:
 def measure(arguments: argparse.Namespace, environ: Mapping[str, str], work: Path) -> dict[str, Any]:
     """Measure the chosen figures; their goals are under `targets`."""
     log = work / "service.log"
-    bare = partial(Yardstick, arguments.model, arguments.threads, arguments.device, arguments.precision)
+    bare = partial(BareModel, arguments.model, arguments.threads, arguments.device, arguments.precision)
     photos = [photo for _, photo in crops(64)]
     command = [sys.executable, "-m", "service.cli.main", "info"]
     info = json.loads(subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True).stdout)
@@ -91,13 +91,13 @@ def measure(arguments: argparse.Namespace, environ: Mapping[str, str], work: Pat
     environ = {**environ, "RECO_MEMORY": MEMORY}
     found: dict[str, Measured] = {}
     if chosen := [name for name in RUNNING if name in arguments.only]:
-        with service(environ, log) as served, bare() as yardstick:
+        with service(environ, log) as served, bare() as bare_model:
             batch = max(
                 BATCHES[arguments.device],
-                key=lambda size: yardstick.images(size, arguments.seconds / 2)["images_per_s"],
+                key=lambda size: bare_model.images(size, arguments.seconds / 2)["images_per_s"],
             )
             of = (arguments.repeats, arguments.seconds, arguments.warmup)
-            bench = BenchContext(served.url, yardstick, batch, arguments.device, MEMORY, photos, *of)
+            bench = BenchContext(served.url, bare_model, batch, arguments.device, MEMORY, photos, *of)
             report |= {"service": httpx.get(f"{served.url}/info", trust_env=False).json(), "raw_batch": batch}
             for name in chosen:
                 found[name] = _report(name, partial(RUNNING[name], bench))

@@ -1,19 +1,20 @@
-"""What can go wrong with a request, drawn once, and the one table from an error to its HTTP status.
+"""Errors of requests as a tree, and the table of their HTTP statuses.
 
     ServiceError
     ├── BadRequest           the request is empty, unreadable, or asks for something unsupported
     ├── InvalidValue         an option or an item has a value outside what is allowed
     ├── MissingKey           no key was sent, or not one of ours
-    ├── WrongKey             a key that does not open this door
+    ├── WrongKey             a key without permission for this route
     ├── WrongHost            called by a name that is not the service's own
     ├── RateExceeded         this key has used what it may per second
     ├── NotFound             no label set, job or route by that name
-    ├── RetiredVersion       the version asked for exists but is not the one being served
+    ├── VersionNotServed     the version asked for exists but is not the one being served
     ├── SwapInProgress       another swap of the same memory is running
     ├── SlowSender           the body did not arrive in time
     ├── TooLarge             too many bytes or items
     ├── CapacityExceeded     all requests, or all of one address, are too many bytes or too many
-    ├── UnsupportedType      a content type, or a file type, that is not read here
+    ├── UnsupportedType      a content type that this route does not read
+    ├── ItemRefused          one item of a request was refused
     └── NotServing           starting up, shutting down, or without a memory
 
 Errors of the packages below (StoreError, ModelError, the batcher's) keep their own class; the table
@@ -76,7 +77,7 @@ class NotFound(ServiceError):
     """Nothing by that name."""
 
 
-class RetiredVersion(ServiceError):
+class VersionNotServed(ServiceError):
     """The pinned version exists but is no longer, or not yet, served."""
 
 
@@ -130,7 +131,7 @@ STATUS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (store.IncompatibleSnapshot, 409, "conflict_error", "encoder_mismatch"),
     (model.IncompatibleFusion, 409, "conflict_error", "encoder_mismatch"),
     (store.StoreBusy, 409, "conflict_error", "store_busy"),
-    (RetiredVersion, 410, "not_found_error", "retired_version"),
+    (VersionNotServed, 410, "not_found_error", "retired_version"),
     (TooLarge, 413, "invalid_request_error", "too_large"),
     (model.ImageTooLarge, 413, "invalid_request_error", "too_large"),
     (UnsupportedType, 415, "invalid_request_error", "unsupported_type"),

@@ -1,6 +1,6 @@
 """Settings of the service: one frozen value, merged from flags, RECO_* variables and a TOML file.
 
-A flag goes before the environment, the environment before the file, the file before the default.
+Precedence: flag, environment, file, default.
 """
 
 from __future__ import annotations

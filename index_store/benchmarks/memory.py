@@ -156,7 +156,7 @@ def main() -> int:
     report["open"] = measure_open(store, manifest, args.repeats)
     report["resident"] = measure_resident(store, manifest, collection)
     report["edits"] = measure_edits(
-        store, manifest, collection.fresh(ADDED_PAIRS), collection.queries("image", QUERIES), K, args.repeats
+        store, manifest, collection.additional_pairs(ADDED_PAIRS), collection.queries("image", QUERIES), K, args.repeats
     )
     report["targets"] = verdicts(report)
     print(format_verdicts(report["targets"]))

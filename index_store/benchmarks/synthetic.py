@@ -19,8 +19,8 @@ from index_store.store import Store
 from index_store.types import SIDES, Pairs, Side
 
 PAIRS_PER_CLUSTER = 100  # on average
-LATENT_DIM = 64  # directions of variation; in all 512, clusters would not touch and any index would do
-SPREAD = 0.7  # of a pair about its cluster's centre; centres lie 1 apart per direction, so clusters overlap
+LATENT_DIM = 64  # directions of variation; with 512, clusters would be separate and any index exact
+SPREAD = 0.7  # standard deviation of pairs about their centre; that of centres is 1, so clusters overlap
 NOISE = 0.3  # in every direction
 BLOCK = 50_000
 
@@ -51,7 +51,7 @@ class SyntheticPairs:
         members = np.random.default_rng(8).choice(len(self._share), size=count, p=self._share)
         return self._draw(side, members, 9).astype(np.float32)
 
-    def fresh(self, count: int) -> Pairs:
+    def additional_pairs(self, count: int) -> Pairs:
         """More pairs from the same clusters, to be added by edits."""
         members = np.random.default_rng(10).choice(len(self._share), size=count, p=self._share)
         image, text = (self._draw(side, members, seed) for seed, side in enumerate(SIDES, 11))

@@ -21,7 +21,7 @@ from index_store.storage.manifest import MANIFEST_FILE, Manifest
 from index_store.store import Store, check_name, check_version_name
 from index_store.types import KeyKind, Pairs, Side
 
-READ_ONLY = 0o444  # a version never changes, and a file that is cut while it is mapped ends the process
+READ_ONLY = 0o444  # a version never changes, and truncating a mapped file raises SIGBUS
 
 
 def build_version(
@@ -40,11 +40,10 @@ def build_version(
 ) -> Manifest:
     """Write the pairs of all blocks as one new version of a memory; return its manifest.
 
-    blocks: pairs, or a source, whose second run resumes the first; its rejects are listed in
-    rejects-VERSION.jsonl.  version: None = the next free name of today, or the unfinished build's.
-    kinds: what each side's search compares.  index: "auto" or a faiss factory string.
-    source: JSON for the manifest; a callable is called after the last block. A build that is
-    stopped leaves no version.
+    blocks: pairs, or a source, which resumes an interrupted build and lists its rejects in
+    rejects-VERSION.jsonl.  version: None = the unfinished build's, or the next free name.
+    index: "auto" or a faiss factory string.  kinds: what each side's search compares.
+    source: JSON for the manifest; a callable is called last. A stopped build leaves no version.
     """
     job = blocks if isinstance(blocks, BuildSource) else None
     digest = "" if job is None else job.digest(encoder=encoder, kinds=dict(kinds), shard_pairs=shard_pairs)
@@ -56,17 +55,12 @@ def build_version(
             if isinstance(blocks, Iterable)
             else write_source(writer, blocks, digest, version)
         )
+        fields = {**content.manifest_fields(), "index": {"asked": index}, "parent": parent}
+        recall = {"k": RECALL_K, "floor": recall_floor}
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        origin = dict(source() if callable(source) else source or {})
         draft = Manifest(
-            name=name,
-            version=version,
-            encoder=encoder,
-            **content.manifest_fields(),
-            index={"asked": index},
-            recall={"k": RECALL_K, "floor": recall_floor},
-            files={file: {} for file in content.files},
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            parent=parent,
-            source=dict(source() if callable(source) else source or {}),
+            name=name, version=version, encoder=encoder, recall=recall, created=created, source=origin, **fields
         )
         return _publish(work, *index_version(work, draft))
 
@@ -88,17 +82,14 @@ def _choose_version(store: Store, name: str, version: str | None, job: BuildSour
 
 
 def _publish(work: Path, indexed: Manifest, written: Iterable[str]) -> Manifest:
-    """Sync all files, write the manifest last, then rename the folder, which makes the version
-    exist.
+    """Sync all files, write the manifest last, then rename the folder, which publishes the version.
 
     written: files written after those of the shards.
     """
     names = [*indexed.files, *written]
     for name in names:
-        (work / name).chmod(READ_ONLY)  # before the stats are taken, of which it changes the ctime
-    sight = FileStats.collect(
-        work, names
-    )  # before their digests are taken, so that the first opening need not read them again
+        (work / name).chmod(READ_ONLY)  # changes the ctime, so before the stats are collected
+    stats = FileStats.collect(work, names)  # before the digests, so that the first opening need not read the files
     manifest = dataclasses.replace(indexed, files=file_digests(work, names))
     with translate_write_errors(manifest.ref):
         for name in manifest.files:
@@ -111,5 +102,5 @@ def _publish(work: Path, indexed: Manifest, written: Iterable[str]) -> Manifest:
         work.rename(finished)
         fsync_path(finished.parent)
     remove_build_files(finished)
-    record_verified(finished, manifest, sight)
+    record_verified(finished, manifest, stats)
     return manifest

@@ -34,7 +34,8 @@ class VersionContent:
 
     def manifest_fields(self) -> dict[str, Any]:
         """The fields of the manifest that the content determines."""
-        return {"dim": self.dim, "keys": self.keys, "pairs": self.pairs, "shards": self.shards}
+        files: dict[str, Any] = {file: {} for file in self.files}
+        return {"dim": self.dim, "keys": self.keys, "pairs": self.pairs, "shards": self.shards, "files": files}
 
 
 class VersionWriter:

@@ -82,7 +82,7 @@ class Journal:
 
     @classmethod
     def _write_new(cls, path: Path, manifest_sha256: str, payloads: Iterable[bytes]) -> "Journal":
-        """Write a journal under a temporary name, then rename it, so that none lacks its header."""
+        """Write a journal under a temporary name, then rename it: every journal has a header."""
         fresh, marker, edits = path.with_name(f".{path.name}.fresh"), secrets.token_bytes(8), 0
         file = FileIO(fresh, "w+")
         with _lock_file(file, path):
@@ -178,7 +178,7 @@ def read_records(path: Path, manifest_sha256: str, start: int = HEADER.size) -> 
                 continue
             file.seek(start)
             rest = file.readall() or b""
-            if _read_payload(BytesIO(rest), marker) is None:  # if not, its writer has finished it in the meantime
+            if _read_payload(BytesIO(rest), marker) is None:  # else the writer has completed it since
                 _refuse_holes(rest, marker, path, start)
                 return
 

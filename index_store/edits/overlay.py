@@ -10,8 +10,8 @@ import numpy.typing as npt
 from index_store.edits.changes import Change, Put, decode_change
 from index_store.edits.journal import HEADER, log, read_records, short_path
 from index_store.errors import DamagedVersion
-from index_store.search.bounds import BoundProjection
 from index_store.search.delta import Delta
+from index_store.search.projection_bounds import BoundProjection
 from index_store.snapshot import Snapshot
 from index_store.storage.manifest import Manifest
 from index_store.types import SIDES, Id, Side

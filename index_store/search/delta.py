@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from index_store.search.bounds import BoundProjection, inner_products
 from index_store.search.hits import ABSENT_SCORE, Hits, Segment, top_k
+from index_store.search.projection_bounds import BoundProjection, inner_products
 from index_store.search.sharded import ShardedIndex, scan_blocks, split_keys, take_rows
 from index_store.types import SIDES, Side
 

@@ -90,7 +90,7 @@ class ClonedIndex:
 
 
 class ClonedShards:
-    """Clones of several shards searched concurrently; rows are numbered through the shards."""
+    """Clones of several shards searched concurrently; row numbers count through all shards."""
 
     def __init__(self, clones: Sequence[ClonedIndex]) -> None:
         self._clones = clones

@@ -47,7 +47,9 @@ def test_measuring_edits_leaves_no_edit(tmp_path: Path) -> None:
         store, "b", "v", collection.blocks(), encoder=ENCODER, kinds={"image": "vector", "text": "vector"}, index="Flat"
     )
     store.activate("b", "v")
-    found = measure_edits(store, manifest, collection.fresh(300), collection.queries("image", 64), k=5, repeats=1)
+    found = measure_edits(
+        store, manifest, collection.additional_pairs(300), collection.queries("image", 64), k=5, repeats=1
+    )
     assert found["durable_adds_per_s"] > 10
     assert 0.2 < found["batch_1"]["slowed"] < 20
     assert store.count_edits("b", "v") == 0

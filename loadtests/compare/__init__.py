@@ -1,1 +1,1 @@
-"""Measurements of `loadtests.bench`, beside open_clip in a process of its own (`yardstick`)."""
+"""Measurements of `loadtests.bench`, beside open_clip in a process of its own (`bare_model`)."""

@@ -1,4 +1,4 @@
-"""Figures of `bench`, each measured in alternation with its yardstick."""
+"""Figures of `bench`, each measured in alternation with the bare model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from loadtests.compare.alone import ProfiledRequest, median_profile, profile_lone_caller
-from loadtests.compare.yardstick import Yardstick
+from loadtests.compare.bare_model import BareModel
 from loadtests.support.calls import image_call, run_to_end, text_call
 from loadtests.support.closed_loop import closed_loop
 from loadtests.support.report import ROOT, Goal, median_and_spread, quantiles, table
@@ -65,13 +65,13 @@ INSIDE = ("decode", "encode", "retrieve")  # stages that are not the service's o
 
 @dataclass(frozen=True, slots=True)
 class BenchContext:
-    """A running service and its yardstick.
+    """A running service and the bare model.
 
-    batch: the yardstick's best batch size.  device: of both.  memory: the memory that enhances.
+    batch: the bare model's best batch size.  device: of both.  memory: the memory that enhances.
     """
 
     url: str
-    yardstick: Yardstick
+    bare_model: BareModel
     batch: int
     device: str
     memory: str
@@ -82,11 +82,11 @@ class BenchContext:
 
     def raw(self) -> float:
         """Images per second of the bare tower."""
-        return self.yardstick.images(self.batch, self.seconds / 2)["images_per_s"]
+        return self.bare_model.images(self.batch, self.seconds / 2)["images_per_s"]
 
     def ceiling(self) -> float:
         """Photos per second that all cores can decode."""
-        return self.yardstick.decoding(self.photos, os.cpu_count() or 1, self.seconds / 2)
+        return self.bare_model.decoding(self.photos, os.cpu_count() or 1, self.seconds / 2)
 
     def options(self, name: str) -> dict[str, object]:
         """Request options, by the first word of the load's name."""
@@ -178,9 +178,9 @@ def short_texts(bench: BenchContext) -> Measured:
     call, ratios, cosines = text_call(LABELS, enhance=False), [], []
     run_to_end(profile_lone_caller(bench.url, [call]))
     for _ in range(bench.repeats):
-        before, vectors = bench.yardstick.texts(LABELS)
+        before, vectors = bench.bare_model.texts(LABELS)
         visit = run_to_end(profile_lone_caller(bench.url, [call]))[0]
-        after, _ = bench.yardstick.texts(LABELS)
+        after, _ = bench.bare_model.texts(LABELS)
         ratios.append(statistics.mean((before, after)) / visit.felt)
         served = np.asarray([row["embedding"] for row in visit.reply.json()["data"]], np.float32)
         cosines.append(float((served * vectors).sum(axis=1).min()))
@@ -228,5 +228,5 @@ def labels(count: int, model: str, device: str, precision: str, repeats: int, en
 
 
 def _raw_photo(bench: BenchContext) -> float:
-    """Seconds of the yardstick for one photo, the median of a few."""
-    return statistics.median(bench.yardstick.photo(photo) for photo in bench.photos[:ASKED])
+    """Seconds of the bare model for one photo, the median of a few."""
+    return statistics.median(bench.bare_model.photo(photo) for photo in bench.photos[:ASKED])

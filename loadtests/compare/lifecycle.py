@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from loadtests.compare.alone import profile_lone_caller
+from loadtests.compare.bare_model import BareModel
 from loadtests.compare.figures import Measured
-from loadtests.compare.yardstick import Yardstick
 from loadtests.steady import TimedRequest, schedule, send_on_schedule
 from loadtests.support.calls import PreparedCall, image_call, open_client, run_to_end
 from loadtests.support.closed_loop import closed_loop
@@ -61,7 +61,7 @@ def flood(environ: Mapping[str, str], log: Path, photos: Sequence[bytes], second
     return found, goals
 
 
-def cold_start(environ: Mapping[str, str], log: Path, bare_start: Callable[[], Yardstick], repeats: int) -> Measured:
+def cold_start(environ: Mapping[str, str], log: Path, bare_start: Callable[[], BareModel], repeats: int) -> Measured:
     """From the start of the process to /readyz, against importing torch and open_clip and building
     the same model.
     """
@@ -84,6 +84,6 @@ async def _flood_service(url: str, calls: Sequence[PreparedCall], moments: Seque
         return await send_on_schedule(client, calls, [1.0] * len(calls), moments, seed=0)
 
 
-def _seconds_until_ready(start: Callable[[], Yardstick]) -> float:
+def _seconds_until_ready(start: Callable[[], BareModel]) -> float:
     with start() as started:
         return started.ready_s

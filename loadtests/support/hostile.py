@@ -17,7 +17,7 @@ from PIL import Image
 
 from loadtests.support.calls import PreparedCall
 
-__all__ = ["Siege", "hostile_calls"]
+__all__ = ["HostileLoad", "hostile_calls"]
 
 HELD_S = 8.0  # how long a socket is held that sends or reads nothing more
 AT_ONCE = 32  # acts that have not ended
@@ -56,7 +56,7 @@ def _large(side: int, *, progressive: bool = False) -> bytes:
 
 
 @dataclass(eq=False)
-class Siege:
+class HostileLoad:
     """Hostile acts against one service at a fixed rate.
 
     State: how many acts there were, and their status codes; 0 is a broken connection, and a caller

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["draw_quantiles", "draw_ramp", "draw_siege", "draw_soak", "draw_swap", "draw_targets"]
+__all__ = ["draw_hostile_load", "draw_quantiles", "draw_ramp", "draw_soak", "draw_swap", "draw_targets"]
 
 REACHED, MISSED = "#4c78a8", "#e45756"
 QUANTILES = ("p50", "p95", "p99")
@@ -71,8 +71,8 @@ def draw_soak(report: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_siege(report: Mapping[str, Any], path: Path) -> None:
-    """Left, latency in calm time and under siege; right, resident memory over time."""
+def draw_hostile_load(report: Mapping[str, Any], path: Path) -> None:
+    """Left, latency without and with hostile callers; right, resident memory over time."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     _quantiles(left, report["latency_ms"])

@@ -1,5 +1,5 @@
 """The arithmetic of the bench against hand-made numbers, its client against a server that counts,
-its yardstick against open_clip.
+the bare model against open_clip.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loadtests.compare.alone import ProfiledRequest, median_profile, profile_lone_caller
-from loadtests.compare.yardstick import Yardstick
+from loadtests.compare.bare_model import BareModel
 from loadtests.support.calls import TimedReply, Unexpected, image_call
 from loadtests.support.closed_loop import closed_loop, slope
 from loadtests.support.gauges import batches_between
@@ -140,16 +140,16 @@ def test_too_few_replies_to_measure_end_the_bench(scripted: Scripted) -> None:
         asyncio.run(closed_loop(scripted.url, [image_call([b"x"])], concurrency=4, seconds=0, warmup=0.05))
 
 
-def test_the_yardstick_is_open_clip_with_the_weights_of_the_service() -> None:
+def test_the_bare_model_is_open_clip_with_the_weights_of_the_service() -> None:
     torch.manual_seed(0)
     bare = open_clip.create_model("ViT-S-32-alt", pretrained=None).eval()
     texts = ["a cat", "a red car before a house"]
     with torch.inference_mode():
         expected = bare.encode_text(open_clip.get_tokenizer("ViT-S-32-alt")(texts), normalize=True).numpy()
-    with Yardstick("ViT-S-32-alt", 2) as yardstick:
-        seconds, vectors = yardstick.texts(texts)
-        photo = yardstick.photo(next(iter(crops(1)))[1])
-        speed = yardstick.images(2, 0.2)
-        speed["decoding"] = yardstick.decoding([next(iter(crops(1)))[1]], 2, 0.1)
+    with BareModel("ViT-S-32-alt", 2) as bare_model:
+        seconds, vectors = bare_model.texts(texts)
+        photo = bare_model.photo(next(iter(crops(1)))[1])
+        speed = bare_model.images(2, 0.2)
+        speed["decoding"] = bare_model.decoding([next(iter(crops(1)))[1]], 2, 0.1)
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
-    assert min(seconds, photo, yardstick.ready_s, *speed.values()) > 0
+    assert min(seconds, photo, bare_model.ready_s, *speed.values()) > 0

@@ -13,8 +13,6 @@ from models.errors import DataError
 
 MAX_BYTES = 256 << 20  # of one tar member or file; a larger one is not read into memory
 MAX_LEVELS = 32  # of nested lists and mappings in one record, as in an online edit
-# Endings of the files that the image reader decodes, lower case.
-IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jfif")
 DEFAULT_TEMPLATE = "a photo of {class}"  # of a folder per class, where no caption is given
 Skip = Callable[[str, str], bool]  # (origin, id) -> whether the image of this item need not be read
 

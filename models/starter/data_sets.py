@@ -12,8 +12,8 @@ from models.encoder.encoder import Encoder
 from models.starter.photos import DataSet, FeatureReader, fold_batch_norms
 
 SEED = 0
-# photos of Flickr8k val that the encoder never sees, for the lessons of the fusion
-SENTENCES_KEPT = 300
+# rows of Flickr8k val withheld from the encoder, on which the fusion is trained
+UNSEEN_ROWS = 300
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,17 +57,17 @@ def read_all(encoder: Encoder, data: Path, folder: Path) -> DataSets:
         return reader.read(name, sorted(data.glob(pattern)), caption=caption, views=views)
 
     caltech = read("caltech101", "caltech101/*.tar", "{class}")
-    split, thing = caltech.column("split"), caltech.column("class") != "BACKGROUND_Google"
+    split, is_object = caltech.column("split"), caltech.column("class") != "BACKGROUND_Google"
     val = read("flickr8k-val", "flickr8k/val-*.tar", None, views=2)
     return DataSets(
         flickr=read("flickr8k-train", "flickr8k/train-*.tar", None, views=2).concatenate(
-            val.take(range(SENTENCES_KEPT, len(val)))
+            val.take(range(UNSEEN_ROWS, len(val)))
         ),
-        flickr_unseen=val.take(range(SENTENCES_KEPT)),
+        flickr_unseen=val.take(range(UNSEEN_ROWS)),
         flickr_test=read("flickr8k-test", "flickr8k/test-*.tar", None),
         imagenet=read("imagenet_sample", "imagenet_sample/*.tar", "{class}", views=2),
-        caltech=caltech.take(np.flatnonzero(thing & (split == "train"))),
-        caltech_test=caltech.take(np.flatnonzero(thing & (split == "test"))),
+        caltech=caltech.take(np.flatnonzero(is_object & (split == "train"))),
+        caltech_test=caltech.take(np.flatnonzero(is_object & (split == "test"))),
         imagen=read("imagen", "imagen/*.tar", "{class}"),
         grocery=read("grocery-train", "grocery/train-*.tar", "{class}"),
         grocery_test=read("grocery-test", "grocery/test-*.tar", "{class}"),

@@ -21,7 +21,7 @@ from index_store import Snapshot
 from index_store.errors import NameRefused, StoreError
 from index_store.storage.atomic import replace_text, translate_write_errors
 from index_store.store import check_name
-from service.errors import InvalidValue, NotFound, RetiredVersion, TooLarge
+from service.errors import InvalidValue, NotFound, TooLarge, VersionNotServed
 from service.labels.cache import LabelVectors
 from service.labels.embedding import Embed
 from service.labels.label_set import LabelSet
@@ -110,7 +110,7 @@ class LabelSets:
             return current
         with suppress(NotFound):
             return self._read(self._path(name, version), wanted)
-        raise RetiredVersion(
+        raise VersionNotServed(
             f"label set {name}@{version[:80]} is not kept, {name}@{current.version} is current: pin that", "label_set"
         )
 

@@ -26,8 +26,9 @@ AVERAGED_CHECKS = 32  # the gauge shows their mean
 class RecallSampler:
     """Compare the index with an exact scan on recent queries, and set `reco_recall_sampled`.
 
-    share: of the time, spent on checks; 0 = never. State: how many queries of each memory and side
-    were known at its last check, and the last checks of each version being served.
+    share: fraction of the time spent on checks; 0 = never.
+    State: how many queries of each memory and side were known at its last check, and the last
+    checks of each version being served.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from index_store import Memory, Snapshot, Store
 from index_store.compaction import redundant_versions
 from index_store.editor import Editor
 from index_store.errors import DamagedVersion, StoreBusy, StoreError, UnknownVersion
-from service.errors import NotServing, RetiredVersion
+from service.errors import NotServing, VersionNotServed
 from service.memories.budget import check_budget
 from service.observability.metrics import Metrics
 
@@ -72,11 +72,11 @@ class MemoryRegistry:
         version, _, edits = pinned.partition("+")
         if version and version != snapshot.manifest.version:
             self._store.path(name, version)  # raises UnknownVersion
-            raise RetiredVersion(
+            raise VersionNotServed(
                 f"{name}@{version} is not being served, {snapshot.ref} is: pin that, or activate {version}", "memory"
             )
         if edits and edits != str(snapshot.edits):
-            raise RetiredVersion(
+            raise VersionNotServed(
                 f"{name}@{pinned[:80]} is not being served, {snapshot.ref} is: pin that, or {name}@{version}", "memory"
             )
         return snapshot
@@ -142,7 +142,7 @@ class MemoryRegistry:
             raise UnknownVersion(f"memory {name!r} has no previous version to roll back to")
         return version
 
-    def afford(self, name: str, version: str) -> None:
+    def check_budget(self, name: str, version: str) -> None:
         """Raise BudgetExceeded where a version does not fit beside what is served. Blocking."""
         held = sum(
             memory.current.bytes["resident"] for memory in list(self._live.values())
@@ -174,7 +174,7 @@ class MemoryRegistry:
         except StoreError as error:
             log.warning("%s: what earlier compactions left stays: %s", name, error)
 
-    def point(self, name: str, version: str) -> None:
+    def write_current(self, name: str, version: str) -> None:
         """Write the pointer on disk: the next start serves this version. Blocking."""
         self._store.activate(name, version)
 
@@ -224,7 +224,7 @@ class MemoryRegistry:
         """Note and log that a file of a served version was altered on disk; the mapped version goes
         on serving.
         """
-        self._refused[name] = _without_history(error)
+        self._refused[name] = _without_traceback(error)
         log.error("memory %s is being served, but its files are no longer as they were built: %s", name, error)
 
     async def _edit_locked(self, name: str, change: Callable[[Editor], T]) -> tuple[T, Snapshot, Snapshot]:
@@ -252,7 +252,7 @@ class MemoryRegistry:
         if name in self._live:
             return self._live[name]
         if name in self._refused:
-            raise _without_history(self._refused[name])
+            raise _without_traceback(self._refused[name])
         self._store.versions(name)  # raises UnknownMemory or NameRefused
         raise NotServing(f"memory {name!r} is in the store but not live: activate one of its versions", "memory")
 
@@ -262,10 +262,10 @@ class MemoryRegistry:
         """
         try:
             version = self._store.current(name)
-            self.afford(name, version)
+            self.check_budget(name, version)
             self._editors[name] = editor = self.open(name, version)
         except StoreError as error:
-            self._refused[name] = _without_history(error)
+            self._refused[name] = _without_traceback(error)
             log.warning("memory %s is not served: %s", name, self._refused[name])
             return
         self._live[name] = Memory(editor.snapshot)
@@ -284,7 +284,7 @@ class MemoryRegistry:
             self._metrics.memory_bytes.labels(name, tier).set(size)
 
 
-def _without_history(error: StoreError) -> StoreError:
+def _without_traceback(error: StoreError) -> StoreError:
     """A copy of the error without traceback and context, which would keep the frames that raised
     it.
     """

@@ -69,9 +69,7 @@ class Swaps:
         return name in self._running
 
     def verify(self, name: str) -> None:
-        """Read in the background the files that were opened on the record of an earlier
-        verification.
-        """
+        """Read in the background the files whose checksums were not computed at opening."""
         snapshot = self._live.resolve(name)
         wanted = name, snapshot.manifest.version
         if snapshot.unread_files and wanted not in self._to_verify:
@@ -79,7 +77,7 @@ class Swaps:
             self._track(asyncio.create_task(self._verify_again(*wanted)))
 
     async def close(self) -> None:
-        """Cancel running jobs; before the last phase of a job nothing has changed."""
+        """Cancel running jobs. A job that has not written the pointer has changed nothing."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -134,16 +132,16 @@ class Swaps:
         same_version = self._live.serves(name, version)
         async with self._live.lock(name) if same_version else nullcontext():
             with self._jobs.phase(job.id, "budget"):
-                await asyncio.to_thread(self._live.afford, name, version)
+                await asyncio.to_thread(self._live.check_budget, name, version)
             with self._jobs.phase(job.id, "verify"):
                 editor = await self._run_in_background(self._live.open, name, version)
-            await self._prove(job, editor.snapshot)
+            await self._check_candidate(job, editor.snapshot)
             if job.dry_run:
                 return
             async with nullcontext() if same_version else self._live.lock(name):
                 # first the step that may fail: the pointer on disk
                 with self._jobs.phase(job.id, "point"):
-                    await asyncio.to_thread(self._live.point, name, version)
+                    await asyncio.to_thread(self._live.write_current, name, version)
                 with self._jobs.phase(job.id, "publish"):
                     retired = self._live.publish(name, editor)
         self._report_retired(job, retired, same_version=same_version)
@@ -159,7 +157,7 @@ class Swaps:
             prepared: CompactedVersion = await self._run_in_background(editor.compact_build, None, progress)
         self._jobs.update(job.id, version=prepared.snapshot.manifest.version)
         async with _discarded_on_failure(editor, prepared):
-            await self._prove(job, prepared.snapshot)
+            await self._check_candidate(job, prepared.snapshot)
         async with self._live.lock(name):
             with self._jobs.phase(job.id, "point"):  # carries over the edits made meanwhile
                 async with _discarded_on_failure(editor, prepared):
@@ -169,7 +167,7 @@ class Swaps:
         self._jobs.update(job.id, retired=retired.ref if retired else None)
         await self._run_in_background(self._live.drop_compacted, name)
 
-    async def _prove(self, job: Job, snapshot: Snapshot) -> None:
+    async def _check_candidate(self, job: Job, snapshot: Snapshot) -> None:
         """Check probes, embed label sets and measure drift, before any request is answered from
         `snapshot`.
         """
@@ -225,7 +223,10 @@ class Swaps:
 
 @asynccontextmanager
 async def _discarded_on_failure(editor: Editor, prepared: CompactedVersion) -> AsyncIterator[None]:
-    """Delete the compacted version where the block raises."""
+    """Delete the compacted version where the block fails.
+
+    A cancelled one stays: the next compaction deletes it as redundant.
+    """
     try:
         yield
     except Exception:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from index_store.search.bounds import WIDTH_REDUCTION, BoundProjection, inner_products
+from index_store.search.projection_bounds import WIDTH_REDUCTION, BoundProjection, inner_products
 from index_store.tests.support.small import normalize, unit_rows
 
 

@@ -8,7 +8,6 @@ from index_store.build.source import Reject
 from models.data.archives.members import ReadMember, iterate_members, open_tar
 from models.data.folders.files import digest_of, stamp
 from models.data.samples import (
-    IMAGE_KINDS,
     Reading,
     Sample,
     Skip,
@@ -21,6 +20,7 @@ from models.data.samples import (
     split_captions,
     user_metadata,
 )
+from models.encoder.image_io.formats import IMAGE_ENDINGS
 
 TEXTS = ("txt", "text", "caption")
 SCATTERED = (
@@ -63,7 +63,7 @@ class TarPart:
             if isinstance(files, str):
                 raise UnusableItem(files)
             record, captions = read_texts(files, self._template)
-            image = next(files[kind] for kind in IMAGE_KINDS if kind in files)
+            image = next(files[kind] for kind in IMAGE_ENDINGS if kind in files)
             numbered = len(captions) > 1 or _has_caption_list(files, record, self._template)
             names = [f"{key}#{i}" for i in range(len(captions))] if numbered else [key]
             data = b"" if all(skip(self._origin, name) for name in names) else image()
@@ -129,12 +129,12 @@ def split_images(key: str, files: Mapping[str, ReadMember]) -> Iterator[tuple[st
     A name such as `photo.v2.jpg` has the key `photo`; its text is `photo.v2.txt`, else
     `photo.txt`. Where a key has one image, the id is the key.
     """
-    images = [kind for kind in files if kind.rpartition(".")[2] in IMAGE_KINDS]
+    images = [kind for kind in files if kind.rpartition(".")[2] in IMAGE_ENDINGS]
     if not images:
         yield (
             key,
             f"no image among its members ({', '.join(sorted(files)) or 'none'}): "
-            f"one of {', '.join(IMAGE_KINDS)} is needed",
+            f"one of {', '.join(IMAGE_ENDINGS)} is needed",
         )
         return
     if len(images) == 1 and "." not in images[0]:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
-from models.data.samples import IMAGE_KINDS, MAX_BYTES, UnusableItem
+from models.data.samples import MAX_BYTES, UnusableItem
+from models.encoder.image_io.formats import IMAGE_ENDINGS
 
 URL = re.compile(r"(https?|s3|gs|ftp)://", re.IGNORECASE)
 IGNORED = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
@@ -18,7 +19,7 @@ IGNORED = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
 
 def is_image(name: str) -> bool:
     """Whether a file name ends like an image."""
-    return name.rpartition(".")[2].lower() in IMAGE_KINDS
+    return name.rpartition(".")[2].lower() in IMAGE_ENDINGS
 
 
 def is_hidden(name: str) -> bool:

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from models.data.folders.files import file_fault
-from models.data.samples import IMAGE_KINDS
+from models.encoder.image_io.formats import IMAGE_ENDINGS
 from models.errors import DataError
 
 BATCH_ROWS = 1024  # rows held in memory at a time
 IMAGE_BATCH_ROWS = 64  # where rows hold image bytes
 VECTOR_WIDTH = 16  # a list of at least so many floats is a vector, not a value for people
 MAX_INTEGER = 2**63 - 1  # of an integer id
-PICTURE_NAMES = {"image", "img", "photo", "picture", "image_bytes", "image_data", *IMAGE_KINDS}
+PICTURE_NAMES = {"image", "img", "photo", "picture", "image_bytes", "image_data", *IMAGE_ENDINGS}
 
 
 class ArrowTable:

@@ -5,14 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.data.samples import IMAGE_KINDS
+from models.encoder.image_io.formats import IMAGE_ENDINGS
 from models.errors import DataError
 
 # In the order in which they are chosen.
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "image": (
         "file", "filepath", "file_name", "filename", "file_path", "image", "image_path", "image_file", "image_filename",
-        "image_name", "img", "img_path", "image_id", "path", "photo", "picture", *IMAGE_KINDS, "image_src", "image_url",
+        "image_name", "img", "img_path", "image_id", "path", "photo", "picture", *IMAGE_ENDINGS, "image_src", "image_url",
         "img_url", "photo_image_url", "url",
     ),
     "caption": (
@@ -21,7 +21,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     ),
     "id": ("id",),
 }  # fmt: skip
-_IMAGE_NAME = re.compile(rf"[^,;|\t]*\.({'|'.join(IMAGE_KINDS)})(#\d+)?", re.IGNORECASE)
+_IMAGE_NAME = re.compile(rf"[^,;|\t]*\.({'|'.join(IMAGE_ENDINGS)})(#\d+)?", re.IGNORECASE)
 _INTEGER = re.compile(r"-?(0|[1-9]\d{0,14})")
 _DECIMAL = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{1,15})?")
 

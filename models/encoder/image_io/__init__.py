@@ -1,10 +1,11 @@
 """Images from untrusted bytes: limits first, then pixels. No torch.
 
-`structure` judges the bytes before a decoder sees them, `reading` decodes.
+`formats` lists what is accepted, `structure` limits the cost of decoding by the bytes alone,
+`reading` decodes.
 """
 
+from models.encoder.image_io.formats import FORMATS
 from models.encoder.image_io.reading import (
-    FORMATS,
     MAX_PIXELS,
     PendingImage,
     check_header,

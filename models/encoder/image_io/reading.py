@@ -11,18 +11,14 @@ import numpy as np
 import pillow_heif
 from PIL import Image, UnidentifiedImageError
 
+from models.encoder.image_io.formats import FIRST_BOXES, FORMATS, MAGIC_BYTES
 from models.encoder.image_io.structure import MAX_READS, CountedReads, check_structure
 from models.errors import BrokenImage, ImageTooLarge, UnsupportedImage
 
-# The image formats that are accepted. Each further decoder is one more that hostile bytes can
-# reach.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 MAX_PIXELS = 64_000_000
 # A JPEG is decoded at no less than this many times the size it will be resized to. From 3 on the
 # vector of the smaller decoding has a cosine above 0.999 with that of the full one.
 MIN_DRAFT_SCALE = 3
-_MAGIC_BYTES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
-_BOXES = (b"ftypavif", b"ftypheic", b"ftypheix", b"ftypmif1")  # the first box of AVIF and HEIF
 _FAILURES = (
     OSError,
     SyntaxError,
@@ -129,7 +125,7 @@ def _open_with_pillow(file: CountedReads, data: bytes) -> Image.Image:
     try:
         return Image.open(file, formats=FORMATS)
     except (UnidentifiedImageError, *_FAILURES) as error:
-        if data.startswith(_MAGIC_BYTES) or data[8:12] == b"WEBP" or data[4:12] in _BOXES:
+        if data.startswith(MAGIC_BYTES) or data[8:12] == b"WEBP" or data[4:12] in FIRST_BOXES:
             raise BrokenImage("the image's header does not decode: it is cut or damaged, send it again") from error
         accepted = ", ".join(FORMATS)
         raise UnsupportedImage(

@@ -15,7 +15,7 @@ import pytest
 from index_store import Snapshot
 from index_store.tests.support.small import open_memory, some_pairs
 from service.engine import Engine
-from service.errors import InvalidValue, NotFound, RetiredVersion, ServiceError, TooLarge
+from service.errors import InvalidValue, NotFound, ServiceError, TooLarge, VersionNotServed
 from service.labels import cache as label_vectors
 from service.labels.cache import LabelVectors
 from service.labels.index import LabelIndex
@@ -104,7 +104,7 @@ def test_earlier_versions_may_be_pinned_and_the_oldest_goes(sets: LabelSets) -> 
     for kept in made[2:]:
         assert sets.get(f"s@{kept.version}") == kept
     for gone in (made[0].version, "never"):
-        with pytest.raises(RetiredVersion, match=made[-1].version):
+        with pytest.raises(VersionNotServed, match=made[-1].version):
             sets.get(f"s@{gone}")
     for wrong in ("s@../x", "s@a@b", "../s@x"):
         with pytest.raises(InvalidValue):

@@ -11,8 +11,8 @@ import numpy as np
 WIDTH_REDUCTION = 8  # a projection holds one number for each eight of a row
 POWER_ITERATIONS = 2  # any basis gives valid bounds; more iterations only make them tighter
 SINGLE_THREAD_NUMBERS = 8_192  # matrices up to this size BLAS multiplies in the calling thread
-SINGLE_THREAD_QUERIES = 32  # likewise; with more threads 0.04 ms became 3 ms on two busy cores
-ROUNDING_MARGIN = 1e-5  # share of a squared length, more than float32 sums err, so no bound is too low
+SINGLE_THREAD_QUERIES = 32  # with more queries BLAS uses threads: 3 ms instead of 0.04 ms on busy cores
+ROUNDING_MARGIN = 1e-5  # share of a squared length; it exceeds the rounding error of float32 sums
 
 
 class BoundProjection:
@@ -20,8 +20,8 @@ class BoundProjection:
 
     A row is split into its part within the few directions in which rows differ most, and the rest.
     The first part is projected exactly; of the rest only the length is kept, and by Cauchy-Schwarz
-    the inner product of two rests is at most the product of their lengths. How tight the bound is
-    depends on the rows, that it holds does not.
+    the inner product of two rests is at most the product of their lengths. The bound always holds;
+    its tightness depends on the rows.
     width: m + 1, the numbers per projected row.
     """
 

@@ -1,9 +1,9 @@
-"""The bare model as a yardstick: open_clip in one process that computes only when told.
+"""The bare model: open_clip in a process of its own that computes only on request.
 
-    python -m loadtests.compare.yardstick --model ViT-B-32 --threads 2 [--device D --precision P]
+    python -m loadtests.compare.bare_model --model ViT-B-32 --threads 2 [--device D --precision P]
 
 One JSON object per line on stdin, one on stdout; between two lines it sleeps, so that a service can
-be measured in turn on the same cores. `Yardstick` speaks to it.
+be measured in turn on the same cores. `BareModel` speaks to it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ import numpy as np
 
 from loadtests.support.report import ROOT
 
-__all__ = ["Yardstick"]
+__all__ = ["BareModel"]
 
 
-class Yardstick:
+class BareModel:
     """The process, started and ready; ended with the `with` block.  ready_s: from its start until
     the model was loaded.
     """
 
     def __init__(self, model: str, threads: int, device: str = "cpu", precision: str = "fp32") -> None:
-        command = [sys.executable, "-m", "loadtests.compare.yardstick", "--model", model, "--threads", str(threads)]
+        command = [sys.executable, "-m", "loadtests.compare.bare_model", "--model", model, "--threads", str(threads)]
         command += ["--device", device, "--precision", precision]
         begun = time.perf_counter()
         self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -62,9 +62,7 @@ class Yardstick:
         return float(self._ask(photo=base64.b64encode(jpeg).decode())["seconds"])
 
     def decoding(self, photos: Sequence[bytes], workers: int, seconds: float) -> float:
-        """Photos per second that open_clip's preprocessing of the bytes takes at the most, so many
-        at a time.
-        """
+        """Maximum photos per second of open_clip's preprocessing with `workers` threads."""
         found = self._ask(
             decoding=[base64.b64encode(photo).decode() for photo in photos], workers=workers, seconds=seconds
         )
@@ -87,7 +85,7 @@ class Yardstick:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit("loadtests.compare.yardstick ended: its message is above")
+            raise SystemExit("loadtests.compare.bare_model ended: its message is above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -149,11 +147,11 @@ class _Model:
         return {"seconds": time.perf_counter() - begun, "vectors": vectors.tolist()}
 
     def _vectors(self, pixels: Any) -> Any:
-        """Of (B, 3, H, W); on the CPU at last, so that a device has really finished."""
+        """Vectors of (B, 3, H, W), copied to the CPU, which waits for the device."""
         return self._clip.encode_image(pixels, normalize=True).cpu()
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
-        """The method of that name is the first key."""
+        """Call the method named by the first key."""
         method: str = next(iter(question))
         found: dict[str, Any] = getattr(self, method)(**question)
         return found
@@ -162,7 +160,7 @@ class _Model:
 def main() -> int:
     """Load once, then answer lines until stdin ends."""
     parser = argparse.ArgumentParser(
-        prog="python -m loadtests.compare.yardstick", description="The bare model, measured on demand."
+        prog="python -m loadtests.compare.bare_model", description="The bare model, measured on demand."
     )
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--threads", type=int, default=2)

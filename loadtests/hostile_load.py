@@ -1,5 +1,5 @@
-"""Honest callers beside hostile ones, with swaps and edits (`make soak`): honest callers must not
-notice.
+"""Honest callers beside hostile ones, with swaps and edits (`make soak`): their replies must
+stay correct and their p99 below twice the baseline.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import httpx
 from loadtests.soak import watch
 from loadtests.support.calls import Unexpected, open_client, run_to_end
 from loadtests.support.gauges import growth
-from loadtests.support.hostile import Siege, hostile_calls
+from loadtests.support.hostile import HostileLoad, hostile_calls
 from loadtests.support.known import CheckedReply, KnownCall, distinguishing_calls, learn, prepare, send_in_closed_loop
 from loadtests.support.photos import crops
-from loadtests.support.picture import draw_siege
+from loadtests.support.picture import draw_hostile_load
 from loadtests.support.report import (
     ROOT,
     Goal,
@@ -42,8 +42,8 @@ from loadtests.swap import Admin, alternate_versions
 MEMORY, VERSIONS, EDITED = "grocery", ("fruit-and-vegetables", "all"), "edited"
 HOSTILE_SHARE = 0.1
 SWAP_EVERY_S, EDIT_EVERY_S, READ_EVERY_S = 30.0, 1.0, 5.0
-APART = 1e-3
-SLOWER, GROWTH = 2.0, 0.03
+MIN_DIFFERENCE = 1e-3  # between the vectors of two versions
+MAX_P99_RATIO, MAX_GROWTH = 2.0, 0.03
 ADMIN_KEY = "load-test-admin-key"
 
 
@@ -61,15 +61,18 @@ async def edit_until_cancelled(client: httpx.AsyncClient, photo: bytes, edits: l
 async def run(url: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Load without hostile callers, then with them; return the report."""
     photos = [photo for _, photo in crops(16)]
-    async with open_client(url) as client, open_client(url) as enemy:
+    async with open_client(url) as client, open_client(url) as hostile_client:
         admin = Admin(client, MEMORY, ADMIN_KEY)
         known = await _learn_answers(client, admin, photos)
-        calm = await _send_for(client, known, arguments.workers, 60 * arguments.calm)
-        rate = HOSTILE_SHARE / (1 - HOSTILE_SHARE) * len(calm) / (60 * arguments.calm)
+        baseline = await _send_for(client, known, arguments.workers, 60 * arguments.baseline)
+        rate = HOSTILE_SHARE / (1 - HOSTILE_SHARE) * len(baseline) / (60 * arguments.baseline)
         rng = random.Random(0)
-        siege, edits = Siege(enemy, hostile_calls(photos[0], rng), rng, rate), list[int]()
+        hostile_load, edits = HostileLoad(hostile_client, hostile_calls(photos[0], rng), rng, rate), list[int]()
         reading = asyncio.create_task(watch(client, READ_EVERY_S))
-        beside = [asyncio.create_task(siege.run()), asyncio.create_task(edit_until_cancelled(client, photos[0], edits))]
+        beside = [
+            asyncio.create_task(hostile_load.run()),
+            asyncio.create_task(edit_until_cancelled(client, photos[0], edits)),
+        ]
         swaps = max(2, int(60 * arguments.minutes / SWAP_EVERY_S))
         swapping = asyncio.create_task(alternate_versions(admin, VERSIONS, swaps, SWAP_EVERY_S, 0.0))
         answers = await _send_for(client, known, arguments.workers, 60 * arguments.minutes)
@@ -81,14 +84,16 @@ async def run(url: str, arguments: argparse.Namespace) -> dict[str, Any]:
             if isinstance(failure, Exception):
                 raise failure
     return {
-        "settings": {"minutes": arguments.minutes, "calm": arguments.calm, "workers": arguments.workers},
+        "settings": {"minutes": arguments.minutes, "baseline": arguments.baseline, "workers": arguments.workers},
         "hostile_per_s": round(rate, 2),
-        "hostile_codes": {str(code): count for code, count in sorted(siege.codes.items())},
+        "hostile_codes": {str(code): count for code, count in sorted(hostile_load.codes.items())},
         "edits": {str(code): edits.count(code) for code in sorted({*edits})},
         "replies": len(answers),
         "faults": len([answer for answer in answers if answer.fault]),
         "first_faults": [answer.fault for answer in answers if answer.fault][:5],
-        "latency_ms": {name: _latency(these) for name, these in (("calm", calm), ("under siege", answers))},
+        "latency_ms": {
+            name: _latency(these) for name, these in (("baseline", baseline), ("with hostile callers", answers))
+        },
         "resident": growth([held.resident for _, held in readings]),
         "readings": [{"s": round(at, 1), "resident_mb": round(held.resident / 1e6, 1)} for at, held in readings],
     }
@@ -100,14 +105,14 @@ async def _learn_answers(client: httpx.AsyncClient, admin: Admin, photos: Sequen
     for version in VERSIONS:
         await admin.activate(version)
         learned[f"{MEMORY}@{version}"] = await learn(client, calls, f"{MEMORY}@{version}")
-    return distinguishing_calls(calls, learned, APART)
+    return distinguishing_calls(calls, learned, MIN_DIFFERENCE)
 
 
 async def _send_for(
     client: httpx.AsyncClient, known: Sequence[KnownCall], workers: int, seconds: float
 ) -> list[CheckedReply]:
     stop = asyncio.Event()
-    load = asyncio.create_task(send_in_closed_loop(client, known, APART, workers, stop))
+    load = asyncio.create_task(send_in_closed_loop(client, known, MIN_DIFFERENCE, workers, stop))
     await asyncio.sleep(seconds)
     stop.set()
     return await load
@@ -119,11 +124,11 @@ def _latency(answers: Sequence[CheckedReply]) -> dict[str, float]:
 
 def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Each figure beside its target."""
-    calm, siege = (report["latency_ms"][name]["p99"] for name in ("calm", "under siege"))
+    baseline, hostile = (report["latency_ms"][name]["p99"] for name in ("baseline", "with hostile callers"))
     goals: list[Goal] = [
         ("honest replies that were wrong or refused", report["faults"], "<=", 0),
-        ("p99 under siege / calm", round(siege / calm, 3), "<=", SLOWER),
-        ("growth of resident memory", report["resident"]["growth"], "<=", GROWTH),
+        ("p99 with hostile callers / baseline", round(hostile / baseline, 3), "<=", MAX_P99_RATIO),
+        ("growth of resident memory", report["resident"]["growth"], "<=", MAX_GROWTH),
         ("edits that failed", sum(count for code, count in report["edits"].items() if code != "200"), "<=", 0),
     ]
     return compare_to_targets(goals)
@@ -149,12 +154,12 @@ def _import_edited(environ: dict[str, str]) -> None:
 def main() -> int:
     """Parse, run, print, write."""
     parser = argparse.ArgumentParser(
-        prog="python -m loadtests.siege", description="Honest callers beside hostile ones."
+        prog="python -m loadtests.hostile_load", description="Honest callers beside hostile ones."
     )
-    parser.add_argument("--minutes", type=float, default=30.0, help="of the siege")
-    parser.add_argument("--calm", type=float, default=2.0, help="minutes before it, for comparison")
+    parser.add_argument("--minutes", type=float, default=30.0, help="with hostile callers")
+    parser.add_argument("--baseline", type=float, default=2.0, help="minutes before it, for comparison")
     parser.add_argument("--workers", type=int, default=4, help="honest callers, each in a closed loop")
-    parser.add_argument("--out", type=Path, default=Path("loadtests/results/siege.json"))
+    parser.add_argument("--out", type=Path, default=Path("loadtests/results/hostile_load.json"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         own = {
@@ -172,7 +177,7 @@ def main() -> int:
             report = run_to_end(run(served.url, arguments))
         print(show(report), f"\n{time.perf_counter() - begun:.0f} s")
     write(arguments.out, {**environment(), **report, "targets": verdicts(report)})
-    draw_siege(report, arguments.out.with_suffix(".png"))
+    draw_hostile_load(report, arguments.out.with_suffix(".png"))
     return 0 if all(row["reached"] for row in verdicts(report)) else 1
 
 
