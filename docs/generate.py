@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import json
 import os
 import posixpath
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ COMMANDS = (
     *(f"reco memory {name}" for name in ("build", "import", "list", "show", "verify", "activate", "compact", "delete")),
     *(f"reco eval {name}" for name in ("classify", "retrieve", "entities", "ablate")),
 )
+FIXED_LIMITS = ("service/access", "service/api", "service/server", "service/labels", "index_store/types")
+FIXED_LIMIT = re.compile(r"^(MAX_\w+|LINGER_S|MIN_SEND_BYTES|FILES_SHARE) = [^#\n]*(?:# (.+))?$", re.M)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
 
 
@@ -103,58 +105,35 @@ def http_page() -> str:
     """The routes, from the application's own OpenAPI document."""
     from typing import cast
 
+    from service.api.routes.reference import operations
     from service.app import create_app
     from service.engine import Engine
 
     document = create_app(cast(Engine, None)).openapi()  # an engine is needed to answer, not to describe
-    schemas = document.get("components", {}).get("schemas", {})
-    lines = ["# HTTP reference", "", "Made from the OpenAPI document that a running service shows at `/docs`.", ""]
-    for path, methods in document["paths"].items():
-        for method, operation in methods.items():
-            lines += [f"## {method.upper()} {path}", "", operation.get("description", operation.get("summary", "")), ""]
-            lines += _parameters(operation.get("parameters", []))
-            for kind, body in operation.get("requestBody", {}).get("content", {}).items():
-                lines += _properties(kind, _resolve(body.get("schema", {}), schemas), schemas)
+    lines = [
+        "# HTTP reference",
+        "",
+        "Made from the OpenAPI document, as the page that a running service shows at `/docs`.",
+        "",
+    ]
+    for operation in operations(document):
+        lines += [f"## {operation.title}", "", operation.description, ""]
+        lines += _rows(("parameter", "in", "meaning"), operation.parameters)
+        for kind, fields in operation.bodies.items():
+            if not fields:
+                lines += [f"`{kind}`: the bytes themselves; options are query parameters.", ""]
+                continue
+            rows = [(each.name, each.kind, each.default, each.meaning) for each in fields]
+            lines += [f"`{kind}`", "", *_rows(("field", "type", "default", "meaning"), rows)]
     return "\n".join(lines)
 
 
-def _parameters(parameters: list[dict[str, Any]]) -> list[str]:
-    rows = [f"| `{each['name']}` | {each['in']} | {each.get('description', '')} |" for each in parameters]
-    return ["| parameter | in | meaning |", "|---|---|---|", *rows, ""] if rows else []
-
-
-def _resolve(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
-    name = schema.get("$ref", "").rpartition("/")[2]
-    found: dict[str, Any] = schemas.get(name, schema)
-    return found
-
-
-def _properties(kind: str, schema: dict[str, Any], schemas: dict[str, Any]) -> list[str]:
-    required = set(schema.get("required", []))
-    rows = [
-        f"| `{name}` | {_type(each, schemas)} | {'required' if name in required else _shown(each.get('default'))} | "
-        f"{each.get('description', '').replace('|', '&#124;')} |"
-        for name, each in schema.get("properties", {}).items()
-    ]
+def _rows(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """A table whose first column is code; nothing without rows."""
     if not rows:
-        return [f"`{kind}`: the bytes themselves; options are query parameters.", ""]
-    return [f"`{kind}`", "", "| field | type | default | meaning |", "|---|---|---|---|", *rows, ""]
-
-
-def _type(schema: dict[str, Any], schemas: dict[str, Any]) -> str:
-    schema = _resolve(schema, schemas)
-    if "enum" in schema:
-        return ", ".join(f"`{value}`" for value in schema["enum"])
-    if "anyOf" in schema:
-        kinds = [_type(each, schemas) for each in schema["anyOf"] if each.get("type") != "null"]
-        return " or ".join(kinds)
-    if schema.get("type") == "array":
-        return f"list of {_type(schema.get('items', {}), schemas)}"
-    return str(schema.get("type", "any"))
-
-
-def _shown(default: object) -> str:
-    return "" if default is None else f"`{json.dumps(default)}`"
+        return []
+    lines = [[f"`{name}`", *(str(cell).replace("|", "&#124;") for cell in cells)] for name, *cells in rows]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *lines)] + [""]
 
 
 def settings_page() -> str:
@@ -178,7 +157,25 @@ def settings_page() -> str:
         shown = "none" if default in (None, ()) else f"`{default}`"
         meaning = (field.description or "").replace("|", "&#124;")
         lines.append(f"| `--{name.replace('_', '-')}` | `RECO_{name.upper()}` | {shown} | {meaning} |")
-    return "\n".join(lines)
+    lines += ["", "## Limits without a setting", "", "Bytes, items and seconds, as constants of the code.", ""]
+    return "\n".join([*lines, *_rows(("constant", "value", "of what"), fixed_limits())])
+
+
+def fixed_limits() -> list[tuple[str, str, str]]:
+    """(constant, value, meaning) of each limit that no setting changes. The comment on its line is
+    the meaning; PluginError without one.
+    """
+    from importlib import import_module
+
+    found = []
+    for place in FIXED_LIMITS:
+        for path in sorted((ROOT / place).rglob("*.py")) or [ROOT / f"{place}.py"]:
+            module = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+            for name, meaning in FIXED_LIMIT.findall(path.read_text("utf-8")):
+                if not meaning:
+                    raise PluginError(f"{module}.{name} is a limit: a comment on its line must say of what")
+                found.append((name, f"`{getattr(import_module(module), name)}`", meaning))
+    return found
 
 
 def cli_page() -> str:

@@ -15,7 +15,7 @@ Id = str | int
 
 SIDES: tuple[Side, Side] = ("image", "text")
 NORM_TOLERANCE = 2e-3  # float16 rounding moves a unit row's length by up to 5e-4
-MAX_ID_BYTES = 256  # ids are stored in fixed width: one very long id widens every row
+MAX_ID_BYTES = 256  # of an id; ids are stored in fixed width: one very long id widens every row
 
 
 def other(side: Side) -> Side:

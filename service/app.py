@@ -21,7 +21,7 @@ from service.api import pages
 from service.api.dependencies import engine_of
 from service.api.middleware import RequestMiddleware
 from service.api.responses import count_refusal, dump_json, error_response
-from service.api.routes import classify, embed, health, label_sets, memories, openai
+from service.api.routes import classify, embed, health, label_sets, memories, openai, reference
 from service.batching.batcher import BatcherError
 from service.engine import Engine
 from service.errors import Refusal, ServiceError
@@ -44,7 +44,7 @@ def create_app(engine: Engine) -> FastAPI:
         summary="Retrieval-enhanced CLIP embeddings",
     )
     app.state.engine = engine
-    for family in (embed, openai, classify, label_sets, memories, health, pages):
+    for family in (embed, openai, classify, label_sets, memories, health, pages, reference):
         app.include_router(family.router)
     app.include_router(label_sets.write_router)
     app.include_router(memories.admin_router)

@@ -23,7 +23,7 @@ from service.access.keys import Key, Role, digest, refuse_twins
 from service.access.rates import Rates, Usage
 from service.settings import UsageError, nearest
 
-MAX_FILE_BYTES = 2**20
+MAX_FILE_BYTES = 2**20  # of the keys file
 CHECK_S = 1.0  # seconds between two looks at the file
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

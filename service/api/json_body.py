@@ -12,8 +12,8 @@ from starlette.requests import Request
 from service.errors import BadRequest, TooLarge, UnsupportedType
 from service.settings import Settings
 
-MAX_FIELDS = 1_000  # of the object that is the body
-MAX_INLINE_BYTES = 256 * 1024  # a larger body is parsed in a thread: this much takes about 1 ms
+MAX_FIELDS = 1_000  # fields of the object that is a JSON body
+MAX_INLINE_BYTES = 256 * 1024  # of a JSON body that is parsed on the event loop, in about 1 ms
 COUNTED_BYTES = 2**20  # counted at a time; other threads run in between
 
 
@@ -34,6 +34,9 @@ async def read_json(request: Request, settings: Settings, *, exact: bool = False
     if kind != "application/json":
         raise UnsupportedType(f"content type {kind[:80] or '(none)'!r}: this route reads application/json")
     body = await request.body()
+    # In a thread, so that the loop goes on while the values of a large body are counted. A parser
+    # holds the interpreter's lock to its end: `max_json_values` bounds that pause, not the thread.
+    # It was 0.19 s for 1.9 million strings of 18 MB, by either parser.
     if len(body) <= MAX_INLINE_BYTES:
         parsed = _parse(body, settings.max_json_values, exact=exact)
     else:

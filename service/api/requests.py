@@ -27,8 +27,9 @@ from service.pipeline.stages import Items
 from service.settings import Settings
 
 O = TypeVar("O", bound=Options)  # noqa: E741
-MAX_FORM_FIELDS, MAX_FIELD_BYTES = 1000, 4 * 2**20
-MAX_METADATA_DEPTH = 32
+MAX_FORM_FIELDS = 1000  # of a form, beside its files
+MAX_FIELD_BYTES = 4 * 2**20  # of one field of a form that is no file
+MAX_METADATA_DEPTH = 32  # levels of lists and objects in the metadata of a pair
 DATA_URI = re.compile(r"data:[\w.+-]+/[\w.+-]+(;[\w=.+-]+)*,", re.ASCII)
 
 

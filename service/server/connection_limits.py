@@ -19,9 +19,9 @@ from service.settings import Network, Settings
 
 __all__ = ["ConnectionLimits", "LimitedProtocol"]
 
-MAX_HEAD_BYTES = 64 * 2**10
+MAX_HEAD_BYTES = 64 * 2**10  # of the head of a request
 LINGER_S = 5.0  # for the rest of a body whose request is already answered
-MIN_SEND_BYTES = 4096  # a second, of a reply that a caller reads
+MIN_SEND_BYTES = 4096  # a second, of a reply that a caller reads; one that reads less is disconnected
 MAX_PIPELINED = 64  # requests that wait on one connection for the reply to the one before
 FILES_SHARE = 0.75  # of the files that the process may open, for the connections of one address
 

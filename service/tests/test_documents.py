@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from service.api import requests
+from service.server import connection_limits
 from service.tests.conftest import ROOT
 
 DOCUMENTS = sorted(
@@ -52,6 +57,48 @@ def test_no_line_of_prose_is_over_100_columns(document: Path) -> None:
     lines = [(number, CODE.sub("`…`", line)) for number, line in prose(document)]
     wide = [number for number, line in lines if len(line) > 100 and not line.startswith(NEVER_WRAPPED)]
     assert wide == []
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    """The hook that writes the generated pages."""
+    found = spec_from_file_location("generate", ROOT / "docs/generate.py")
+    assert found is not None
+    assert found.loader is not None
+    module = module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_limits_that_no_setting_changes_are_in_the_page_of_settings(generate: ModuleType) -> None:
+    page = generate.settings_page()
+    for row in (
+        f"| `LINGER_S` | `{connection_limits.LINGER_S}` | for the rest of a body whose request is already answered |",
+        f"| `MAX_HEAD_BYTES` | `{connection_limits.MAX_HEAD_BYTES}` | of the head of a request |",
+        f"| `MAX_PIPELINED` | `{connection_limits.MAX_PIPELINED}` | ",
+        f"| `MIN_SEND_BYTES` | `{connection_limits.MIN_SEND_BYTES}` | ",
+        f"| `MAX_METADATA_DEPTH` | `{requests.MAX_METADATA_DEPTH}` | ",
+    ):
+        assert row in page
+    for path in (
+        path for room in ("access", "api", "server", "labels") for path in (ROOT / "service" / room).rglob("*.py")
+    ):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            for target in node.targets if isinstance(node, ast.Assign) else []:
+                names = [each.id for each in ast.walk(target) if isinstance(each, ast.Name)]
+                missing = [name for name in names if name.startswith("MAX_") and f"| `{name}` |" not in page]
+                assert missing == [], path
+
+
+def test_the_page_of_routes_describes_each(generate: ModuleType) -> None:
+    page = generate.http_page()
+    for line in (
+        "## POST /embed/image",
+        "## DELETE /memories/{name}/pairs/{pair_id}",
+        "| `version` | string | required |  |",
+        '| `encoding_format` | `float`, `base64` | `"float"` | base64 = little-endian float32 |',
+    ):
+        assert line in page
 
 
 def test_the_readme_has_at_most_900_words() -> None:

@@ -198,6 +198,22 @@ def test_a_stored_label_set_can_be_chosen(page: Page, server: Server, photos: di
             client.delete("/label-sets/animals").raise_for_status()
 
 
+def test_the_reference_needs_no_other_host_and_no_script(page: Page, server: Server) -> None:
+    with server.client() as client:
+        document, text = client.get("/openapi.json").json(), client.get("/docs").text
+        assert client.get("/redoc", follow_redirects=True).text == text
+    assert "<script" not in text
+    assert "://" not in text
+    page.get_by_role("link", name="API").click()
+    expect(page.get_by_role("heading", name="RECO Serve: reference")).to_be_visible()
+    titles = page.locator("section h2").all_text_contents()
+    assert titles == [f"{method.upper()} {path}" for path in document["paths"] for method in document["paths"][path]]
+    classify = page.locator("section", has=page.get_by_role("heading", name="POST /classify", exact=True))
+    expect(classify.get_by_role("cell", name="a stored label set", exact=False).first).to_be_visible()
+    # its style sheet is its own, and allowed
+    assert page.locator("body").evaluate("body => getComputedStyle(body).maxWidth") == "980px"
+
+
 def test_keys_are_asked_for_and_used(
     browser: Browser, serve: Callable[..., Server], tmp_path: Path, photos: dict[str, bytes]
 ) -> None:
