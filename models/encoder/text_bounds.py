@@ -2,6 +2,13 @@
 
 open_clip's own tokenizer cleans and splits a whole text before it cuts the tokens, takes n² steps
 to split a word of n letters, and remembers every word for ever.
+
+The tokens equal open_clip's, with two exceptions:
+
+- a run of letters of more than MAX_WORD_BYTES bytes gets the tokens of its first MAX_WORD_BYTES
+  alone, which differ where they do not fill the context length;
+- a text of more than `BoundedTokenizer.max_characters` characters gets the tokens of its beginning,
+  which differ where that does not fill the context length: long words, and what cleaning removes.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +30,9 @@ CACHED_CHARACTERS = 32
 
 
 class BoundedTokenizer:
-    """A tokenizer of open_clip whose work on one text is bounded; the tokens are the same.
+    """A tokenizer of open_clip whose work on one text is bounded.
+
+    The tokens are those of open_clip but for very long words and texts (see the module).
 
     tokenizer: any of open_clip's.  context_length: L.  Texts are cut at `max_characters`, white
     space counted once. Used from several threads at once.

@@ -49,6 +49,15 @@ def test_tokens_equal_those_of_open_clip(own: SimpleTokenizer, bounded: BoundedT
     assert bounded([]).shape == (0, 77)
 
 
+def test_of_longer_words_and_texts_the_beginning_counts(own: SimpleTokenizer, bounded: BoundedTokenizer) -> None:
+    word, text = "a" * 300, "\x08" * 4100 + "far"  # cleaning removes control characters
+    assert len(text) > bounded.max_characters
+    np.testing.assert_array_equal(bounded([word]), own([word[: text_bounds.MAX_WORD_BYTES]]).numpy())
+    np.testing.assert_array_equal(bounded([text]), own([text[: bounded.max_characters]]).numpy())
+    assert (bounded([word]) != own([word]).numpy()).any()
+    assert (bounded([text]) != own([text]).numpy()).any()
+
+
 class Counting:
     """Counts the symbols that a tokenizer is given to merge."""
 
