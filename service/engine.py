@@ -46,6 +46,7 @@ from service.settings import Settings
 class Engine:
     """Opened once per process.
 
+    fork_server: of the processes that decode images; the engine closes it.
     State: whether it is draining, and how many guarded requests are inside (the middleware counts).
     """
 
@@ -55,7 +56,7 @@ class Engine:
         reco: Reco,
         store: Store,
         metrics: Metrics,
-        fork_server: ForkServer | None = None,
+        fork_server: ForkServer,
     ) -> None:
         self.settings, self.reco, self.metrics = settings, reco, metrics
         self.gate = Gate(settings)
@@ -70,7 +71,7 @@ class Engine:
         )
         self.score_function = ScoreFunction(reco.encoder.logit_scale, reco.encoder.logit_bias)
         self.label_sets = _open_label_sets(settings, reco, store, self.score_function, metrics)
-        self._fork_server = fork_server or ForkServer()
+        self._fork_server = fork_server
         self.embedder = Embedder(reco, settings, metrics, self.default_snapshot, self._fork_server)
         self.jobs = Jobs(metrics)
         self._query_log = QueryLog()

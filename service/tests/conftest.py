@@ -197,7 +197,8 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
 @pytest.fixture
 def engine(opened: tuple[Any, Any, Any]) -> Any:
     """An engine in this process, not yet running (`inside.scenario`)."""
+    from service.decoding.fork_server import ForkServer
     from service.engine import Engine
     from service.observability.metrics import Metrics
 
-    return Engine(*opened, Metrics(version="0", torch="0", faiss="0"))
+    return Engine(*opened, Metrics(version="0", torch="0", faiss="0"), ForkServer())

@@ -16,7 +16,11 @@ from typing import Any
 import httpx
 import pytest
 
+from service.decoding.fork_server import ForkServer
+from service.engine import Engine
+from service.observability.metrics import Metrics
 from service.tests.conftest import Server, serving
+from service.tests.inside import scenario
 
 LIVEZ_S = 2.0  # 0.1 s when the machine is quiet; a frozen event loop took 3 to 200 s
 NESTED = b"[" * 1000
@@ -168,3 +172,26 @@ def test_one_long_exclude_list_is_converted_once(alone: Server) -> None:
     body = {"texts": ["a"] * 256, "exclude": ids}
     with watched(alone, 1), alone.client() as client, httpx.Client():
         assert client.post("/embed/text", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("label", "template", "status"),
+    [("é" * 4, "{}" + "x" * 900, 200), ("果" * 10, "{}", 413)],
+    ids=["a long template is no part of the reply", "bytes count, not characters"],
+)
+def test_the_size_of_a_reply_is_estimated_from_the_bytes_of_its_labels(
+    opened: tuple[Any, Any, Any], label: str, template: str, status: int
+) -> None:
+    settings, reco, store = opened
+    limited = settings.model_copy(update={"max_reply_bytes": 1024})
+    engine = Engine(limited, reco, store, Metrics(version="0", torch="0", faiss="0"), ForkServer())
+
+    async def work(client: httpx.AsyncClient) -> None:
+        labels = [f"{i}{label}" for i in range(4)]
+        body = {"texts": ["a"] * 4, "labels": labels, "templates": [template], "top_k": 4, "enhance": "none"}
+        reply = await client.post("/classify", json=body)
+        assert reply.status_code == status, reply.text
+        if status == 413:
+            assert "make a reply of about 1296 bytes, at most 1024" in reply.json()["error"]["message"]
+
+    scenario(engine, work)

@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
+from service.decoding.fork_server import ForkServer
 from service.engine import Engine
 from service.observability.metrics import Metrics
 from service.tests.inside import PATIENCE_S, scenario
@@ -59,6 +60,7 @@ def test_a_model_that_hangs_does_not_hold_up_the_end(
         reco,
         store,
         Metrics(version="0", torch="0", faiss="0"),
+        ForkServer(),
     )
     hung, let_go = threading.Event(), threading.Event()
     replies: list[asyncio.Task[httpx.Response]] = []
