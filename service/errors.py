@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import index_store.errors as store
 import models.errors as model
-from service.batching import batcher, workers
+from service.batching import batcher, shared_threads, workers
 
 
 class ServiceError(Exception):
@@ -145,6 +145,7 @@ STATUS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (CapacityExceeded, 429, "rate_limit_error", "capacity_exceeded"),
     (NotServing, 503, "service_unavailable_error", "not_serving"),
     (batcher.BatcherClosed, 503, "service_unavailable_error", "not_serving"),
+    (shared_threads.ThreadsClosed, 503, "service_unavailable_error", "not_serving"),
     (workers.WorkerLost, 503, "service_unavailable_error", "worker_lost"),
     (batcher.DeadlinePassed, 504, "timeout_error", "deadline_passed"),
     (store.StoreError, 503, "service_unavailable_error", "store_error"),

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from index_store import Snapshot
 from service.batching.batcher import QueueFull
-from service.batching.executors import IdleThreads, low_priority_threads
-from service.batching.turns import Turns
+from service.batching.executors import low_priority_threads
+from service.batching.shared_threads import SharedThreads
 from service.errors import NotFound, NotServing
 from service.labels.embedding import Candidates, Embed, ListEmbedding
 from service.labels.index import LabelIndex
@@ -48,10 +49,8 @@ class LabelVectors:
         self._embed, self._function, self._large, self._metrics = embed, function, large, metrics
         self._max_waiting = WAITING_LISTS * max_characters
         self._entries: OrderedDict[tuple[str, str], ListEmbedding] = OrderedDict()
-        self._quick, self._slow = IdleThreads(SHORT_LIST_THREADS, "short-labels"), low_priority_threads(1, "labels")
-        self._turns, self._slow_turn = Turns(), asyncio.Lock()
-        for _ in range(SHORT_LIST_THREADS):
-            self._turns.give()
+        self._quick = SharedThreads(SHORT_LIST_THREADS, "short-labels")
+        self._slow, self._slow_turn = SharedThreads(1, "labels", low_priority_threads), asyncio.Lock()
 
     async def get(self, labels: LabelSet, snapshot: Snapshot | None) -> Candidates:
         """The unit vectors of the labels, each the mean over the templates.
@@ -94,12 +93,12 @@ class LabelVectors:
         """Stop what is being embedded."""
         for entry in self._entries.values():
             entry.fail(NotServing("shutting down: send the request to another instance, or retry later"))
-        for pool in (self._quick, self._slow):
-            pool.close()
+        for threads in (self._quick, self._slow):
+            threads.close()
 
     def _run(self, key: tuple[str, str], entry: ListEmbedding, snapshot: Snapshot | None) -> None:
         """Let an entry be embedded, unless it is done or being done. Raises QueueFull."""
-        if not entry.result.done() and entry.task is None:
+        if not entry.result.done() and not entry.running:
             if entry.count <= self._large:
                 self._admit(entry)
             entry.task = asyncio.create_task(self._embed_list(key, entry, snapshot))
@@ -109,8 +108,8 @@ class LabelVectors:
 
     def _admit(self, entry: ListEmbedding) -> None:
         """Refuse a list while too many characters wait before it. Raises QueueFull."""
-        running = [each for each in self._entries.values() if each.task is not None and each.count <= self._large]
-        waiting = sum(each.left_characters for each in running if not each.result.done())
+        small = (each for each in self._entries.values() if each.running and each.count <= self._large)
+        waiting = sum(each.left_characters for each in small)
         if waiting and waiting + entry.left_characters > self._max_waiting:
             self._metrics.rejected_total.labels("queue_full").inc()
             raise QueueFull(
@@ -120,49 +119,35 @@ class LabelVectors:
 
     async def _embed_list(self, key: tuple[str, str], entry: ListEmbedding, snapshot: Snapshot | None) -> None:
         """Embed what is left of a list, and index it where it is long."""
+        large = entry.count > self._large
+        threads, turn = (self._slow, self._slow_turn) if large else (self._quick, nullcontext())
         try:
-            if entry.count > self._large:
-                async with self._slow_turn:
-                    while entry.done < entry.count:
-                        await self._embed_step(entry, snapshot, self._slow)
-            else:
+            async with turn:
                 while entry.done < entry.count:
-                    await self._turns.take(entry)
-                    await self._embed_step(entry, snapshot, self._quick, self._turns)
-            pool = self._slow if entry.count > self._large else self._quick
-            made = await asyncio.shield(pool.run(entry.build, self._function.scale, INDEXED_LABELS))
+                    step = entry.next_step()
+                    entry.add(step, await threads.run(entry, entry.embed_step, self._embed, snapshot, step))
+                made = await threads.run(entry, entry.build, self._function.scale, INDEXED_LABELS)
         except Exception as error:  # noqa: BLE001  it belongs to those who wait; the next request tries again
             entry.task = None
             entry.fail(error)
             if self._entries.get(key) is entry:
                 del self._entries[key]
         else:
-            if not entry.result.done():
-                entry.result.set_result(made)
+            entry.finish(made)
             self._trim()
 
-    async def _embed_step(
-        self, entry: ListEmbedding, snapshot: Snapshot | None, pool: IdleThreads, turns: Turns | None = None
-    ) -> None:
-        """Embed one step in a thread; the turn ends with the thread's work, not with the caller."""
-        step = entry.next_step()
-        work = pool.run(entry.embed_step, self._embed, snapshot, step)
-        work.add_done_callback(lambda done: _finish_turn(done, turns))
-        entry.add(step, await asyncio.shield(work))
-
     def _trim(self) -> None:
-        """Keep the vectors within the bounds."""
-        while len(self._entries) > CACHED_LISTS or (
-            len(self._entries) > 1 and sum(e.bytes for e in self._entries.values()) > CACHED_BYTES
-        ):
-            self._entries.popitem(last=False)
+        """Remove the lists that were not asked for the longest, until the rest is within bounds.
 
-
-def _finish_turn(work: asyncio.Future[np.ndarray], turns: Turns | None) -> None:
-    if not work.cancelled():
-        work.exception()  # the task that waited may have been cancelled
-    if turns is not None:
-        turns.give()
+        The newest stays, and so does every list that is being embedded: its work would be lost.
+        """
+        size = sum(entry.bytes for entry in self._entries.values())
+        for key, entry in list(self._entries.items())[:-1]:
+            if len(self._entries) <= CACHED_LISTS and size <= CACHED_BYTES:
+                return
+            if not entry.running:
+                size -= entry.bytes
+                del self._entries[key]
 
 
 def rank_candidates(vectors: np.ndarray, candidates: Candidates, function: ScoreFunction, top_k: int) -> Ranked:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -26,8 +27,8 @@ class ListEmbedding:
 
     result: its vectors, once they are made.  kept: it is embedded although nobody waits, as a
     large stored set is. The snapshot itself is not held, so that a retired one is freed.
-    State: the rows made so far, how many callers wait, the task that makes the others, None while
-    it is paused.
+    State: the rows made so far, none once it is finished; how many callers wait; the task that
+    makes the other rows, None before it starts and while it is paused.
     """
 
     def __init__(self, labels: LabelSet, snapshot: Snapshot | None, *, kept: bool) -> None:
@@ -39,15 +40,24 @@ class ListEmbedding:
         self._rows = np.empty((0, 0), np.float32)  # (labels, D) from the first step on
 
     @property
+    def running(self) -> bool:
+        """Whether rows are being made, or wait for a thread to be made."""
+        return self.task is not None and not self.result.done()
+
+    @property
     def bytes(self) -> int:
         """Bytes of the vectors, those of an unfinished list included."""
         finished = self.result.done() and not self.result.cancelled() and self.result.exception() is None
         return self.result.result().nbytes if finished else self._rows.nbytes
 
+    @cached_property
+    def _characters(self) -> int:
+        return self._labels.characters
+
     @property
     def left_characters(self) -> int:
         """Of the texts that are still to be embedded."""
-        return self._labels.characters * (self.count - self.done) // self.count
+        return self._characters * (self.count - self.done) // self.count
 
     def next_step(self) -> slice:
         """The labels of the next step: as many as make STEP_TEXTS texts, one at least."""
@@ -68,6 +78,12 @@ class ListEmbedding:
         """The rows, or an index of them where there are more than `indexed_from`; blocks."""
         index = LabelIndex.build(self._rows, scale) if self.count > indexed_from else None
         return self._rows if index is None else index
+
+    def finish(self, made: Candidates) -> None:
+        """Give the vectors to those who wait, and keep no rows beside an index of them."""
+        self._rows = np.empty((0, 0), np.float32)
+        if not self.result.done():
+            self.result.set_result(made)
 
     def pause(self) -> None:
         """Stop after the step that runs."""

@@ -109,7 +109,7 @@ class Embedder:
         with self._admission.admit("text", len(texts)):
             start = time.perf_counter()
             with self.towers["text"].expecting(len(texts)):
-                tokens = await self._tokenizing.tokenize(texts, deadline, object())  # (B, L)
+                tokens = await self._tokenizing.tokenize(texts, deadline)  # (B, L)
             seconds = time.perf_counter() - start
             self._metrics.observe_stage("tokenize", "text", seconds)
             result = await self._run("text", 0, list(tokens), query, deadline, {"tokenize": seconds})

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from service.batching.batcher import DeadlinePassed
-from service.batching.executors import IdleThreads
-from service.batching.turns import Turns
-from service.errors import NotServing
+from service.batching.shared_threads import SharedThreads
 
 __all__ = ["Tokenizing"]
 
@@ -27,29 +25,18 @@ class Tokenizing:
     """
 
     def __init__(self, tokenize: Callable[[Sequence[str]], np.ndarray]) -> None:
-        self._tokenize = tokenize
-        self._threads, self._turns = IdleThreads(THREADS, "tokenize"), Turns()
-        for _ in range(THREADS):
-            self._turns.give()
-        self._closed = False
+        self._tokenize, self._threads = tokenize, SharedThreads(THREADS, "tokenize")
 
-    async def tokenize(self, texts: Sequence[str], deadline: float, caller: Hashable) -> np.ndarray:
-        """(B, L) int64. deadline: a `time.monotonic()` instant.  caller: the request.
+    async def tokenize(self, texts: Sequence[str], deadline: float) -> np.ndarray:
+        """(B, L) int64. deadline: a `time.monotonic()` instant.
 
-        Raises DeadlinePassed, NotServing once closed.
+        Raises DeadlinePassed, ThreadsClosed once closed.
         """
-        steps: list[np.ndarray] = []
+        request, steps = object(), list[np.ndarray]()
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 for some in _split_into_steps(texts):
-                    await self._turns.take(caller)
-                    if self._closed:
-                        self._turns.give()
-                        raise NotServing("the service is shutting down and takes no more texts: retry elsewhere")
-                    work = self._threads.run(self._tokenize, some)
-                    work.add_done_callback(self._finish_step)
-                    # the turn ends with the thread's work, not with the caller
-                    steps.append(await asyncio.shield(work))
+                    steps.append(await self._threads.run(request, self._tokenize, some))
         except TimeoutError as error:
             done = sum(len(step) for step in steps)
             raise DeadlinePassed(
@@ -58,14 +45,8 @@ class Tokenizing:
         return steps[0] if len(steps) == 1 else np.concatenate(steps)
 
     def close(self) -> None:
-        """Start no more steps; a request in the middle of its steps gets NotServing."""
-        self._closed = True
+        """Start no more steps; a request in the middle of its steps gets ThreadsClosed."""
         self._threads.close()
-
-    def _finish_step(self, work: asyncio.Future[np.ndarray]) -> None:
-        if not work.cancelled():
-            work.exception()  # the caller may have left
-        self._turns.give()
 
 
 def _split_into_steps(texts: Sequence[str]) -> Iterator[list[str]]:

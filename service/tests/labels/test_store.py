@@ -134,16 +134,19 @@ def test_many_labels_are_kept_as_an_index_that_ranks_as_their_rows_do(
     def embed(labels: Sequence[str], templates: Sequence[str], snapshot: Snapshot | None) -> np.ndarray:
         return rows[[int(label) for label in labels]]
 
-    async def made(count: int) -> np.ndarray | LabelIndex:
+    async def made(count: int) -> tuple[np.ndarray | LabelIndex, list[int]]:
+        """What a list is kept as, and the bytes of the rows that its entry holds."""
         vectors = LabelVectors(embed, function=SOFTMAX, large=100, max_characters=10**6, metrics=metrics)
         try:
-            return await vectors.get(LabelSet(tuple(map(str, range(count)))), None)
+            found = await vectors.get(LabelSet(tuple(map(str, range(count)))), None)
+            return found, [entry._rows.nbytes for entry in vectors._entries.values()]
         finally:
             vectors.close()
 
-    assert isinstance(asyncio.run(made(3000)), np.ndarray)
-    index = asyncio.run(made(4000))
+    assert isinstance(asyncio.run(made(3000))[0], np.ndarray)
+    index, kept = asyncio.run(made(4000))
     assert isinstance(index, LabelIndex)
+    assert kept == [0]  # no second copy beside the index
     found, exact = index.rank(rows[::100], SOFTMAX, 1), rank(rows[::100], rows, SOFTMAX, 1)
     np.testing.assert_array_equal(found.labels, exact.labels)
     np.testing.assert_allclose(found.scores, exact.scores, rtol=0.05)

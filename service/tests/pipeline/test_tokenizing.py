@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from service.batching.batcher import DeadlinePassed
+from service.batching.shared_threads import ThreadsClosed
 from service.engine import Engine
-from service.errors import NotServing
+from service.errors import refusal
 from service.pipeline.tokenizing import STEP_TEXTS, Tokenizing
 from service.tests.inside import PATIENCE_S, scenario
 
@@ -36,7 +37,7 @@ def test_texts_keep_their_order_over_the_steps() -> None:
     async def work() -> None:
         stage = Tokenizing(lambda texts: np.array([[len(text)] for text in texts]))
         texts = ["x" * (i % 90) for i in range(1000)]
-        found = await stage.tokenize(texts, time.monotonic() + 30, 0)
+        found = await stage.tokenize(texts, time.monotonic() + 30)
         np.testing.assert_array_equal(found[:, 0], [len(text) for text in texts])
         stage.close()
 
@@ -50,7 +51,7 @@ def test_a_request_that_nobody_waits_for_is_tokenized_no_further(way: str) -> No
     async def work() -> None:
         stage = Tokenizing(held)
         wait_s = 0.2 if way == "deadline" else 30
-        asked = asyncio.create_task(stage.tokenize(["text"] * 10 * STEP_TEXTS, time.monotonic() + wait_s, 0))
+        asked = asyncio.create_task(stage.tokenize(["text"] * 10 * STEP_TEXTS, time.monotonic() + wait_s))
         while not held.calls:  # noqa: ASYNC110  set by the thread
             await asyncio.sleep(0.005)
         if way == "deadline":
@@ -60,7 +61,7 @@ def test_a_request_that_nobody_waits_for_is_tokenized_no_further(way: str) -> No
             asked.cancel()
             await asyncio.sleep(0)
         held.go.release(50)
-        await stage.tokenize(["another"], time.monotonic() + 30, 1)
+        await stage.tokenize(["another"], time.monotonic() + 30)
         assert [len(call) for call in held.calls] == [STEP_TEXTS, 1]
         stage.close()
 
@@ -73,13 +74,14 @@ def test_requests_inside_are_refused_when_the_stage_is_closed() -> None:
     async def work() -> None:
         stage = Tokenizing(held)
         until = time.monotonic() + 30
-        inside = [asyncio.create_task(stage.tokenize(["text"] * 2 * STEP_TEXTS, until, i)) for i in range(4)]
+        inside = [asyncio.create_task(stage.tokenize(["text"] * 2 * STEP_TEXTS, until)) for _ in range(4)]
         while not held.calls:  # noqa: ASYNC110  set by the thread
             await asyncio.sleep(0.005)
         stage.close()
         held.go.release(50)
         outcomes = await asyncio.gather(*inside, return_exceptions=True)
-        assert [type(outcome) for outcome in outcomes] == [NotServing] * 4
+        assert [type(outcome) for outcome in outcomes] == [ThreadsClosed] * 4
+        assert refusal(ThreadsClosed()).status == 503
 
     asyncio.run(work())
 
@@ -89,10 +91,10 @@ def test_requests_take_turns() -> None:
 
     async def work() -> None:
         stage, until = Tokenizing(held), time.monotonic() + 30
-        large = [asyncio.create_task(stage.tokenize(["text"] * 5 * STEP_TEXTS, until, i)) for i in range(2)]
+        large = [asyncio.create_task(stage.tokenize(["text"] * 5 * STEP_TEXTS, until)) for _ in range(2)]
         while len(held.calls) < 2:  # noqa: ASYNC110  both threads are taken
             await asyncio.sleep(0.005)
-        small = asyncio.create_task(stage.tokenize(["small"], until, 9))
+        small = asyncio.create_task(stage.tokenize(["small"], until))
         await asyncio.sleep(0)
         held.go.release(50)
         await asyncio.gather(*large, small)
