@@ -1,7 +1,8 @@
 """Optimisations of a loaded CLIP model, each verified on a probe batch before it is used.
 
-    probe batch ─┬─ open_clip's own tower ───────────────┬─ cosine >= MIN_COSINE: used
-                 └─ with packed layers or trimmed texts ─┘  else: left off, one log line
+    probe batch ─┬─ open_clip's own tower, once ─────────┬─ cosine >= MIN_COSINE: used
+                 ├─ with trimmed texts ──────────────────┤  else: left off, one log line
+                 └─ with packed layers ──────────────────┘
 
 Packing (`onednn`) and trimming (`text_tower`) rely on how open_clip builds its towers. An
 architecture that they do not fit must neither fail nor get other vectors.
@@ -9,17 +10,17 @@ Alphabet: B batch, L tokens, H W pixels, D width, Dt trunk width.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.encoder.image_tower import ImageTower, unit_vectors
 from models.encoder.onednn import pack_layers, packs_dtype, record_layer_calls, unpack_layers
-from models.encoder.text_tower import trimmed_text
+from models.encoder.text_tower import TrimmedText, trimmed_text
 
 __all__ = ["PROBE_TEXTS", "OptimizedTowers", "optimize_towers"]
 
@@ -61,42 +62,56 @@ def optimize_towers(
     image, texts = ImageTower(model, device), torch.from_numpy(tokens).to(device)
     noise = np.random.default_rng(0).integers(0, 256, (1, 3, *image_size), dtype=np.uint8)
     pixels = torch.from_numpy(noise).to(device)
+    pack = pack and packs_dtype(image.dtype)
     with torch.inference_mode():
-        text = _choose_text_encoder(model, texts[:1], name)
-        if pack and packs_dtype(image.dtype):
-            _pack_if_equal(model, lambda: [unit_vectors(text(texts))], f"the text tower of {name}")
-            vectors = _pack_if_equal(model, lambda: image(pixels), f"the image tower of {name}")
+        text = _optimize_text(model, texts, name, pack=pack)
+        if pack:
+            vectors, layers = _run_recorded(model, lambda: image(pixels))
+            _pack_if_equal(model, layers, lambda: image(pixels), vectors, f"the image tower of {name}")
         else:
             vectors = image(pixels)
     return OptimizedTowers(image, text, vectors[0].shape[1], vectors[1].shape[1] if len(vectors) > 1 else None)
 
 
-def _choose_text_encoder(model: Any, tokens: Tensor, name: str) -> Callable[[Tensor], Tensor]:
-    """The trimmed text tower if it gives equal vectors, else open_clip's own encode_text."""
+def _optimize_text(model: Any, texts: Tensor, name: str, *, pack: bool) -> Callable[[Tensor], Tensor]:
+    """The trimmed text tower if it gives equal vectors, else open_clip's own encode_text.
+
+    With `pack` its layers are packed. One pass of the plain tower is what both are compared with.
+    """
     trimmed, encode_text = trimmed_text(model), cast(Callable[[Tensor], Tensor], model.encode_text)
-    if trimmed is None:
+    if trimmed is None and not pack:
         return encode_text
-    plain = [unit_vectors(encode_text(tokens))]
-    difference = _difference(lambda: [unit_vectors(trimmed(tokens))], plain, model)
+    plain, layers = _run_recorded(model, lambda: [unit_vectors(encode_text(texts))])
+    text = encode_text
+    if trimmed is not None and _trims_equally(model, trimmed, texts, plain, name):
+        text = trimmed
+    if pack:
+        _pack_if_equal(model, layers, lambda: [unit_vectors(text(texts))], plain, f"the text tower of {name}")
+    return text
+
+
+def _trims_equally(model: Any, trimmed: TrimmedText, texts: Tensor, plain: Vectors, name: str) -> bool:
+    difference = _difference(lambda: [unit_vectors(trimmed(texts))], plain, model)
     if difference:
         log.warning("the text tower of %s encodes whole texts, slower than trimmed ones: trimmed, %s", name, difference)
-        return encode_text
-    return trimmed
+    return not difference
 
 
-def _pack_if_equal(model: Any, encode: Callable[[], Vectors], name: str) -> Vectors:
-    """Pack the layers that a tower calls, and unpack them if its vectors change.
-
-    Returns the plain vectors.
-    """
+def _run_recorded(model: Any, encode: Callable[[], Vectors]) -> tuple[Vectors, Collection[nn.Module]]:
+    """The vectors of a tower, and the layers that it calls."""
     with record_layer_calls(model) as layers:
-        plain = encode()
+        return encode(), layers
+
+
+def _pack_if_equal(
+    model: Any, layers: Collection[nn.Module], encode: Callable[[], Vectors], plain: Vectors, name: str
+) -> None:
+    """Pack these layers of a tower, and unpack them if its vectors are not the plain ones."""
     replaced = pack_layers(model, layers)
     difference = _difference(encode, plain, model)
     if difference:
         unpack_layers(replaced)
         log.warning("%s keeps unpacked weights, slower than packed ones: packed, %s", name, difference)
-    return plain
 
 
 def _difference(encode: Callable[[], Vectors], plain: Vectors, model: Any) -> str:

@@ -143,6 +143,10 @@ def tie_the_image_tower(model: Any) -> None:
     model.visual.ln_post = nn.Sequential(model.visual.ln_post, TiedLinear(VIT["vision_cfg"]["width"]))  # type: ignore[index]
 
 
+def tie_the_text_tower(model: Any) -> None:
+    model.ln_final = nn.Sequential(model.ln_final, TiedLinear(TEXT_TOWER["width"]))
+
+
 def read_the_padding(model: Any) -> None:
     model.__class__ = PaddingReader
 
@@ -180,3 +184,49 @@ def test_texts_of_a_tower_that_needs_its_padding_are_not_trimmed(
     (message,) = optimizer_messages(caplog)
     assert "the text tower of changed/vit@0 encodes whole texts" in message
     assert reason in message
+
+
+def test_a_coca_is_packed_and_its_texts_are_not_trimmed(tmp_path: Path) -> None:
+    config = save_config(tmp_path, "coca", CONFIGS["coca"])
+    encoder = Encoder.load(EncoderSpec(str(config), "random", device="cpu", packed=True))
+    assert not encoder.trims_texts
+    assert sum(isinstance(layer, PackedAttention) for layer in encoder.module.text.modules()) == TEXT_TOWER["layers"]
+    assert_equals_open_clip(encoder, create_model(config), 4)
+
+
+@pytest.mark.parametrize("change", [read_the_padding, refuse_short_texts])
+def test_a_text_tower_that_neither_fits_is_open_clips_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Any
+) -> None:
+    def both(model: Any) -> None:
+        tie_the_text_tower(model)
+        change(model)
+
+    with caplog.at_level(logging.WARNING, "reco"):
+        encoder, model = load_both(tmp_path, both)
+    assert_equals_open_clip(encoder, model, 3)
+    assert not encoder.trims_texts
+    assert packed_layers(encoder.module.transformer) == 0
+    assert packed_layers(encoder.module.visual) > 0
+    trimmed, packed = optimizer_messages(caplog)
+    assert trimmed.startswith(
+        "the text tower of changed/vit@0 encodes whole texts, slower than trimmed ones: trimmed, "
+    )
+    assert packed.startswith(
+        "the text tower of changed/vit@0 keeps unpacked weights, slower than packed ones: packed, "
+    )
+
+
+@pytest.mark.parametrize("change", [lambda _: None, read_the_padding, tie_the_text_tower])
+def test_trimming_and_packing_are_compared_with_one_plain_pass(tmp_path: Path, change: Any) -> None:
+    lengths: list[tuple[int, ...]] = []
+
+    def counted(model: Any) -> None:
+        change(model)
+        model.transformer.register_forward_pre_hook(lambda _, inputs: lengths.append(tuple(inputs[0].shape[:2])))
+
+    encoder, _ = load_both(tmp_path, counted)
+    whole = [shape for shape in lengths if shape == (2, encoder.context_length)]
+    untrimmed = 0 if encoder.trims_texts else 1  # whole texts with packed layers
+    assert len(whole) == 1 + untrimmed, lengths
+    assert len(lengths) == 3, lengths
