@@ -37,7 +37,9 @@ def is_architecture(name: str) -> bool:
 def describe_architecture(name: str) -> dict[str, Any]:
     """What `reco info --model NAME` prints.  name: one of `is_architecture`.
 
-    parameters: of each tower.  dim: of the vectors.  image_size: height and width in pixels.
+    parameters: of each tower, None where the size of the text tower is unknown before its
+    configuration is downloaded from the hub (`hf_model_name`).
+    dim: of the vectors.  image_size: height and width in pixels.
     needs: packages beyond our own.  weights: the tags to choose `--pretrained` from.  tested: the
     cosines with open_clip's own vectors that `make bench-models` found, None where it was not run.
     """
@@ -50,7 +52,7 @@ def describe_architecture(name: str) -> dict[str, Any]:
     found = json.loads(TESTED.read_text("utf-8")).get(name)
     return {
         "name": name,
-        "parameters": count_parameters(name),
+        "parameters": None if "hf_model_name" in text else count_parameters(name),
         "dim": config.get("embed_dim"),
         "image_size": list(size) if isinstance(size, list | tuple) else [size, size],
         "context_length": text.get("context_length", 77),

@@ -14,6 +14,7 @@ from models.errors import EncoderUnavailable
 __all__ = ["convert_config", "is_huggingface_folder", "read_json"]
 
 CLIP_TOKENS = 49408  # of open_clip's own tokenizer, which equals that of CLIP
+LEGACY_EOS = 2  # what transformers before 4.31 wrote for every CLIP, whatever its end token
 # config.json holds what differs from the defaults of transformers' classes.
 TOWER = {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 CLIP_TEXT = TOWER | {
@@ -85,8 +86,14 @@ def _clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _eos_pooling(text: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a CLIP with other tokens: its own tokenizer, whose end token need not be the greatest."""
-    return {"hf_tokenizer_name": ".", "pool_type": "eos", "eos_id": text.get("eos_token_id", 2)}
+    """Of a CLIP with other tokens: its own tokenizer, and where the vector of a text is read.
+
+    That is the end token, which need not be the greatest, but as in transformers the greatest where
+    `eos_token_id` is LEGACY_EOS or absent.
+    """
+    end = text.get("eos_token_id", LEGACY_EOS)
+    pooling = {"pool_type": "argmax"} if end == LEGACY_EOS else {"pool_type": "eos", "eos_id": end}
+    return {"hf_tokenizer_name": ".", **pooling}
 
 
 def _siglip_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:

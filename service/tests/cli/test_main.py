@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from service.tests.conftest import DATA, one_line, reco, start_reco
+from service.tests.conftest import DATA, cold_reco, one_line, reco, start_reco
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +165,13 @@ def test_info_of_a_model_says_what_it_is_before_anything_is_downloaded() -> None
     assert found["parameters"]["image"] == 92_884_224  # open_clip's own model profile says 92.88 million
     assert {"webli", "random"} <= set(found["weights"])
     assert found["tested"]["image"] > 0.9999
+
+
+def test_info_of_a_model_with_a_text_tower_on_the_hub_needs_no_hub() -> None:
+    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent"}
+    done = cold_reco("info", "--model", "roberta-ViT-B-32", **unreachable)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["dim"], found["image_size"], found["context_length"]) == (512, [224, 224], 77)
+    assert (found["parameters"], found["tokenizer"]) == (None, "roberta-base")
+    assert (found["needs"], found["tested"]) == (["reco-serve[hf]"], None)

@@ -78,9 +78,10 @@ def test_a_clip_of_transformers_gives_its_vectors(tmp_path: Path, act: str) -> N
     assert_equal_vectors(encoder, model)
 
 
-def test_a_clip_with_a_vocabulary_of_its_own_reads_the_end_of_the_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("eos", [1, 2], ids=["end token", "legacy"])
+def test_a_clip_with_a_vocabulary_of_its_own_is_read_where_transformers_reads_it(tmp_path: Path, eos: int) -> None:
     tokens = train_tokenizer(tmp_path / "mine")
-    model = save_clip(tmp_path / "mine", vocab_size=tokens, eos_token_id=1, pad_token_id=0)
+    model = save_clip(tmp_path / "mine", vocab_size=tokens, eos_token_id=eos, pad_token_id=0)
     encoder = Encoder.load(EncoderSpec(f"local-dir:{tmp_path / 'mine'}", device="cpu", packed=True))
     assert encoder.trims_texts
     assert_equal_vectors(encoder, model)
