@@ -147,7 +147,7 @@ class LabelSets:
         return None
 
     async def delete(self, name: str) -> None:
-        """Delete a set with its versions, a damaged one too. Raises NotFound."""
+        """Delete a set with its versions, a damaged one too. Raises NotFound, StoreUnwritable."""
         labels = await asyncio.to_thread(self._remove, name)
         if labels is not None:
             self.vectors.drop(labels)
@@ -157,7 +157,7 @@ class LabelSets:
         labels = None
         with suppress(DamagedLabelSet):
             labels = self.get(name)
-        with self._writer:
+        with self._writer, translate_write_errors(f"label set {name}"):
             for path in (self._path(name), *self._earlier(name)):
                 path.unlink(missing_ok=True)
                 self._cached.pop(path.stem, None)

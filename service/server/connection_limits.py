@@ -11,6 +11,7 @@ import resource
 import socket
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -23,7 +24,7 @@ MAX_HEAD_BYTES = 64 * 2**10  # of the head of a request
 LINGER_S = 5.0  # for the rest of a body whose request is already answered
 MIN_SEND_BYTES = 4096  # a second, of a reply that a caller reads; one that reads less is disconnected
 MAX_PIPELINED = 64  # requests that wait on one connection for the reply to the one before
-FILES_SHARE = 0.75  # of the files that the process may open, for the connections of one address
+FILES_SHARE = 0.75  # of the files that the process may still open, for the connections of one address
 
 
 @dataclass(eq=False)
@@ -46,14 +47,21 @@ class ConnectionLimits:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> ConnectionLimits:
-        """The operator's limits; one address never takes all files that the process may open."""
-        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        """The operator's limits."""
         per_address = settings.max_connections_per_address
-        if files != resource.RLIM_INFINITY:
-            per_address = min(per_address, max(1, int(FILES_SHARE * files)))
         return cls(
             settings.receive_s, settings.send_s, per_address, settings.trusted_proxies, settings.max_inflight_bytes
         )
+
+    def leave_files(self) -> None:
+        """Lower `per_address`, so that one address never takes all files that the process may open.
+
+        To be called once everything else is open: the event loop and the decoders have files too.
+        """
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if files != resource.RLIM_INFINITY:
+            free = files - len(list(Path("/dev/fd").iterdir()))
+            self.per_address = min(self.per_address, max(1, int(FILES_SHARE * free)))
 
     def trusts(self, address: str) -> bool:
         """Whether a peer is a proxy of the operator's."""

@@ -25,6 +25,7 @@ from service.settings import Settings, UsageError
 
 if TYPE_CHECKING:
     from service.engine import Engine
+    from service.server.connection_limits import ConnectionLimits
 
 BACKLOG = 2048  # connections that wait to be accepted
 
@@ -37,9 +38,9 @@ class DrainingServer(uvicorn.Server):
     A second signal stops at once.
     """
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, limits: ConnectionLimits) -> None:
         super().__init__(config)
-        self._engine = engine
+        self._engine, self._limits = engine, limits
         self._loop: asyncio.AbstractEventLoop | None = (
             None  # None before the start: a signal then just ends the process
         )
@@ -77,6 +78,7 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Print the address once the service answers."""
         await super().startup(sockets)
+        self._limits.leave_files()
         self._loop = asyncio.get_running_loop()
         if self.started and not self.should_exit and sockets:
             host, port = sockets[0].getsockname()[:2]
@@ -170,12 +172,12 @@ def serve(settings: Settings) -> None:
         from service.app import create_app
         from service.server.connection_limits import ConnectionLimits, LimitedProtocol
 
-        engine = opening.result()
+        engine, limits = opening.result(), ConnectionLimits.from_settings(settings)
         config = uvicorn.Config(
             create_app(engine), log_config=None, access_log=False, proxy_headers=False, server_header=False, lifespan="on", loop="uvloop",
-            http=LimitedProtocol.with_limits(ConnectionLimits.from_settings(settings)), backlog=BACKLOG, ws="none",
+            http=LimitedProtocol.with_limits(limits), backlog=BACKLOG, ws="none",
         )  # fmt: skip
-        DrainingServer(config, engine).run(sockets=[bound, *unix])
+        DrainingServer(config, engine, limits).run(sockets=[bound, *unix])
     sys.stdout.flush()
     os._exit(0)
 

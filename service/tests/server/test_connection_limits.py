@@ -4,6 +4,8 @@ in silence.
 
 import inspect
 import resource
+import socket
+from contextlib import ExitStack
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -28,10 +30,22 @@ def test_the_limit_belongs_to_one_class() -> None:
     assert (quick.limits.head_s, LimitedProtocol.limits.head_s) == (1.5, 30.0)
 
 
+def per_address() -> int:
+    """The limit for one address, with the files that are open now."""
+    limits = ConnectionLimits.from_settings(Settings())
+    limits.leave_files()
+    return limits.per_address
+
+
 def test_one_address_never_takes_every_file_of_the_process() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (800, before[1]))
     try:
-        assert ConnectionLimits.from_settings(Settings()).per_address == 600
+        alone = per_address()
+        assert alone < 600  # three quarters of 800, were nothing open
+        with ExitStack() as stack:
+            for _ in range(80):
+                stack.enter_context(socket.socket())
+            assert per_address() == alone - 60
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
