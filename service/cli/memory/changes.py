@@ -136,7 +136,13 @@ def _open_client(store: Path, url: str) -> Any:
 def _body(reply: Any) -> dict[str, Any]:
     from service.errors import ServiceError
 
-    body: dict[str, Any] = reply.json()
+    try:
+        body: dict[str, Any] = reply.json()
+    except ValueError as error:  # not ours: a proxy's page, say
+        raise ServiceError(
+            f"{reply.url.host} answered {reply.status_code} without JSON: is it the service's address, or is a proxy "
+            "(HTTP_PROXY) between?"
+        ) from error
     if reply.status_code >= 400:
         raise ServiceError(f"{reply.url.host} refused ({reply.status_code}): {body['error']['message']}")
     return body

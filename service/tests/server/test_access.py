@@ -240,7 +240,8 @@ def test_a_proxy_of_the_environment_never_sees_the_token(
         assert seen == []
         # an address elsewhere is reached as the environment says, without the token of this store
         elsewhere = ("memory", "activate", "grocery@all", "--url", "http://192.0.2.1:8000")
-        reco(*elsewhere, "--store", str(guarded.store), **environ)
+        line = one_line(reco(*elsewhere, "--store", str(guarded.store), **environ), 1)
+        assert "answered 502 without JSON: is it the service's address" in line
         assert seen
         assert b"authorization" not in seen[0].lower()
 
