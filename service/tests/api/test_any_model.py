@@ -21,8 +21,8 @@ def write_config(folder: Path, name: str, config: dict[str, Any]) -> str:
     return str(path)
 
 
-def resnet_flags(_: Path) -> tuple[str, ...]:
-    return ("--model", "RN50")
+def resnet_flags(folder: Path) -> tuple[str, ...]:
+    return ("--model", write_config(folder, "resnet", CONFIGS["resnet"]))
 
 
 def coca_flags(folder: Path) -> tuple[str, ...]:

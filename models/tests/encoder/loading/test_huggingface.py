@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from models.encoder.encoder import Encoder, EncoderSpec
 from models.encoder.image_tower import normalize_pixels
+from models.encoder.loading.huggingface import convert_config
 from models.errors import EncoderUnavailable
 from models.tests.tokenizer import train_tokenizer
 
@@ -40,9 +41,9 @@ def save_clip(folder: Path, *, act: str = "quick_gelu", **text: Any) -> Any:
 def save_siglip(folder: Path, tokens: int) -> Any:
     from transformers import SiglipConfig, SiglipModel
 
-    config = SiglipConfig(  # timm has no smaller image tower of SigLIP
+    config = SiglipConfig(  # timm has no image tower of SigLIP with fewer layers or patches
         text_config={**TEXT, "projection_size": 768, "vocab_size": tokens, "max_position_embeddings": 16},
-        vision_config={},
+        vision_config={"patch_size": 32, "image_size": 256},
     )
     return save(SiglipModel, config, folder)
 
@@ -93,6 +94,21 @@ def test_a_siglip_of_transformers_gives_its_vectors(tmp_path: Path) -> None:
     encoder = Encoder.load(EncoderSpec(f"local-dir:{folder}", device="cpu", packed=True))
     assert encoder.logit_bias == pytest.approx(float(model.logit_bias))
     assert_equal_vectors(encoder, model)
+
+
+def test_what_a_siglip_leaves_out_has_the_defaults_of_transformers(tmp_path: Path) -> None:
+    from transformers import SiglipConfig
+
+    (tmp_path / "config.json").write_text('{"model_type": "siglip"}')
+    model: Any = convert_config(tmp_path)["model_cfg"]
+    whole: Any = SiglipConfig()  # its towers have no exact type
+    image, text = whole.vision_config, whole.text_config
+    name = f"vit_base_patch{image.patch_size}_siglip_{image.image_size}"
+    assert (model["embed_dim"], model["vision_cfg"]["timm_model_name"]) == (image.hidden_size, name)
+    assert model["text_cfg"]["vocab_size"] == text.vocab_size
+    assert model["text_cfg"]["context_length"] == text.max_position_embeddings
+    assert model["text_cfg"]["layers"] == text.num_hidden_layers
+    assert model["text_cfg"]["norm_kwargs"] == {"eps": text.layer_norm_eps}
 
 
 def test_preprocessing_is_read_from_its_file(tmp_path: Path) -> None:
