@@ -6,15 +6,17 @@ Everything that a route asks for is a method of the engine or of what it owns.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from index_store import SearchParams, Snapshot, Store
+from index_store.errors import StoreUnwritable
 from models.encoder.device import gpu_memory
 from models.reco import Reco
 from models.starter import MEMORY, install_starter, starter_labels
@@ -42,6 +44,8 @@ from service.pipeline.stages import EmbeddedItem, EmbedResult, Items, Query
 from service.pipeline.watchdog import PARTS
 from service.settings import Settings
 
+log = logging.getLogger("reco")
+
 
 class Engine:
     """Opened once per process.
@@ -64,7 +68,7 @@ class Engine:
             store,
             encoder=reco.encoder.fingerprint,
             fusion=reco.fusion_id,
-            default=settings.memory or (MEMORY if settings.model == "starter" else None),
+            default=settings.memory or (MEMORY if settings.model == "starter" and MEMORY in store.names() else None),
             budget=allowed_bytes(settings.memory_budget_bytes),
             devices=settings.search_devices,
             metrics=metrics,
@@ -92,7 +96,8 @@ class Engine:
     def open(cls, settings: Settings) -> Engine:
         """Load the encoder, the fusion and every current memory.
 
-        Raises ModelError, StoreError or ServiceError, each one line.
+        The starter's own memory and label set are installed where it serves them and the store can
+        be written.  Raises ModelError, StoreError or ServiceError, each one line.
         """
         import faiss
         import torch
@@ -100,12 +105,15 @@ class Engine:
         fork_server = ForkServer()
         fork_server.start()  # its imports take as long as a third of the model's
         reco, store = load_reco(settings), Store(settings.store)
-        if settings.model == "starter":
-            install_starter(store)
+        starter = settings.model == "starter" and settings.memory in (None, MEMORY)
+        if starter:
+            with _if_writable("memory"):
+                install_starter(store)
         metrics = Metrics(version=version("reco-serve"), torch=torch.__version__, faiss=faiss.__version__)
         engine = cls(settings, reco, store, metrics, fork_server)
-        if settings.model == "starter" and not engine.label_sets.names():
-            engine.label_sets.put(MEMORY, LabelSet(tuple(starter_labels())))
+        if starter and not engine.label_sets.names():
+            with _if_writable("label set"):
+                engine.label_sets.put(MEMORY, LabelSet(tuple(starter_labels())))
         return engine
 
     @asynccontextmanager
@@ -248,3 +256,12 @@ def _open_label_sets(
         max_sets=settings.max_label_sets,
         metrics=metrics,
     )
+
+
+@contextmanager
+def _if_writable(what: str) -> Iterator[None]:
+    """Go on without what the block installs where the store cannot be written."""
+    try:
+        yield
+    except StoreUnwritable as error:
+        log.warning("the starter's %s is not installed: %s", what, error)

@@ -33,6 +33,10 @@ class Blocks(Protocol):
         """The files that are read, by what they hold."""
 
     @property
+    def sides(self) -> Collection[Side]:
+        """The sides that have vectors."""
+
+    @property
     def rows(self) -> int:
         """N, the number of rows."""
 

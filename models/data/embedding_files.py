@@ -30,12 +30,17 @@ class EmbeddingPart:
     rows: int
     width: int
 
+    @property
+    def sides(self) -> list[Side]:
+        """The sides that have vectors."""
+        return [side for side in SIDES if side in self.files]
+
     def blocks(self) -> Iterator[Block]:
         """The rows in blocks: fields, and vectors (R, D) of each side that there is."""
         table = ArrowTable(self.files["metadata"])
         table.leave_out(table.images, "image bytes")
         rows = table.rows()
-        vectors: dict[Side, np.ndarray] = {side: _map_vectors(self.files[side]) for side in SIDES if side in self.files}
+        vectors: dict[Side, np.ndarray] = {side: _map_vectors(self.files[side]) for side in self.sides}
         for start in range(0, self.rows, BLOCK_ROWS):
             fields = list(islice(rows, min(BLOCK_ROWS, self.rows - start)))
             yield fields, {side: array[start : start + len(fields)] for side, array in vectors.items()}

@@ -34,6 +34,7 @@ class Stream:
     origins: digests of its files, which change when these do.
     steps: (ids so far, ids stored by an earlier run by origin) -> the remaining steps.
     parts: of the sample sources, empty where no image is encoded.
+    encodes: whether images or captions are encoded.
     version: name@version of the version that is read, if it is one.
     """
 
@@ -42,6 +43,7 @@ class Stream:
     origins: frozenset[str]
     steps: Callable[[set[Id], Stored], Iterator[SourceStep]]
     parts: Sequence[Part] = ()
+    encodes: bool = False
     version: str | None = None
 
 
@@ -150,7 +152,7 @@ def sample_stream(parts: Sequence[Part], items: int, encoding: Encoding) -> Stre
         )
 
     origins = frozenset(origin for part in parts for origin in part.origins)
-    return Stream(", ".join(part.name for part in parts), items, origins, steps, parts)
+    return Stream(", ".join(part.name for part in parts), items, origins, steps, parts, encodes=True)
 
 
 def version_stream(path: Path, encoder: str, kinds: Mapping[Side, KeyKind]) -> Stream:
@@ -164,18 +166,24 @@ def version_stream(path: Path, encoder: str, kinds: Mapping[Side, KeyKind]) -> S
     return Stream(manifest.ref, manifest.pairs, frozenset([origin]), steps, version=manifest.ref)
 
 
-def embedding_stream(source: EmbeddingFolder, encoder: Encoder) -> Stream:
-    """A stream of precomputed embeddings; captions without vectors are encoded."""
+def embedding_stream(source: EmbeddingFolder, encoder: Encoder, *, dry_run: bool = False) -> Stream:
+    """A stream of precomputed embeddings; captions without vectors are encoded.
+
+    dry_run: only count, with one unit vector in their place.
+    """
     origin = digest_of("embeddings", [stamp(path) for path in source.files], source.id_column)
 
     def encode(captions: list[str]) -> np.ndarray:
+        if dry_run:
+            return np.eye(1, encoder.dim, dtype=np.float32).repeat(len(captions), axis=0)
         blocks = [captions[at : at + TEXT_BATCH] for at in range(0, len(captions), TEXT_BATCH)]
         return np.concatenate([encode_texts(block, encoder).vectors for block in blocks])
 
     def steps(seen: set[Id], stored: Stored) -> Iterator[SourceStep]:
         return embedding_steps(source, seen=seen, origin=origin, done=stored.get(origin, ()), encode=encode)
 
-    return Stream(source.name, source.rows, frozenset([origin]), steps)
+    encodes = any("text" not in part.sides for part in source.parts)
+    return Stream(source.name, source.rows, frozenset([origin]), steps, encodes=encodes)
 
 
 def chain_streams(

@@ -43,6 +43,11 @@ class VectorFile:
         """The one file."""
         return {"metadata": self.path}
 
+    @property
+    def sides(self) -> list[Side]:
+        """The sides that have vectors."""
+        return list(self.columns)
+
     def blocks(self) -> Iterator[Block]:
         """The rows in blocks; a vector that is missing or of another width is NaN."""
         for fields, vectors in self.table().blocks(BLOCK_ROWS):

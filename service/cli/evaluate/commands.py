@@ -11,6 +11,7 @@ import typer
 
 from service.cli.evaluate.options import AblateOptions, EvaluateOptions, LabelOptions
 from service.cli.options import MODEL, ListCommand, with_settings
+from service.cli.paths import check_input_file
 from service.settings import Settings
 
 EVALUATE = (*MODEL, "memory")
@@ -56,6 +57,8 @@ def classify(
     from service.cli.evaluate import inputs, output
     from service.cli.evaluate.examples import Subject, choose_examples
 
+    options.check()
+    labelled.check()
     reco, snapshot = inputs.open_memory(settings)
     data = inputs.Data(sources, labelled.caption, options.limit)
     names = inputs.read_labels(data, labelled)
@@ -87,6 +90,7 @@ def retrieve(
     from models.evaluation import evaluate
     from service.cli.evaluate import inputs, output
 
+    options.check()
     reco, snapshot = inputs.open_memory(settings)
     captioned = inputs.encode_captioned(inputs.Data(sources, caption, options.limit), reco)
     output.show(evaluate.retrieve(reco, captioned, snapshot, options.settings()), options)
@@ -109,6 +113,9 @@ def entities(
     from models.evaluation import evaluate
     from service.cli.evaluate import inputs, output
 
+    options.check()
+    labelled.check()
+    check_input_file(seen, "--seen")
     reco, snapshot = inputs.open_memory(settings)
     data = inputs.Data(sources, labelled.caption, options.limit)
     names = inputs.read_labels(data, labelled)
@@ -132,6 +139,9 @@ def ablate(
     from models.fusion.checkpoint import FusionFile
     from service.cli.evaluate import inputs, output
 
+    options.check()
+    labelled.check()
+    ablation.check()
     reco, snapshot = inputs.open_memory(settings)
     teacher = inputs.open_named(settings, ablation.learn_from, reco)
     data = inputs.Data(sources, labelled.caption, options.limit)

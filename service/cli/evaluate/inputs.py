@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,18 +49,15 @@ class Data:
 
 
 def open_memory(settings: Settings) -> tuple[Reco, Snapshot]:
-    """The model and the memory that the settings name; the starter's own is made where missing.
+    """The model and the memory that the settings name; the starter has one of its own.
 
     Raises UsageError where no memory is named, StoreError, ModelError.
     """
-    from models.starter import MEMORY, install_starter
+    from models.starter import MEMORY
     from service.pipeline.load import load_reco
 
     reco, store = load_reco(settings), Store(settings.store)
-    starter = settings.model == "starter"
-    if starter:
-        install_starter(store)
-    name = settings.memory or (MEMORY if starter else None)
+    name = settings.memory or (MEMORY if settings.model == "starter" else None)
     if name is None:
         known = ", ".join(store.names()) or "none, build one first"
         raise UsageError(f"no memory named: give --memory, one of {known}")
@@ -66,9 +65,21 @@ def open_memory(settings: Settings) -> tuple[Reco, Snapshot]:
 
 
 def open_named(settings: Settings, ref: str, reco: Reco) -> Snapshot:
-    """The snapshot of NAME[@VERSION], which must be of the model's encoder. Raises StoreError."""
+    """The snapshot of NAME[@VERSION], which must be of the model's encoder.
+
+    The starter's memory, where the store lacks it, is made in a folder that the end of the process
+    removes: an evaluation writes nothing to the store.  Raises StoreError.
+    """
+    from models.starter import MEMORY, install_starter
+
     name, _, version = ref.partition("@")
-    return Store(settings.store).open(name, version or None, encoder=reco.encoder.fingerprint)
+    store = Store(settings.store)
+    if name == MEMORY and settings.model == "starter" and name not in store.names():
+        folder = TemporaryDirectory(prefix="reco-")
+        atexit.register(folder.cleanup)
+        store = Store(Path(folder.name))
+        install_starter(store)
+    return store.open(name, version or None, encoder=reco.encoder.fingerprint)
 
 
 def read_labels(data: Data, options: LabelOptions) -> list[str]:

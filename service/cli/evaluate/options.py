@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from service.cli.paths import check_input_file, check_output_file, check_output_folder
+
 if TYPE_CHECKING:
     from models.evaluation.queries import Setting
 
@@ -44,6 +46,11 @@ class EvaluateOptions:
         Path | None, typer.Option(metavar="DIR", help="write a page with plots and examples, and a Markdown table")
     ] = None
 
+    def check(self) -> None:
+        """Raise UsageError where the results could not be written."""
+        check_output_file(self.json, "--json")
+        check_output_folder(self.report, "--report")
+
     def settings(self) -> list[Setting]:
         """Every combination; `none` only with --dehub, since plain CLIP is measured anyway."""
         from models.evaluation.queries import Setting
@@ -72,6 +79,10 @@ class LabelOptions:
         dataclasses.field(default_factory=lambda: ["a photo of a {}."])
     )
 
+    def check(self) -> None:
+        """Raise UsageError where the labels cannot be read."""
+        check_input_file(self.labels, "--labels")
+
     @property
     def caption(self) -> str:
         """The template that makes an item's class its caption."""
@@ -99,3 +110,7 @@ class AblateOptions:
     ] = None
     tune_steps: Annotated[int, typer.Option(metavar="N", help="of full fine-tuning")] = 100
     tune_pairs: Annotated[int, typer.Option(metavar="N", help="so many of them, drawn with a fixed seed")] = 2048
+
+    def check(self) -> None:
+        """Raise UsageError where the rows could not be written."""
+        check_output_folder(self.out, "--out")

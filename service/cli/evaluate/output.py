@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from service.cli.paths import STDOUT
+
 if TYPE_CHECKING:
     from models.evaluation.queries import Setting
     from models.evaluation.report import Report
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from service.cli.evaluate.options import EvaluateOptions
 
 CURVE_PAIRS = 200_000  # a larger memory is not split for the curve: its vectors would be read whole
-STDOUT = Path("-")
 
 
 def show(report: Report, options: EvaluateOptions, examples: Examples | None = None) -> None:

@@ -6,7 +6,9 @@ A build that was interrupted goes on where it stopped when the same command is r
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -36,13 +38,10 @@ app = typer.Typer(rich_markup_mode=None)
 Name = Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete_memory)]
 
 
-@app.command("build")
-@with_settings(*MODEL)
-def build(
-    settings: Settings,
-    name: Name,
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help=SOURCES)],
-    options: VersionOptions,
+@dataclass(frozen=True, slots=True)
+class ReadingOptions:
+    """Flags that say how sources are read."""
+
     caption: Annotated[
         str | None,
         typer.Option(
@@ -50,16 +49,60 @@ def build(
             help="over the item's fields or columns, such as 'a photo of {class}'; photos in folders have {class}, "
             "{folder} and {name}",
         ),
-    ] = None,
+    ] = None
     columns: Annotated[
         str | None,
         typer.Option(
             metavar="ROLE=COLUMN,…", help="of tables: image=…,caption=…,id=…; default: usual names are guessed"
         ),
-    ] = None,
-    follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="let links leave the folder of the photos")
-    ] = False,
+    ] = None
+    follow_links: Annotated[bool, typer.Option("--follow-links", help="let links leave the folder of the photos")] = (
+        False
+    )
+
+    def reading(self) -> Reading:
+        """The flags as the readers take them. Raises DataError for malformed columns."""
+        from models.data.samples import Reading
+        from models.data.tables.columns import parse_columns
+
+        return Reading(self.caption, parse_columns(self.columns), self.follow_links)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOptions:
+    """Flags that name the columns of embeddings made elsewhere."""
+
+    id_column: Annotated[
+        str | None,
+        typer.Option(
+            "--id",
+            metavar="COLUMN",
+            help="of the metadata, that names a pair (default key, image_path, url, else its number)",
+        ),
+    ] = None
+    image_vector: Annotated[str | None, typer.Option(metavar="COLUMN", help="of parquet files: the image vectors")] = (
+        None
+    )
+    text_vector: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="the text vectors; without them the captions are encoded")
+    ] = None
+
+    def vectors(self) -> dict[Side, str]:
+        """The vector column of each side; none for a folder of clip-retrieval's or a version."""
+        if self.text_vector and not self.image_vector:
+            raise UsageError("--text-vector without --image-vector: name the column of the image vectors too")
+        sides: tuple[tuple[Side, str | None], ...] = (("image", self.image_vector), ("text", self.text_vector))
+        return {side: column for side, column in sides if column}
+
+
+@app.command("build")
+@with_settings(*MODEL)
+def build(
+    settings: Settings,
+    name: Name,
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help=SOURCES)],
+    options: VersionOptions,
+    how: ReadingOptions,
     image_key: Annotated[
         Literal["auto", "vector", "trunk"],
         typer.Option(help="what the image search compares; auto measures it on a sample"),
@@ -67,13 +110,11 @@ def build(
 ) -> None:
     """Encode the sources into one new version."""
     from index_store import Store
-    from models.data.samples import Reading
     from models.data.streams import open_streams
-    from models.data.tables.columns import parse_columns
     from service.pipeline.load import load_encoder
 
     options.check(name)
-    reading = Reading(caption, parse_columns(columns), follow_links)
+    reading = how.reading()
     with progress(None, "count") as meter:
         # counted first: a source that cannot be read is refused before the model is loaded
         opened = open_streams(sources, reading, meter.advance)
@@ -87,7 +128,7 @@ def _with_streams(
     plan: Plan, opened: list[Any], image_key: Literal["auto", "vector", "trunk"], settings: Settings, reading: Reading
 ) -> tuple[Plan, Encoding]:
     """The plan with its streams, once it is known what the image search compares."""
-    from models.data.streams import Encoding, sample_stream, version_stream
+    from models.data.streams import Encoding, opened_streams
     from service.cli.memory.image_key import choose_image_key
 
     def planned(kind: KeyKind) -> tuple[Plan, Encoding]:
@@ -95,13 +136,7 @@ def _with_streams(
         encoding = Encoding(
             plan.encoder, kinds, reading, settings.max_batch, settings.decode_workers, settings.max_pixels
         )
-        streams = [
-            version_stream(found, plan.encoder.fingerprint, kinds)
-            if isinstance(found, Path)
-            else sample_stream(found[0], found[1], encoding)
-            for found in opened
-        ]
-        return dataclasses.replace(plan, streams=streams, kinds=kinds), encoding
+        return dataclasses.replace(plan, streams=opened_streams(opened, encoding), kinds=kinds), encoding
 
     if image_key != "auto":
         return planned(image_key)
@@ -136,20 +171,7 @@ def import_embeddings(
         ),
     ],
     options: VersionOptions,
-    id_column: Annotated[
-        str | None,
-        typer.Option(
-            "--id",
-            metavar="COLUMN",
-            help="of the metadata, that names a pair (default key, image_path, url, else its number)",
-        ),
-    ] = None,
-    image_vector: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="of parquet files: the image vectors")
-    ] = None,
-    text_vector: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="the text vectors; without them the captions are encoded")
-    ] = None,
+    columns: EmbeddingOptions,
 ) -> None:
     """Make one new version of embeddings made elsewhere, or of another version."""
     from index_store import Store
@@ -157,17 +179,12 @@ def import_embeddings(
     from service.pipeline.load import load_encoder
 
     options.check(name)
-    folder = folder.resolve()
-    vectors: dict[Side, str] = {}
-    if text_vector and not image_vector:
-        raise UsageError("--text-vector without --image-vector: name the column of the image vectors too")
-    if image_vector:
-        vectors = {"image": image_vector, **({"text": text_vector} if text_vector else {})}
-    else:
+    folder = Path(os.path.realpath(folder))
+    if not columns.vectors():
         _check_folder(folder)
     encoder = load_encoder(settings)
-    stream, kinds = _open_folder(folder, encoder, id_column, vectors)
-    facts = [id_column, image_vector, text_vector]
+    stream, kinds = _open_folder(folder, encoder, columns, dry_run=options.dry_run)
+    facts = [columns.id_column, columns.image_vector, columns.text_vector]
     carry_out(Plan(name, options, Store(settings.store), encoder, [stream], kinds, facts), Encoding(encoder, kinds))
 
 
@@ -185,7 +202,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _open_folder(
-    folder: Path, encoder: Encoder, id_column: str | None, vectors: dict[Side, str]
+    folder: Path, encoder: Encoder, columns: EmbeddingOptions, *, dry_run: bool
 ) -> tuple[Stream, dict[Side, KeyKind]]:
     """The stream of a version, or of embeddings made elsewhere, and what each side searches."""
     from index_store.build.from_version import is_version
@@ -194,16 +211,16 @@ def _open_folder(
     from models.data.streams import embedding_stream, version_stream
     from models.data.vector_tables import read_vector_table
 
+    vectors = columns.vectors()
+    of: dict[str, Any] = {"dim": encoder.dim, "encoder": encoder.fingerprint}
     if is_version(folder) and not vectors:
         manifest = read_manifest(folder)
         kinds: dict[Side, KeyKind] = {side: manifest.key_kind(side) for side in ("image", "text")}
         return version_stream(folder, encoder.fingerprint, kinds), kinds
     if vectors:
-        found, notes = read_vector_table(
-            folder, vectors, dim=encoder.dim, encoder=encoder.fingerprint, id_column=id_column
-        )
+        found, notes = read_vector_table(folder, vectors, id_column=columns.id_column, **of)
         print(*(f"{folder.name}: {note}" for note in notes), sep="\n")
     else:
-        found = read_embedding_folder(folder, dim=encoder.dim, encoder=encoder.fingerprint, id_column=id_column)
+        found = read_embedding_folder(folder, id_column=columns.id_column, **of)
     print(UNVERIFIABLE.format(encoder=encoder.fingerprint))
-    return embedding_stream(found, encoder), {"image": "vector", "text": "vector"}
+    return embedding_stream(found, encoder, dry_run=dry_run), {"image": "vector", "text": "vector"}

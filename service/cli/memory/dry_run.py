@@ -64,13 +64,13 @@ def estimate(
 
     index, shard_pairs: as given to the build.  near: what drops near-duplicates, None for nothing.
     """
-    found, to_encode = BuildEstimate(), sum(stream.items for stream in streams if stream.parts)
+    found, to_encode = BuildEstimate(), sum(stream.items for stream in streams if stream.encodes)
     for stream in streams:
         found.items += stream.items
         if stream.parts:
             _read_headers(stream, encoding, found)
         else:
-            _read_vectors(stream, found, near)
+            _read_vectors(stream, found, None if stream.encodes else near)
     sizes = estimate_bytes(found, encoding, index, shard_pairs)
     seconds = found.seconds_per_pair * to_encode
     lines = [f"{found.items:,} items: about {found.pairs:,} pairs, {sum(found.reasons.values()):,} rejected"]

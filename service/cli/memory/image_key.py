@@ -5,7 +5,7 @@ whose captions agree, measured on a sample.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ def choose_image_key(plan: Plan, opened: Sequence[Any], planned: Planned) -> tup
     for kind in _unfinished_kinds(planned):
         return kind, {"chosen": kind, "why": f"image key {kind}: the unfinished build has it"}
     parts = [part for found in opened for part in found[0]]
-    samples = list(islice(_sampled(parts, sum(found[1] for found in opened)), SAMPLE))
+    samples = islice(sample_photos(parts, sum(found[1] for found in opened)), SAMPLE)
     return _measured(samples, planned("trunk")[1])
 
 
@@ -58,11 +58,11 @@ def _unfinished_kinds(planned: Planned) -> Iterator[KeyKind]:
             yield kind
 
 
-def _sampled(parts: Sequence[Part], items: int) -> Iterator[Sample]:
+def sample_photos(parts: Sequence[Part], items: int) -> Iterator[Sample]:
     """About SAMPLE of the samples, chosen by their ids, with their images."""
     from models.data.samples import Sample
 
-    stride = max(1, items // SAMPLE)
+    stride = max(1, -(-items // SAMPLE))  # rounded up, so that the first SAMPLE are of all sources
 
     def passed_over(origin: str, name: str) -> bool:
         return zlib.crc32(name.encode("utf-8", "replace")) % stride != 0
@@ -73,16 +73,16 @@ def _sampled(parts: Sequence[Part], items: int) -> Iterator[Sample]:
                 yield item
 
 
-def _measured(samples: Sequence[Sample], encoding: Encoding) -> tuple[KeyKind, dict[str, Any]]:
+def _measured(samples: Iterable[Sample], encoding: Encoding) -> tuple[KeyKind, dict[str, Any]]:
     from models.data.encode import encode_images, encode_texts
     from models.encoder.encoder import concatenate_encoded
 
-    kept, blocks = [], []
+    kept, blocks = list[tuple[str, str]](), []  # ids and captions: the images are let go
     encoder, batch = encoding.encoder, encoding.batch
     for some, encoded in encode_images(samples, encoder, batch=batch, workers=encoding.workers):
-        kept += some
+        kept += [(sample.id, sample.caption) for sample in some]
         blocks.append(encoded)
-    captions = [sample.caption for sample in kept]
+    captions = [caption for _, caption in kept]
     if len(kept) < LEAST or len(set(captions)) < 2:
         why = f"image key vector: {len(kept)} photos with {len(set(captions))} captions are too few to measure"
         return "vector", {"chosen": "vector", "why": why}
@@ -91,7 +91,7 @@ def _measured(samples: Sequence[Sample], encoding: Encoding) -> tuple[KeyKind, d
         [encode_texts(captions[at : at + batch], encoder).vectors for at in range(0, len(captions), batch)]
     )
     agreement = texts @ texts.T  # (S, S)
-    names = np.unique([sample.id.rpartition("#")[0] or sample.id for sample in kept], return_inverse=True)[1]
+    names = np.unique([name.rpartition("#")[0] or name for name, _ in kept], return_inverse=True)[1]
     vector, trunk = (_agreement(keys, agreement, names) for keys in (images.key("vector"), images.key("trunk")))
     gain = trunk - vector  # (S,)
     kind: KeyKind = "trunk" if gain.mean() > gain.std() / np.sqrt(len(gain)) else "vector"

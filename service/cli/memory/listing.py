@@ -12,6 +12,7 @@ import typer
 
 from service.cli.memory.tables import age, print_table, size
 from service.cli.options import STORE, complete_memory, with_settings
+from service.cli.paths import check_output_file
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def show(
     """Print one version as a table or as its manifest; draw its curve where asked."""
     from index_store import Store
 
+    check_output_file(plot, "--plot")
     store = Store(settings.store)
     name, version = _split_ref(store, ref)
     manifest, current = store.manifest(name, version), version == _current(store, name)
