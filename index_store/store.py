@@ -1,9 +1,10 @@
 """Store: a directory of named memories, their versions, and the pointer to the current version."""
 
+import fcntl
 import re
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from itertools import count, repeat
 from pathlib import Path
@@ -135,6 +136,23 @@ class Store:
             _remove_deleted(path.parent)
             path.rename(path.with_name(f".{version}{DELETED_SUFFIX}"))
             _remove_deleted(path.parent)
+
+    def delete_memory(self, name: str) -> None:
+        """Delete a memory: all its versions with their edits.
+
+        It stops existing by one rename.  Raises UnknownMemory; StoreBusy while a process edits it.
+        """
+        versions, folder = self.versions(name), self.root / name
+        with translate_write_errors(name), lock_folder(folder), ExitStack() as stack:
+            for journal in filter(Path.exists, (self.journal_path(name, version) for version in versions)):
+                try:
+                    fcntl.flock(stack.enter_context(journal.open("rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise StoreBusy(f"{name} is being edited by another process: stop the service first") from error
+            gone = self.root / f".{name}{DELETED_SUFFIX}"
+            shutil.rmtree(gone, ignore_errors=True)  # left by a kill
+            folder.rename(gone)
+            shutil.rmtree(gone)
 
     def remove_deleted(self, name: str) -> None:
         """Finish deletions that a kill interrupted, so that no new version inherits their edits."""

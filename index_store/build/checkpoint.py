@@ -16,7 +16,7 @@ import numpy as np
 
 from index_store.build.ids import read_ids_by_origin, to_id_array
 from index_store.build.source import BuildProgress, BuildSource, Reject, SourceStep, StoredRows
-from index_store.build.staging import IDS, LOCK, PROGRESS, REJECTS, BuildState
+from index_store.build.staging import IDS, LOCK, PROGRESS, REJECTS, BuildState, read_state
 from index_store.errors import VersionExists
 from index_store.storage.atomic import fsync_path, replace_text, translate_write_errors
 from index_store.storage.columns import map_rows, open_lines
@@ -33,7 +33,7 @@ def find_earlier_state(work: Path, job: BuildSource, digest: str) -> BuildState 
     """
     if not (work / PROGRESS).exists():
         return None
-    found = _read_state(work)
+    found = read_state(work)
     if found is None:
         log.warning("%s: what an interrupted build left cannot be read, it begins anew", work.parent.name)
         return None
@@ -71,7 +71,7 @@ def unfinished_version(memory: Path, job: BuildSource, digest: str) -> str | Non
     """The unfinished version of which this job can keep the most rows; None without one."""
     usable = dict[str, int]()
     for path in sorted(memory.glob(f".*.partial/{PROGRESS}")):
-        found = _read_state(path.parent)
+        found = read_state(path.parent)
         if found is not None and (rows := usable_rows(path.parent, found, job, digest)):
             usable[path.parent.name[1:].removesuffix(".partial")] = rows
     return max(usable, key=lambda version: usable[version]) if usable else None
@@ -81,7 +81,7 @@ def refuse_other_build(work: Path, job: BuildSource, digest: str, ref: str) -> N
     """Raise VersionExists where the folder holds an unfinished build that this job cannot resume,
     since its pairs would be lost.
     """
-    found = _read_state(work)
+    found = read_state(work)
     if found is not None and not job.fresh and found.pairs and not usable_rows(work, found, job, digest):
         raise VersionExists(
             f"{ref} is the unfinished build of other sources or options, with {found.pairs} pairs: choose another "
@@ -226,13 +226,6 @@ def _encode_reject(reject: Reject) -> bytes:
     escape.
     """
     return json.dumps(asdict(reject), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-
-
-def _read_state(work: Path) -> BuildState | None:
-    try:
-        return BuildState(**json.loads((work / PROGRESS).read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def _row_files(keys: dict[Side, dict[str, Any]]) -> list[str]:

@@ -1,6 +1,7 @@
 """The staging folder of a build: locked by one builder, and kept for a later run or removed."""
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -142,3 +143,55 @@ def _discard(work: Path) -> None:
         (work / LOCK).unlink()
         work.rmdir()
         work.parent.rmdir()  # where the memory holds nothing else
+
+
+@dataclass(frozen=True, slots=True)
+class UnfinishedBuild:
+    """What a stopped or running build has left in a store.
+
+    pairs: that a next run keeps, 0 where its progress cannot be read.  size: in bytes.
+    changed: when it last went on, in seconds since 1970.
+    """
+
+    name: str
+    version: str
+    pairs: int
+    size: int
+    changed: float
+
+
+def unfinished_builds(root: Path, name: str = "*") -> list[UnfinishedBuild]:
+    """The unfinished builds in a store, of one memory or of all, sorted."""
+    found = []
+    for work in sorted(root.glob(f"{name}/{partial_folder(Path(), '*').name}")):
+        sizes, times = [0], [0.0]
+        for path in (work, *work.rglob("*")):
+            with suppress(OSError):  # a running build may remove it meanwhile
+                stat = path.stat()
+                sizes.append(stat.st_size if path.is_file() else 0)
+                times.append(stat.st_mtime)
+        state = read_state(work)
+        version = work.name.removeprefix(".").removesuffix(".partial")
+        found.append(UnfinishedBuild(work.parent.name, version, state.pairs if state else 0, sum(sizes), max(times)))
+    return found
+
+
+def discard_build(root: Path, build: UnfinishedBuild) -> None:
+    """Remove an unfinished build. Raises StoreBusy while it runs, StoreUnwritable."""
+    work = partial_folder(root / build.name, build.version)
+    with translate_write_errors(f"{build.name}/{build.version}"):
+        lock = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _lock(lock, work, f"{build.name}@{build.version}")
+        clear(work)
+        _discard(work)
+    finally:
+        os.close(lock)
+
+
+def read_state(work: Path) -> BuildState | None:
+    """The state that a build has written; None where it has none that can be read."""
+    try:
+        return BuildState(**json.loads((work / PROGRESS).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None

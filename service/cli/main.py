@@ -40,7 +40,7 @@ MEMORY = {
     "show": ("memory.listing", "what one version holds, takes and finds"),
     "verify": ("memory.listing", "read every byte of a version and answer its probe queries"),
     "compact": ("memory.changes", "fold the online edits of a memory into a new version"),
-    "delete": ("memory.changes", "remove a version that is not the current one"),
+    "delete": ("memory.changes", "remove a version, an unfinished build or a memory"),
     "activate": ("memory.changes", "choose the version to serve"),
 }
 EVAL = {

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 
 from service.cli.options import STORE, complete_memory, with_settings
 from service.settings import Settings, UsageError
+
+if TYPE_CHECKING:
+    from index_store import Store
 
 app = typer.Typer(rich_markup_mode=None)
 UNIX = "unix:"
@@ -42,6 +47,9 @@ def compact(
     store = Store(settings.store)
     editor = Editor.open(store, name, encoder=store.manifest(name).encoder)
     before = editor.snapshot
+    if not before.edits:
+        print(f"{before.ref} has no edits: there is nothing to compact")
+        return
     with progress(len(before), f"compact {before.ref}") as meter:
         after = editor.compact(on_progress=lambda done, _: meter.advance(done - meter.done))
     editor.close()
@@ -50,13 +58,69 @@ def compact(
 
 @app.command("delete")
 @with_settings(*STORE)
-def delete(settings: Settings, ref: Ref) -> None:
-    """Remove one version, never the current one."""
+def delete(
+    settings: Settings,
+    ref: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME[@VERSION]",
+            help="a version, an unfinished build, or a whole memory",
+            autocompletion=complete_memory,
+        ),
+    ],
+    yes: Annotated[
+        str | None, typer.Option(metavar="NAME", help="the memory's name again, to delete all of it")
+    ] = None,
+) -> None:
+    """Remove a version that is not the current one, an unfinished build, or a whole memory."""
     from index_store import Store
+    from index_store.build.staging import discard_build, unfinished_builds
 
+    store = Store(settings.store)
+    if "@" not in ref:
+        _delete_memory(store, ref, yes)
+        return
     name, version = _split_ref(ref)
-    Store(settings.store).delete(name, version)
-    print(f"{ref} is deleted")
+    for build in unfinished_builds(store.root, name):
+        if build.version == version and not (store.root / name / version).exists():
+            discard_build(store.root, build)
+            print(f"{ref}, an unfinished build of {build.pairs:,} pairs, is deleted")
+            return
+    lost = _lost_with(store, name, version)
+    store.delete(name, version)
+    print(f"{ref} is deleted{lost}")
+
+
+def _lost_with(store: Store, name: str, version: str) -> str:
+    """What goes with a version, in words."""
+    from index_store import StoreError
+
+    lost = ""
+    with suppress(StoreError):  # a version that cannot be read is deleted all the same
+        edits = store.count_edits(name, version)
+        lost += f", and the {edits:,} edits made on it" if edits else ""
+    with suppress(StoreError):
+        lost += "; a rollback would have gone to it" if store.previous(name) == version else ""
+    return lost
+
+
+def _delete_memory(store: Store, name: str, yes: str | None) -> None:
+    """Delete a whole memory, once its name is given twice. Raises UsageError, StoreError."""
+    from index_store.build.staging import discard_build, unfinished_builds
+    from index_store.store import check_name
+
+    builds, finished = unfinished_builds(store.root, check_name(name)), name in store.names()
+    versions = [] if builds and not finished else store.versions(name)
+    content = f"{name} holds {len(versions)} versions and {len(builds)} unfinished builds"
+    if yes is None and sys.stdin.isatty():
+        yes = typer.prompt(f"{content}; nothing brings them back. Its name again")
+    if yes != name:
+        raise UsageError(f"{content}: to delete all of it give --yes {name}, to delete one version NAME@VERSION")
+    for build in builds:
+        discard_build(store.root, build)
+    if finished:
+        store.delete_memory(name)
+    print(f"{name} is deleted: {len(versions)} versions with their edits, {len(builds)} unfinished builds")
 
 
 @app.command("activate")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,8 +34,12 @@ Ref = Annotated[
 def list_memories(
     settings: Settings, as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False
 ) -> None:
-    """Print a table of every version; a version that cannot be read is named with its reason."""
+    """Print a table of every version; one that cannot be read is named with its reason.
+
+    Unfinished builds follow, with their age and size.
+    """
     from index_store import Store
+    from index_store.build.staging import unfinished_builds
 
     store = Store(settings.store)
     found = [version for name in store.names() for version in _versions(store, name)]
@@ -43,8 +48,16 @@ def list_memories(
         return
     if not found:
         print(f"no memory in {store.root}: build one with `reco memory build NAME SOURCE`", file=sys.stderr)
-        return
-    print_table([COLUMNS, *(_row(version) for version in found)], titled=True)
+    else:
+        print_table([COLUMNS, *(_row(version) for version in found)], titled=True)
+    for build in unfinished_builds(store.root):
+        ref = f"{build.name}@{build.version}"
+        went_on = age(datetime.fromtimestamp(build.changed, UTC).isoformat())
+        print(
+            f"{ref} is unfinished: {build.pairs:,} pairs, {size(build.size)}, {went_on} old; the command that began it "
+            f"goes on, `reco memory delete {ref}` removes it",
+            file=sys.stderr,
+        )
     for version in found:
         if "error" in version:
             print(version["error"], file=sys.stderr)
