@@ -3,7 +3,7 @@
 import fcntl
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from itertools import count, repeat
@@ -95,13 +95,21 @@ class Store:
         overlay, _ = replay_journal(base, self.journal_path(name, version))
         return overlay.snapshot
 
-    def verify(self, name: str, version: str, *, threads: int = READ_THREADS) -> None:
+    def verify(
+        self,
+        name: str,
+        version: str,
+        *,
+        threads: int = READ_THREADS,
+        on_progress: Callable[[int], object] = lambda _: None,
+    ) -> None:
         """Read every byte of a version, seconds per gigabyte.
 
+        on_progress: called with the bytes of each file that was read.
         Raises DamagedVersion, which names each file that differs and the bytes.
         """
         path = self.path(name, version)
-        verify(path, read_manifest(path), threads=threads)
+        verify(path, read_manifest(path), threads=threads, on_progress=on_progress)
 
     def journal_path(self, name: str, version: str) -> Path:
         """The journal of a version's edits; the file exists from the first edit on."""

@@ -107,12 +107,12 @@ class Engine:
         reco, store = load_reco(settings), Store(settings.store)
         starter = settings.model == "starter" and settings.memory in (None, MEMORY)
         if starter:
-            with _if_writable("memory"):
+            with _if_writable(store, "memory"):
                 install_starter(store)
         metrics = Metrics(version=version("reco-serve"), torch=torch.__version__, faiss=faiss.__version__)
         engine = cls(settings, reco, store, metrics, fork_server)
         if starter and not engine.label_sets.names():
-            with _if_writable("label set"):
+            with _if_writable(store, "label set"):
                 engine.label_sets.put(MEMORY, LabelSet(tuple(starter_labels())))
         return engine
 
@@ -259,9 +259,11 @@ def _open_label_sets(
 
 
 @contextmanager
-def _if_writable(what: str) -> Iterator[None]:
-    """Go on without what the block installs where the store cannot be written."""
+def _if_writable(store: Store, what: str) -> Iterator[None]:
+    """Go on without what the block installs where the store is a folder that cannot be written."""
     try:
         yield
     except StoreUnwritable as error:
+        if not store.root.is_dir():
+            raise
         log.warning("the starter's %s is not installed: %s", what, error)

@@ -7,7 +7,7 @@ and found intact. `FORMAT.md` says why no write can leave the stat unchanged.
 import hashlib
 import json
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -64,17 +64,26 @@ class FileStats:
         return all(self.at_ns - ctime >= CLOCK_TICK_S * 1e9 for _, _, ctime, _, _ in self.by_name.values())
 
 
-def verify(path: Path, manifest: Manifest, *, trust: bool = False, threads: int = READ_THREADS) -> frozenset[str]:
+def verify(
+    path: Path,
+    manifest: Manifest,
+    *,
+    trust: bool = False,
+    threads: int = READ_THREADS,
+    on_progress: Callable[[int], object] = lambda _: None,
+) -> frozenset[str]:
     """Verify the files of the version at `path` against its manifest; returns the names not read.
 
     trust: do not read large files whose stat equals the recorded one; these are returned.
+    on_progress: called with the bytes of each file that was read.
     An intact version is recorded for the next opening, a damaged one loses its record.
     Raises DamagedVersion, which names each file that differs and the bytes.
     """
     stats = FileStats.collect(path, manifest.files)
     recorded = _read_record(path, manifest) if trust else {}
     unread = frozenset(name for name, stat in stats.by_name.items() if recorded.get(name) == stat)
-    faults = _find_faults(path, manifest, [name for name in manifest.files if name not in unread], threads)
+    names = [name for name in manifest.files if name not in unread]
+    faults = _find_faults(path, manifest, names, threads, on_progress)
     if faults:
         with suppress(OSError):
             verified_record_path(path).unlink()
@@ -119,11 +128,18 @@ def _read_record(path: Path, manifest: Manifest) -> dict[str, list[int]]:
     return files
 
 
-def _find_faults(path: Path, manifest: Manifest, names: Collection[str], threads: int) -> list[str]:
+def _find_faults(
+    path: Path, manifest: Manifest, names: Collection[str], threads: int, on_progress: Callable[[int], object]
+) -> list[str]:
     """One description per file that differs from the manifest, in the manifest's order."""
+    faults = list[str]()
     with ThreadPoolExecutor(threads) as pool:
-        faults = pool.map(lambda name: _find_fault(path, name, manifest.files[name]), names)
-        return [fault for fault in faults if fault is not None]
+        found = pool.map(lambda name: _find_fault(path, name, manifest.files[name]), names)
+        for name, fault in zip(names, found, strict=True):
+            on_progress(int(manifest.files[name]["bytes"]))
+            if fault is not None:
+                faults.append(fault)
+    return faults
 
 
 def _find_fault(path: Path, name: str, expected: Mapping[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from models.progress import progress
 from service.cli.memory.tables import age, print_table, size
 from service.cli.options import STORE, complete_memory, with_settings
 from service.cli.paths import check_output_file
@@ -101,8 +102,9 @@ def verify(settings: Settings, ref: Ref) -> None:
 
     store = Store(settings.store)
     name, version = _split_ref(store, ref)
-    store.verify(name, version)
     manifest = store.manifest(name, version)
+    with progress(sum(int(file["bytes"]) for file in manifest.files.values()), f"verify {manifest.ref}", "B") as meter:
+        store.verify(name, version, on_progress=meter.advance)
     snapshot = store.open(name, version, encoder=manifest.encoder)
     recall = snapshot.check_recall()
     print(

@@ -124,7 +124,11 @@ def test_a_pipe_gets_whole_lines_without_colours(tmp_path: Path) -> None:
 
 def test_verify_reads_the_edits_too(store: Store) -> None:
     command = ("memory", "verify", "things@v1", "--store", str(store.root))
-    assert reco(*command).stdout.startswith("things@v1+2: ")
+    done = reco(*command)
+    assert done.stdout.startswith("things@v1+2: ")
+    files = store.manifest("things", "v1").files
+    whole_bytes = sum(int(file["bytes"]) for file in files.values())
+    assert f"verify things@v1: {whole_bytes}/{whole_bytes} [" in done.stderr
     journal = store.journal_path("things", "v1")
     whole = journal.read_bytes()
     journal.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
