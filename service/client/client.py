@@ -28,13 +28,21 @@ from .protocol import Call, Flow, Outcome, RecoError
 __all__ = ["AsyncRecoClient", "Limits", "RecoClient", "RecoError"]
 
 T = TypeVar("T")
+UNIX = "unix:"
 
 
 def _arguments(base_url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
+    """Arguments of httpx's client, but for the transport."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    address = "http://localhost" if base_url.startswith(UNIX) else base_url.rstrip("/")
     # a proxy of the environment (HTTP_PROXY) must not see the key of a service on this machine
-    local = httpx.URL(base_url).host in ("127.0.0.1", "::1", "localhost")
-    return {"base_url": base_url, "headers": headers, "timeout": timeout_s, "trust_env": not local}
+    local = httpx.URL(address).host in ("127.0.0.1", "::1", "localhost")
+    return {"base_url": address, "headers": headers, "timeout": timeout_s, "trust_env": not local}
+
+
+def _socket_path(base_url: str) -> str | None:
+    """PATH of unix:PATH, None for another address."""
+    return base_url.removeprefix(UNIX) if base_url.startswith(UNIX) else None
 
 
 class RecoClient:
@@ -43,6 +51,7 @@ class RecoClient:
     A long list is sent in several requests, and all its rows are of one version of the memory,
     edits included: the first reply's version is pinned, and where it is replaced meanwhile all
     begins anew.
+    base_url: http://HOST:PORT, or unix:PATH for a socket.
     limits: how much one request carries, how long a busy service is waited for, and how often an
     answer begins anew.  timeout_s: of one HTTP request.  A proxy of the environment is used, but
     never for a service on this machine. Methods that need another key than a read key say which.
@@ -57,7 +66,9 @@ class RecoClient:
         limits: Limits | None = None,
     ) -> None:
         self._limits = limits or Limits()
-        self._http = httpx.Client(**_arguments(base_url, api_key, timeout_s))
+        socket = _socket_path(base_url)
+        transport = httpx.HTTPTransport(uds=socket) if socket else None
+        self._http = httpx.Client(transport=transport, **_arguments(base_url, api_key, timeout_s))
 
     def embed_images(
         self, images: Sequence[ImageLike], *, progress: flows.Progress | None = None, **options: Any
@@ -183,7 +194,9 @@ class AsyncRecoClient:
         limits: Limits | None = None,
     ) -> None:
         self._limits = limits or Limits()
-        self._http = httpx.AsyncClient(**_arguments(base_url, api_key, timeout_s))
+        socket = _socket_path(base_url)
+        transport = httpx.AsyncHTTPTransport(uds=socket) if socket else None
+        self._http = httpx.AsyncClient(transport=transport, **_arguments(base_url, api_key, timeout_s))
 
     async def embed_images(
         self, images: Sequence[ImageLike], *, progress: flows.Progress | None = None, **options: Any

@@ -84,8 +84,8 @@ def classify(
 
 def memories(limits: Limits) -> Flow[list[dict[str, Any]]]:
     """The rows of GET /memories."""
-    reply = yield from _answered(Call("GET", "/memories"), limits)
-    return list(reply.json()["data"])
+    reply = yield from _read_json(Call("GET", "/memories"), limits)
+    return list(reply["data"])
 
 
 def start_job(
@@ -96,7 +96,7 @@ def start_job(
     action: "activate", "rollback" or "compact".
     """
     call = Call("POST", route("memories", name, action), {} if body is None else {"json": body}, again=False)
-    job: dict[str, Any] = (yield from _answered(call, limits)).json()
+    job: dict[str, Any] = yield from _read_json(call, limits)
     if wait_s is None:
         return job
     give_up = time.monotonic() + wait_s
@@ -107,7 +107,7 @@ def start_job(
                 code="job_running",
             )
         yield POLL_S
-        job = (yield from _answered(Call("GET", route("jobs", job["id"])), limits)).json()
+        job = yield from _read_json(Call("GET", route("jobs", job["id"])), limits)
     if job["state"] == "failed":
         what = f"swap to {name}@{job['version']}" if job["kind"] == "swap" else f"{job['kind']} of {name}"
         raise RecoError(
@@ -119,7 +119,7 @@ def start_job(
 def request(method: str, path: str, body: Mapping[str, Any] | None, limits: Limits) -> Flow[dict[str, Any]]:
     """The JSON of one reply. Sent again only where that does no harm."""
     call = Call(method, path, {} if body is None else {"json": body})
-    found: dict[str, Any] = (yield from _answered(call, limits)).json()
+    found: dict[str, Any] = yield from _read_json(call, limits)
     return found
 
 
@@ -149,7 +149,7 @@ def _send_parts(parts: Parts, limits: Limits, progress: Progress | None) -> Flow
         try:
             for at, items in parts.batches():
                 call = Call("POST", parts.path, parts.body(items, options))
-                reply = (yield from _answered(call, limits, at)).json()
+                reply = yield from _read_json(call, limits, at)
                 data += reply["data"]
                 options |= _pins(reply)
                 done += len(items)
@@ -192,6 +192,16 @@ def _answered(call: Call, limits: Limits, first: int = 0) -> Flow[httpx.Response
     raise _refused(outcome, first)
 
 
+def _read_json(call: Call, limits: Limits, first: int = 0) -> Flow[dict[str, Any]]:
+    """The JSON of a reply of 2xx. RecoError for another body, as of a proxy's page."""
+    reply = yield from _answered(call, limits, first)
+    try:
+        found: dict[str, Any] = reply.json()
+    except ValueError as error:
+        raise _not_ours(reply) from error
+    return found
+
+
 def _worth_another(call: Call, outcome: Outcome) -> bool:
     if isinstance(outcome, httpx.Response):
         return outcome.status_code in (429, 503)
@@ -212,10 +222,19 @@ def _refused(outcome: Outcome, first: int) -> RecoError:
     try:
         told = outcome.json()["error"]
         message, code, param = told["message"], told["code"], told["param"]
-    except (ValueError, KeyError, TypeError):  # not ours: a proxy's page, say
-        message, code, param = outcome.text[:200] or outcome.reason_phrase, "http_error", None
+    except (ValueError, KeyError, TypeError):
+        return _not_ours(outcome)
     return RecoError(
         _moved(message, first), status=outcome.status_code, code=code, param=_moved(param, first) if param else None
+    )
+
+
+def _not_ours(reply: httpx.Response) -> RecoError:
+    what = f"without JSON ({reply.text[:100]!r})" if reply.text else "without a body"
+    return RecoError(
+        f"answered {reply.status_code} {what}: is it the service's address, or is a proxy (HTTP_PROXY) between?",
+        status=reply.status_code,
+        code="http_error",
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
@@ -17,9 +17,9 @@ from service.settings import Settings, UsageError
 
 if TYPE_CHECKING:
     from index_store import Store
+    from service.client import RecoClient
 
 app = typer.Typer(rich_markup_mode=None)
-UNIX = "unix:"
 Name = Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete_memory)]
 Ref = Annotated[str, typer.Argument(metavar="NAME@VERSION", autocompletion=complete_memory)]
 
@@ -41,7 +41,8 @@ def compact(
     from models.progress import progress
 
     if url:
-        job = _run_job(settings, url, f"/memories/{check_name(name)}/compact", {})
+        check_name(name)
+        job = _run_job(settings, url, lambda client: client.compact(name, wait_s=math.inf))
         print(f"{name}@{job['version']} is being served, with every edit of {job['retired']}")
         return
     store = Store(settings.store)
@@ -141,7 +142,7 @@ def activate(
 
     name, version = _split_ref(ref)
     if url:
-        job = _run_job(settings, url, f"/memories/{name}/activate", {"version": version})
+        job = _run_job(settings, url, lambda client: client.activate(name, version, wait_s=math.inf))
         print(f"{name}@{version} is being served" + (f", {job['retired']} was before" if job["retired"] else ""))
         return
     Store(settings.store).activate(name, version)
@@ -158,55 +159,25 @@ def _split_ref(ref: str) -> tuple[str, str]:
     return check_name(name), check_name(version)
 
 
-def _run_job(settings: Settings, url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Start a job in a running service, and wait for its end."""
-    import httpx
+def _run_job(settings: Settings, url: str, start: Callable[[RecoClient], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Run a job in a running service to its end.
 
-    from service.errors import ServiceError
-
-    with _open_client(settings.store, url) as client:
-        try:
-            job = _body(client.post(path, json=body))
-            while job["state"] == "running":
-                time.sleep(0.1)
-                job = _body(client.get(f"/jobs/{job['id']}"))
-        except httpx.HTTPError as error:
-            raise ServiceError(f"{url} does not answer ({error}): is it the service's address?") from error
-    if job["state"] != "done":
-        raise ServiceError(f"the {job['kind']} of {job['memory']} failed, what served goes on: {job['error']}")
-    return job
-
-
-def _open_client(store: Path, url: str) -> Any:
-    """An httpx client with the admin key, or with the token of the store.
-
-    The token is sent to this machine alone: an address elsewhere is not the service of this store,
-    and a proxy of the environment (HTTP_PROXY) is not asked for an address of this machine.
+    The token of the store is sent to this machine alone: an address elsewhere is not the service of
+    this store.
     """
     import httpx
 
     from service.access.token import read_token
-
-    if url.startswith(UNIX):
-        return httpx.Client(
-            base_url="http://localhost", transport=httpx.HTTPTransport(uds=url.removeprefix(UNIX)), timeout=30
-        )
-    local = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
-    key = os.environ.get("RECO_ADMIN_KEY") or (read_token(store) if local else None)
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    return httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=30, trust_env=not local)
-
-
-def _body(reply: Any) -> dict[str, Any]:
+    from service.client import Limits, RecoClient, RecoError
     from service.errors import ServiceError
 
+    local = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
+    key = os.environ.get("RECO_ADMIN_KEY") or (read_token(settings.store) if local else None)
     try:
-        body: dict[str, Any] = reply.json()
-    except ValueError as error:  # not ours: a proxy's page, say
-        raise ServiceError(
-            f"{reply.url.host} answered {reply.status_code} without JSON: is it the service's address, or is a proxy "
-            "(HTTP_PROXY) between?"
-        ) from error
-    if reply.status_code >= 400:
-        raise ServiceError(f"{reply.url.host} refused ({reply.status_code}): {body['error']['message']}")
-    return body
+        with RecoClient(url, api_key=key, timeout_s=30, limits=Limits(retries=0)) as client:
+            return start(client)
+    except httpx.InvalidURL as error:
+        raise UsageError(f"{url} is not the address of a service ({error}), e.g. http://127.0.0.1:8000") from error
+    except RecoError as error:
+        refused = f"refused ({error.status})" if error.status else "did not do it"
+        raise ServiceError(f"{url} {refused}: {error}") from error

@@ -84,6 +84,7 @@ FAILED = [
     ("memory compact x", "no memory 'x' here"),
     ("memory compact x --url http://127.0.0.1:9", "http://127.0.0.1:9"),
     ("memory delete x@y", "no memory 'x' here"),
+    ("memory delete x", "no memory 'x' here"),
     ("train nothing.toml", "nothing.toml cannot be read as TOML"),
     ("train broken.toml", "broken.toml cannot be read as TOML"),
 ]
@@ -97,7 +98,6 @@ WRONG_VALUE = [
     ("serve --config unknown.toml", "max_bathc", "unknown.toml", "max_batch?"),
     ("memory build x . --keep 0", "--keep 0: at least 1"),
     ("memory activate x", "x: name the version too, as NAME@VERSION"),
-    ("memory delete x", "x: name the version too, as NAME@VERSION"),
 ]
 WRONG_USAGE = [
     ("", "command", "reco --help"),
