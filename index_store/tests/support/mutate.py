@@ -88,7 +88,9 @@ def _mutate_once(value: Any, rng: random.Random) -> Any:
         return changed
     if isinstance(value, list) and value and rng.random() < 0.7:
         at = rng.randrange(len(value))
-        return [*value[:at], _mutate_once(value[at], rng), *value[at + 1 :]] if rng.random() < 0.8 else value * 300
+        if rng.random() < 0.8:
+            return [*value[:at], _mutate_once(value[at], rng), *value[at + 1 :]]
+        return value * (300 if len(json.dumps(value)) < 10_000 else 2)  # a few megabytes at most
     return strange_value(rng)
 
 

@@ -4,7 +4,7 @@ import datetime
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,7 @@ class ArrowTable:
         with pa.memory_map(str(self.path)) as file:
             reader: Any = _arrow_reader(file)
             for block in reader:
+                block.validate(full=True)  # offsets of a damaged file would be read beyond its end
                 for start in range(0, len(block), size):
                     yield block.slice(start, size)
 
@@ -234,13 +235,23 @@ def _open_parquet(table: Path) -> Any:
 def _read_schema(path: Path) -> Any:
     import pyarrow as pa
 
-    if _is_parquet(path):
-        return _open_parquet(path).schema_arrow
     try:
-        with pa.memory_map(str(path)) as file:
-            return _arrow_reader(file).schema
-    except (pa.ArrowException, OSError) as error:
+        if _is_parquet(path):
+            schema = _open_parquet(path).schema_arrow
+        else:
+            with pa.memory_map(str(path)) as file:
+                schema = _arrow_reader(file).schema
+        _decode_names(schema)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise unreadable(path, error) from error
+    return schema
+
+
+def _decode_names(fields: Iterable[Any]) -> None:
+    """Raise UnicodeDecodeError where a name, nested ones included, is not UTF-8."""
+    for field in fields:
+        field.name  # noqa: B018  pyarrow decodes it here
+        _decode_names(field.type.field(i) for i in range(field.type.num_fields))
 
 
 def _arrow_reader(file: Any) -> Any:
