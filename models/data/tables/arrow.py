@@ -1,16 +1,15 @@
 """Rows of parquet and arrow files (as `save_to_disk` of Hugging Face writes) as JSON values."""
 
-import datetime
 import json
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from models.data.folders.files import file_fault
+from models.data.tables.arrow_values import json_value, to_microseconds
 from models.encoder.image_io.formats import IMAGE_ENDINGS
 from models.errors import DataError
 
@@ -168,46 +167,6 @@ def is_vector_column(table: Path, column: str) -> bool:
     kind = _read_schema(table).field(column).type
     listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     return bool(listed and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)))
-
-
-def json_value(value: Any) -> Any:
-    """A value of a parquet file as a JSON value.
-
-    NaN, infinity and bytes that are no UTF-8 text become null, dates and times ISO text; lists and
-    mappings are converted item by item.
-    """
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(name): json_value(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_value(inner) for inner in value]
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, datetime.timedelta):
-        return value.total_seconds()
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            return None
-    return str(value)  # decimal.Decimal and any other type
-
-
-def to_microseconds(column: Any) -> Any:
-    """Cast nanosecond times, which pandas writes and Python's datetime cannot represent."""
-    import pyarrow as pa
-
-    kind = column.type
-    if pa.types.is_timestamp(kind) and kind.unit == "ns":
-        return column.cast(pa.timestamp("us", kind.tz), safe=False)
-    if pa.types.is_duration(kind) and kind.unit == "ns":
-        return column.cast(pa.duration("us"), safe=False)
-    if pa.types.is_time64(kind) and kind.unit == "ns":
-        return column.cast(pa.time64("us"), safe=False)
-    return column
 
 
 def unreadable(table: Path, error: Exception) -> DataError:

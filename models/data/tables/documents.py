@@ -12,7 +12,7 @@ from typing import Any
 
 from models.data.folders.files import file_fault, is_image
 from models.data.samples import UnusableItem, check_object, is_missing, load_json, parse_json_object
-from models.data.tables.arrow import json_value
+from models.data.tables.arrow_values import json_value
 from models.errors import DataError
 
 NO_CAPTIONS = "lists images without any caption"
