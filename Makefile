@@ -53,7 +53,7 @@ chaos: .venv/.dev ## kill builds, swaps and edits, those of a service too, at 20
 	RECO_KILLS=200 $(BIN)/python -m pytest --timeout 7200 index_store/tests/build/test_crash.py index_store/tests/edits/test_crash.py index_store/tests/build/test_resume.py service/tests/memories/test_swap_crash.py
 
 fuzz: .venv/.dev ## run every fuzzer for a minute (RECO_FUZZ_S); RECO_FUZZ_SEED chooses another run
-	RECO_FUZZ_S=$${RECO_FUZZ_S:-60} $(BIN)/python -m pytest --timeout 7200 index_store/tests/storage/test_fuzz.py models/tests/data/test_fuzz.py service/tests/fuzz
+	RECO_FUZZ_S=$${RECO_FUZZ_S:-60} $(BIN)/python -m pytest --timeout 7200 index_store/tests/storage/test_fuzz.py models/tests/data/damage/test_fuzz.py service/tests/fuzz
 
 soak: .venv/.dev ## honest callers beside hostile ones, swaps and edits for half an hour; writes loadtests/results/
 	$(BIN)/python -m loadtests.hostile_load
