@@ -12,7 +12,7 @@ from index_store.build.checkpoint import refuse_other_build, unfinished_version
 from index_store.build.index import index_version
 from index_store.build.shards import VersionWriter, write_blocks, write_source
 from index_store.build.source import BuildSource
-from index_store.build.staging import remove_build_files, staging_folder
+from index_store.build.staging import BLOCKS, remove_build_files, staging_folder
 from index_store.search.probes import RECALL_K
 from index_store.storage.atomic import file_digests, fsync_path, replace_text, translate_write_errors
 from index_store.storage.checksums import FileStats, record_verified
@@ -73,6 +73,8 @@ def _choose_version(store: Store, name: str, version: str | None, job: BuildSour
     """
     store.remove_deleted(name)
     memory = store.root / name
+    for blocks in memory.glob(f"[!.]*/{BLOCKS}"):
+        remove_build_files(blocks.parent)  # a kill has left them in a finished version
     if version is None:
         return (job and unfinished_version(memory, job, digest)) or store.next_version(name)
     check_version_name(version)

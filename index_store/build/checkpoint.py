@@ -1,175 +1,178 @@
-"""Checkpoints of a build: which stored rows are valid, so that a stopped build can be resumed."""
+"""Checkpoints of a build: its pairs in block files, from which a stopped build goes on."""
 
 import json
 import logging
-import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from index_store.build.ids import read_ids_by_origin, to_id_array
 from index_store.build.source import BuildProgress, BuildSource, Reject, SourceStep, StoredRows
-from index_store.build.staging import IDS, LOCK, PROGRESS, REJECTS, BuildState, read_state
-from index_store.errors import VersionExists
-from index_store.storage.atomic import fsync_path, replace_text, translate_write_errors
-from index_store.storage.columns import map_rows, open_lines
-from index_store.types import SIDES, Id, Side
+from index_store.build.staging import BLOCKS, REJECTS, block_path, stored_blocks
+from index_store.errors import DamagedVersion, VersionExists
+from index_store.storage.atomic import fsync_path, translate_write_errors
+from index_store.storage.blocks import DAMAGE, read_block, write_block
+from index_store.storage.columns import encode_record
+from index_store.types import SIDES, Id, Pairs
 
 log = logging.getLogger("reco")
-KEPT_ROWS = 8192  # rows of one block given back to a source that goes on
+OLD_STATE = ".progress.json"  # of unfinished builds before there were blocks
 
 
-def find_earlier_state(work: Path, job: BuildSource, digest: str) -> BuildState | None:
-    """State of an earlier run of this job in the folder, cut to the rows that this run may keep.
+@dataclass(frozen=True, slots=True)
+class EarlierRun:
+    """What an earlier run left in a staging folder.
 
-    None where the build starts from zero, which is logged where stored pairs are discarded.
+    blocks: its whole blocks, in order.  pairs: rows in them.  usable: how many of the first of
+    these rows this run may keep.
     """
-    if not (work / PROGRESS).exists():
-        return None
-    found = read_state(work)
-    if found is None:
-        log.warning("%s: what an interrupted build left cannot be read, it begins anew", work.parent.name)
-        return None
-    kept = usable_rows(work, found, job, digest)
-    if job.fresh or not kept:
-        why = "as asked" if job.fresh else "its sources or options were others"
-        log.warning("%s: an interrupted build of %d pairs is forgotten, %s", work.parent.name, found.pairs, why)
-    elif not _is_complete(work, found):
-        log.warning("%s: what an interrupted build left is damaged, it begins anew", work.parent.name)
-    else:
-        if kept < found.pairs:
-            lost = found.pairs - kept
-            log.warning("%s: %d of %d pairs are kept; %d came from or after a source that has changed",
-                        work.parent.name, kept, found.pairs, lost)  # fmt: skip
-        return found.first_rows(kept)
-    return None
 
+    blocks: tuple[Path, ...]
+    pairs: int
+    usable: int
 
-def usable_rows(work: Path, found: BuildState, job: BuildSource, digest: str) -> int:
-    """Number of leading stored rows that a run of this job may keep."""
-    if found.job != digest:
-        return 0
-    if job.origins is None:
-        return found.pairs
-    rows = 0
-    with suppress(OSError, ValueError), (work / IDS).open("rb") as file:
-        for line in islice(file, found.pairs):
-            if json.loads(line)[1] not in job.origins:
+    @classmethod
+    def find(cls, work: Path, job: BuildSource, digest: str) -> "EarlierRun":
+        """Look through the blocks of a staging folder, as far as they can be read."""
+        blocks, pairs, usable = list[Path](), 0, 0
+        for path in stored_blocks(work):
+            try:
+                block = read_block(path, ("job", "origins", "origin"))
+            except DAMAGE:
                 break
-            rows += 1
-    return rows
+            if usable == pairs and str(block["job"]) == digest:
+                usable += _count_usable(block, job.origins)
+            pairs += len(block["origin"])
+            blocks.append(path)
+        return cls(tuple(blocks), pairs, usable)
+
+    def keep_usable(self) -> "EarlierRun":
+        """Remove the rows that this run may not keep, the last first, so that a kill leaves no
+        gap.
+        """
+        kept, start = list(self.blocks), self.pairs
+        for path in reversed(self.blocks):
+            rows = len(_read(path, "origin")["origin"])
+            start -= rows
+            if start >= self.usable:
+                kept.pop().unlink()
+            elif start + rows > self.usable:
+                write_block(path, _first_rows(_read(path), self.usable - start))
+        return EarlierRun(tuple(kept), self.usable, self.usable)
+
+    def read_pairs(self) -> Iterator[Pairs]:
+        """The pairs of each block. Raises DamagedVersion."""
+        for path in self.blocks:
+            block = _read(path)
+            lines = block["records"].tobytes().decode("utf-8", "surrogatepass").split("\n")[:-1]
+            rows = {name: block[name] for name in ("image", "text", "image_key", "text_key") if name in block}
+            yield Pairs(block["ids"], records=[json.loads(line) for line in lines], **rows)
+
+    def progress(self) -> BuildProgress:
+        """What a source needs to know in order to continue."""
+        return BuildProgress(self.pairs, self._ids_by_origin, self._rows)
+
+    def _ids_by_origin(self) -> dict[str, set[Id]]:
+        found: dict[str, set[Id]] = {}
+        for path in self.blocks:
+            block = _read(path, "ids", "origins", "origin")
+            for name, origin in zip(block["ids"].tolist(), block["origins"][block["origin"]].tolist(), strict=True):
+                found.setdefault(origin, set()).add(name)
+        return found
+
+    def _rows(self) -> Iterator[StoredRows]:
+        for path in self.blocks:
+            block = _read(path, "ids", *SIDES)
+            yield StoredRows(block["ids"], block["image"], block["text"])
+
+
+def resume(work: Path, job: BuildSource, digest: str) -> EarlierRun:
+    """Prepare a staging folder for this run: only rows that it may keep remain, in their blocks.
+
+    Where stored pairs are discarded, it is logged.
+    """
+    name, found = work.parent.name, EarlierRun.find(work, job, digest)
+    kept = EarlierRun(found.blocks, found.pairs, 0) if job.fresh else found
+    if found.pairs and not kept.usable:
+        why = "as asked" if job.fresh else "its sources or options were others"
+        log.warning("%s: an interrupted build of %d pairs is forgotten, %s", name, found.pairs, why)
+    elif kept.usable < found.pairs:
+        lost = found.pairs - kept.usable
+        log.warning("%s: %d of %d pairs are kept; %d came from or after a source that has changed",
+                    name, kept.usable, found.pairs, lost)  # fmt: skip
+    if block_path(work, len(found.blocks)).exists():
+        log.warning("%s: block %d of an interrupted build is damaged: what it held is made anew",
+                    name, len(found.blocks))  # fmt: skip
+    with translate_write_errors(name):
+        kept = kept.keep_usable()
+        (work / BLOCKS).mkdir(exist_ok=True)
+        for path in {*(work / BLOCKS).iterdir()} - {*kept.blocks}:
+            path.unlink()  # begun, or behind a damaged one
+        fsync_path(work)
+    return kept
 
 
 def unfinished_version(memory: Path, job: BuildSource, digest: str) -> str | None:
     """The unfinished version of which this job can keep the most rows; None without one."""
-    usable = dict[str, int]()
-    for path in sorted(memory.glob(f".*.partial/{PROGRESS}")):
-        found = read_state(path.parent)
-        if found is not None and (rows := usable_rows(path.parent, found, job, digest)):
-            usable[path.parent.name[1:].removesuffix(".partial")] = rows
-    return max(usable, key=lambda version: usable[version]) if usable else None
+    found = {path: EarlierRun.find(path, job, digest).usable for path in sorted(memory.glob(".*.partial"))}
+    best = max(found, key=lambda path: found[path], default=None)
+    return best.name[1:].removesuffix(".partial") if best is not None and found[best] else None
 
 
 def refuse_other_build(work: Path, job: BuildSource, digest: str, ref: str) -> None:
     """Raise VersionExists where the folder holds an unfinished build that this job cannot resume,
     since its pairs would be lost.
     """
-    found = read_state(work)
-    if found is not None and not job.fresh and found.pairs and not usable_rows(work, found, job, digest):
+    found = EarlierRun.find(work, job, digest)
+    whose = f"other sources or options, with {found.pairs} pairs" if found.pairs else "an older release"
+    if not job.fresh and not found.usable and (found.pairs or (work / OLD_STATE).exists()):
         raise VersionExists(
-            f"{ref} is the unfinished build of other sources or options, with {found.pairs} pairs: choose another "
-            "version, or begin anew with --fresh"
+            f"{ref} is the unfinished build of {whose}: choose another version, or begin anew with --fresh"
         )
 
 
-def remove_uncounted(work: Path, progress: BuildState) -> None:
-    """Remove files that the state does not cover: partial indexes, and shards begun after the last
-    checkpoint.
-    """
-    known = {folder for folder, _ in progress.rows()}
-    files = {*progress.files, *(f"{progress.open_folder}/{name}" for name in _row_files(progress.keys))}
-    with translate_write_errors(work.parent.name):
-        for entry in work.iterdir():
-            if entry.is_dir() and entry.name not in known:
-                shutil.rmtree(entry)
-            elif entry.is_file() and entry.name not in (LOCK, PROGRESS, IDS, REJECTS):
-                entry.unlink()
-        for folder in known:
-            for file in (work / folder).iterdir():
-                if f"{folder}/{file.name}" not in files:
-                    file.unlink()
-
-
 class BuildCheckpoint:
-    """Writes the checkpoints of one run.
+    """Writes the blocks and the rejects of one run.
 
-    `note` after every step is cheap; `save` waits for the disk, and a killed build resumes from it.
+    blocks: number of blocks that an earlier run left.  State: the steps since the last block.
     """
 
-    def __init__(self, work: Path, job: BuildSource, digest: str, earlier: BuildState | None) -> None:
-        self._work, self._job, self._digest = work, job, digest
-        self._rejected = 0
-        self._settled = earlier
-        self._saved, self._saved_at = earlier, time.monotonic()
+    def __init__(self, work: Path, job: BuildSource, digest: str, blocks: int) -> None:
+        self._work, self._job, self._digest, self._blocks = work, job, digest, blocks
+        self._steps, self._saved_at = list[SourceStep](), time.monotonic()
+        self.rejected = 0  # of this run; rejects of earlier runs are tried again
         with translate_write_errors(work.parent.name):
-            self._ids, _ = open_lines(work / IDS, earlier.pairs if earlier else 0)
-            self._rejects, _ = open_lines(work / REJECTS, 0)
+            self._rejects = (work / REJECTS).open("wb")
 
-    def note(self, step: SourceStep) -> None:
-        """Record ids, origins and rejects of a step; they count once `mark_stored` is called."""
+    def add(self, step: SourceStep) -> None:
+        """Take a step into the next block, which is written when it is due."""
         with translate_write_errors(self._work.parent.name):
-            if step.pairs is not None:
-                names = step.pairs.ids.tolist()
-                origins = step.origins or [""] * len(names)
-                self._ids.writelines(json.dumps(pair).encode() + b"\n" for pair in zip(names, origins, strict=True))
             self._rejects.writelines(_encode_reject(reject) for reject in step.rejects)
-        self._rejected += len(step.rejects)
-
-    def mark_stored(self, **stored: Any) -> None:
-        """Include the steps so far in the next checkpoint.
-
-        stored: the fields of BuildState that the shards know.
-        """
-        self._settled = BuildState(job=self._digest, **stored)
-
-    def is_due(self) -> bool:
-        """Whether the work since the last checkpoint is worth another one."""
-        if self._settled is None or self._settled == self._saved:
-            return False
-        waited = time.monotonic() - self._saved_at
-        shards, pairs = (len(self._saved.shards), self._saved.pairs) if self._saved else (0, 0)
-        enough = self._settled.pairs - pairs >= self._job.every_pairs and waited >= self._job.least_s
-        return enough or waited >= self._job.every_s or len(self._settled.shards) > shards
+        self.rejected += len(step.rejects)
+        if step.pairs is not None and len(step.pairs):
+            self._steps.append(step)
+        pairs = sum(len(step.pairs) for step in self._steps if step.pairs is not None)
+        if pairs >= self._job.every_pairs or time.monotonic() - self._saved_at >= self._job.every_s:
+            self.save()
 
     def save(self) -> None:
-        """Sync all rows marked as stored, then replace the state file atomically.
-
-        The shard's own rows must have been flushed.
-        """
-        if self._settled is None or self._settled == self._saved:
-            return
-        with translate_write_errors(self._work.parent.name):
-            for file in (self._ids, self._rejects):
-                file.flush()
-                os.fsync(file.fileno())
-            for folder, _ in list(self._settled.rows())[len(self._saved.shards) if self._saved else 0 :]:
-                for path in (*(self._work / folder).iterdir(), self._work / folder):
-                    fsync_path(path)
-            replace_text(self._work / PROGRESS, json.dumps(asdict(self._settled)))
-        self._saved, self._saved_at = self._settled, time.monotonic()
+        """Write the steps since the last block as one; returns once it is on the disk."""
+        if self._steps:
+            with translate_write_errors(self._work.parent.name):
+                write_block(block_path(self._work, self._blocks), _to_block(self._steps, self._digest))
+            self._blocks += 1
+            self._steps.clear()
+        self._saved_at = time.monotonic()
 
     def publish_rejects(self, target: Path) -> None:
         """Write the full list of rejects to `target`, or remove it where nothing was rejected."""
         with translate_write_errors(target.name):
             self._rejects.flush()
-            if not self._rejected:
+            if not self.rejected:
                 target.unlink(missing_ok=True)
                 return
             fresh = target.with_name(f".{target.name}.fresh")
@@ -181,44 +184,66 @@ class BuildCheckpoint:
     def first_reject(self) -> Reject | None:
         """The first reject, for the error of a build without any pair."""
         self._rejects.flush()
-        return next(iter(read_rejects(self._work, 1)), None)
-
-    @property
-    def rejected_count(self) -> int:
-        """Items rejected by this run; rejects of earlier runs are tried again."""
-        return self._rejected
+        with (self._work / REJECTS).open("rb") as file:
+            return next((Reject(**json.loads(line)) for line in islice(file, 1)), None)
 
     def close(self) -> None:
         """Close the files."""
-        for file in (self._ids, self._rejects):
-            try:
-                file.close()
-            except OSError:  # a full disk: the last checkpoint stands
-                log.debug("notes were not flushed", exc_info=True)
+        try:
+            self._rejects.close()
+        except OSError:  # a full disk
+            log.debug("rejects were not flushed", exc_info=True)
 
 
-def describe_progress(work: Path, progress: BuildState | None) -> BuildProgress:
-    """What a source needs to know of an earlier run in order to continue."""
-    if progress is None:
-        return BuildProgress()
-    kept = progress
-    return BuildProgress(progress.pairs, lambda: read_ids_by_origin(work, kept.pairs), lambda: _stored_rows(work, kept))
+def _read(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """The named arrays of a block, or all. Raises DamagedVersion."""
+    try:
+        return read_block(path, names or None)
+    except DAMAGE as error:
+        memory = path.parent.parent.parent.name
+        raise DamagedVersion(
+            f"{memory}: the block {path.name} of an interrupted build is damaged ({error}): begin anew with --fresh"
+        ) from error
 
 
-def read_rejects(work: Path, count: int) -> Iterable[Reject]:
-    """The first `count` rejects."""
-    with (work / REJECTS).open("rb") as file:
-        return [Reject(**json.loads(line)) for line in islice(file, count)]
+def _to_block(steps: Iterable[SourceStep], digest: str) -> dict[str, np.ndarray]:
+    """The arrays of a block: of the job, then of R rows.
+
+    job: () str.  origins: (F,) str.  origin: (R,) int64, which of them.  ids: (R,).  image,
+    text, image_key, text_key: (R, D) float16.  records: uint8, R lines of JSON.
+    """
+    given = [(step.pairs, step.origins or [""] * len(step.pairs)) for step in steps if step.pairs is not None]
+    origins, origin = np.unique([each for _, some in given for each in some], return_inverse=True)
+    columns = {side: [pairs.values(side) for pairs, _ in given] for side in SIDES}
+    columns |= {f"{s}_key": [pairs.keys(s) for pairs, _ in given] for s in SIDES if given[0][0].has_own_keys(s)}  # type: ignore[misc]
+    lines = [
+        encode_record(name, record)
+        for pairs, _ in given
+        for name, record in zip(pairs.ids.tolist(), pairs.records, strict=True)
+    ]
+    return {
+        "job": np.array(digest),
+        "origins": origins,
+        "origin": origin,
+        "ids": np.concatenate([pairs.ids for pairs, _ in given]),
+        **{name: np.concatenate(rows).astype("<f2", copy=False) for name, rows in columns.items()},
+        "records": np.frombuffer(b"".join(lines), np.uint8),
+    }
 
 
-def _stored_rows(work: Path, progress: BuildState) -> Iterator[StoredRows]:
-    with (work / IDS).open("rb") as file:
-        for folder, rows in progress.rows():
-            image, text = (map_rows(work / folder / f"{side}.npy", progress.dim, rows) for side in SIDES)
-            for start in range(0, rows, KEPT_ROWS):
-                part = slice(start, min(rows, start + KEPT_ROWS))
-                ids: list[Id] = [json.loads(line)[0] for line in islice(file, part.stop - part.start)]
-                yield StoredRows(to_id_array(ids, progress.id_kind), np.asarray(image[part]), np.asarray(text[part]))
+def _first_rows(block: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    """A block of the first `rows` rows of another, at least one."""
+    ends = np.flatnonzero(block["records"] == ord("\n"))  # of the lines
+    lengths = {name: rows for name in block if name not in ("job", "origins")} | {"records": ends[rows - 1] + 1}
+    return {**block, **{name: block[name][:length] for name, length in lengths.items()}}
+
+
+def _count_usable(block: Mapping[str, np.ndarray], present: Collection[str] | None) -> int:
+    """How many of the first rows come from files that the source still has. present: None = all."""
+    gone = np.array([present is not None and name not in present for name in block["origins"].tolist()])[
+        block["origin"]
+    ]
+    return int(gone.argmax()) if gone.any() else len(gone)
 
 
 def _encode_reject(reject: Reject) -> bytes:
@@ -226,30 +251,3 @@ def _encode_reject(reject: Reject) -> bytes:
     escape.
     """
     return json.dumps(asdict(reject), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-
-
-def _row_files(keys: dict[Side, dict[str, Any]]) -> list[str]:
-    own = [f"{side}_key.npy" for side in SIDES if keys[side]["kind"] != "vector"]
-    return ["image.npy", "text.npy", *own, "records.jsonl"]
-
-
-def _is_complete(work: Path, progress: BuildState) -> bool:
-    """Whether all rows of the state are on the disk; after a power loss some may be missing."""
-    try:
-        for folder, rows in progress.rows():
-            for side in SIDES:
-                map_rows(work / folder / f"{side}.npy", progress.dim, rows)
-                if progress.keys[side]["kind"] != "vector":
-                    map_rows(work / folder / f"{side}_key.npy", progress.keys[side]["dim"], rows)
-        records = f"{progress.open_folder}/records.jsonl"
-        for name, lines in ((IDS, progress.pairs), (records, progress.filled)):
-            if lines and _count_lines(work / name, lines) < lines:
-                return False
-        return all((work / name).is_file() for name in progress.files)
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _count_lines(path: Path, most: int) -> int:
-    with path.open("rb") as file:
-        return sum(line.endswith(b"\n") for line in islice(file, most))

@@ -1,14 +1,8 @@
-"""Ids of a build: the set of ids so far, and the stored ids of an interrupted build."""
-
-import json
-from itertools import islice
-from pathlib import Path
+"""The set of ids of a build, so that none comes twice."""
 
 import numpy as np
 
-from index_store.build.staging import IDS
 from index_store.errors import PairsRefused
-from index_store.types import Id
 
 
 class SeenIds:
@@ -41,24 +35,3 @@ class SeenIds:
                 np.concatenate([self._runs.pop(), block]), kind="stable"
             )  # merges runs that are sorted already
         self._runs.append(block)
-
-
-def read_ids(work: Path, count: int) -> list[Id]:
-    """The first `count` stored ids, in row order."""
-    with (work / IDS).open("rb") as file:
-        return [json.loads(line)[0] for line in islice(file, count)]
-
-
-def read_ids_by_origin(work: Path, count: int) -> dict[str, set[Id]]:
-    """The first `count` stored ids, by their origin."""
-    found: dict[str, set[Id]] = {}
-    with (work / IDS).open("rb") as file:
-        for line in islice(file, count):
-            name, origin = json.loads(line)
-            found.setdefault(origin, set()).add(name)
-    return found
-
-
-def to_id_array(ids: list[Id], kind: str) -> np.ndarray:
-    """(R,) int64 or str, as the version stores them."""
-    return np.array(ids, np.int64 if kind == "i" else np.str_)

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from index_store.build.checkpoint import BuildCheckpoint, describe_progress, find_earlier_state, remove_uncounted
-from index_store.build.ids import SeenIds, read_ids, to_id_array
+from index_store.build.checkpoint import BuildCheckpoint, resume
+from index_store.build.ids import SeenIds
 from index_store.build.index import check_recipe
-from index_store.build.source import BuildSource, SourceStep
-from index_store.build.staging import BuildState, clear
+from index_store.build.source import BuildSource
+from index_store.build.staging import clear
 from index_store.errors import PairsRefused, StoreUnwritable
 from index_store.storage.columns import ShardWriter
 from index_store.storage.layout import rejects_path
@@ -48,18 +48,6 @@ class VersionWriter:
         self._writer: ShardWriter | None = None
         self._seen = SeenIds()
 
-    def resume(self, earlier: BuildState) -> None:
-        """Continue after the rows of an earlier run."""
-        _check_index(self._index, earlier.keys)
-        self._content = VersionContent(
-            earlier.dim, earlier.keys, earlier.id_kind, list(earlier.shards), list(earlier.files)
-        )
-        ids = read_ids(self.work, earlier.pairs)
-        self._seen.add(to_id_array(ids, earlier.id_kind))
-        if earlier.filled:
-            last = to_id_array(ids[-earlier.filled :], earlier.id_kind)
-            self._writer = ShardWriter(self.work, earlier.open_folder, earlier.dim, earlier.keys, last)
-
     def add(self, block: Pairs) -> None:
         """Append one block. Raises PairsRefused where its widths, keys or ids differ from earlier
         blocks.
@@ -83,26 +71,10 @@ class VersionWriter:
             self._close_shard(self._writer, self._content)
         return self._content
 
-    def state_fields(self) -> dict[str, Any] | None:
-        """A copy of the fields of BuildState known here; None before the first pair."""
-        if self._content is None:
-            return None
-        found = self._content
-        shards, files = list(found.shards), list(found.files)
-        filled = self._writer.pairs if self._writer else 0
-        return {
-            "dim": found.dim,
-            "keys": found.keys,
-            "id_kind": found.id_kind,
-            "shards": shards,
-            "files": files,
-            "filled": filled,
-        }
-
-    def flush(self) -> None:
-        """Write buffered rows to the operating system."""
-        if self._writer is not None:
-            self._writer.flush()
+    @property
+    def is_empty(self) -> bool:
+        """Whether no pair was added."""
+        return self._content is None
 
     def abandon(self) -> None:
         """Close open files; no effect after finish()."""
@@ -127,22 +99,21 @@ def write_blocks(writer: VersionWriter, blocks: Iterable[Pairs]) -> VersionConte
 
 
 def write_source(writer: VersionWriter, job: BuildSource, digest: str, version: str) -> VersionContent:
-    """Write the steps of a source, resuming an earlier run of the same job, with checkpoints."""
+    """Write the steps of a source after what an earlier run of the same job has stored."""
     work = writer.work
-    earlier = find_earlier_state(work, job, digest)
-    if earlier is None:
-        clear(work)
-    else:
-        remove_uncounted(work, earlier)
-        writer.resume(earlier)
-    checkpoint = BuildCheckpoint(work, job, digest, earlier)
+    earlier = resume(work, job, digest)
+    clear(work, keep_blocks=True)
+    checkpoint = BuildCheckpoint(work, job, digest, len(earlier.blocks))
     try:
-        for step in job.steps(describe_progress(work, earlier)):
-            _write_step(step, writer, checkpoint)
+        for pairs in earlier.read_pairs():
+            writer.add(pairs)
+        for step in job.steps(earlier.progress()):
+            if step.pairs is not None:
+                writer.add(step.pairs)
+            checkpoint.add(step)
         return _finish(writer, checkpoint, rejects_path(work.parent, version))
     except BaseException:
-        with suppress(OSError, StoreUnwritable):  # no room: the checkpoint before this one stands
-            writer.flush()
+        with suppress(OSError, StoreUnwritable):  # no room: the block before this one stands
             checkpoint.save()
         raise
     finally:
@@ -150,32 +121,15 @@ def write_source(writer: VersionWriter, job: BuildSource, digest: str, version: 
         checkpoint.close()
 
 
-def _write_step(step: SourceStep, writer: VersionWriter, checkpoint: BuildCheckpoint) -> None:
-    """Store one step and include it in the next checkpoint; an interrupted step is not included."""
-    if step.pairs is not None:
-        writer.add(step.pairs)
-    checkpoint.note(step)
-    stored = writer.state_fields()
-    if stored is not None:
-        checkpoint.mark_stored(**stored)
-    if checkpoint.is_due():
-        writer.flush()
-        checkpoint.save()
-
-
 def _finish(writer: VersionWriter, checkpoint: BuildCheckpoint, rejects: Path) -> VersionContent:
-    """Close the last shard, save a final checkpoint in case indexing fails, and publish the
-    rejects.
-    """
+    """Publish the rejects, write the last block in case indexing fails, close the last shard."""
     checkpoint.publish_rejects(rejects)
-    if writer.state_fields() is None:
+    if writer.is_empty:
         first = checkpoint.first_reject()
-        why = f"; {checkpoint.rejected_count} rejected, the first {first.item!r}: {first.reason}" if first else ""
+        why = f"; {checkpoint.rejected} rejected, the first {first.item!r}: {first.reason}" if first else ""
         raise PairsRefused(f"the source holds no valid pair, and a memory needs at least one{why}")
-    content = writer.finish()
-    checkpoint.mark_stored(**(writer.state_fields() or {}))
     checkpoint.save()
-    return content
+    return writer.finish()
 
 
 def _check_block(

@@ -75,8 +75,8 @@ class BuildSource:
     origins: digests of the files that the source has now. Stored rows are kept up to the first
     whose origin is not among them; None = all are kept.
     steps: maps what an earlier run stored to the remaining steps.
-    fresh: discard the earlier run.  every_pairs, every_s: work after which a checkpoint is due; by
-    pairs at most once per `least_s` seconds, since a checkpoint waits for the disk.
+    fresh: discard the earlier run.  every_pairs, every_s: pairs, and seconds, after which a block
+    is written, which waits for the disk.
     """
 
     identity: Mapping[str, Any]
@@ -85,7 +85,6 @@ class BuildSource:
     fresh: bool = False
     every_pairs: int = 4096
     every_s: float = 30.0
-    least_s: float = 1.0
 
     def digest(self, **built: Any) -> str:
         """sha256 of the identity and of the builder's own arguments."""

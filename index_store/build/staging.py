@@ -1,80 +1,31 @@
 """The staging folder of a build: locked by one builder, and kept for a later run or removed."""
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
 
 from index_store.errors import PairsRefused, StoreBusy, StoreUnwritable, VersionExists
 from index_store.storage.atomic import make_folder, translate_write_errors
+from index_store.storage.blocks import DAMAGE, read_block
 from index_store.storage.layout import partial_folder
-from index_store.types import Side
 
 # locked by the running builder; the kernel unlocks it when the process dies
 LOCK = ".lock"
-PROGRESS = ".progress.json"  # the BuildState
-IDS = ".ids.jsonl"  # one line per pair stored
+BLOCKS = ".blocks"  # the stored pairs, in block files
 REJECTS = ".rejects.jsonl"  # one line per item left out
-BUILD_FILES = (LOCK, PROGRESS, IDS, REJECTS)  # not part of a version
-
-
-@dataclass(frozen=True, slots=True)
-class BuildState:
-    """The valid part of a staging folder; a later run removes everything else.
-
-    job: digest.  dim, keys, id_kind: as in the manifest.  shards: the finished ones.
-    files: of the finished shards.  filled: rows of the shard after them, 0 where none was begun.
-    """
-
-    job: str
-    dim: int
-    keys: dict[Side, dict[str, Any]]
-    id_kind: str
-    shards: list[dict[str, Any]]
-    files: list[str]
-    filled: int
-
-    @property
-    def open_folder(self) -> str:
-        """The folder of the unfinished shard."""
-        return f"shard-{len(self.shards):04d}"
-
-    @property
-    def pairs(self) -> int:
-        """Number of stored pairs."""
-        return self.filled + sum(int(shard["pairs"]) for shard in self.shards)
-
-    def first_rows(self, rows: int) -> "BuildState":
-        """The state of the first `rows` rows only; the shard in which they end becomes the
-        unfinished one.
-        """
-        shards, left = list[dict[str, Any]](), rows
-        for shard in self.shards:
-            if shard["pairs"] > left:
-                break
-            shards.append(shard)
-            left -= int(shard["pairs"])
-        folders = {shard["folder"] for shard in shards}
-        files = [file for file in self.files if file.partition("/")[0] in folders]
-        return replace(self, shards=shards, files=files, filled=left)
-
-    def rows(self) -> Iterator[tuple[str, int]]:
-        """(folder, valid rows) of every shard."""
-        yield from ((shard["folder"], shard["pairs"]) for shard in self.shards)
-        if self.filled:
-            yield self.open_folder, self.filled
+BUILD_FILES = (LOCK, BLOCKS, REJECTS)  # not part of a version
 
 
 @contextmanager
 def staging_folder(memory: Path, version: str) -> Iterator[Path]:
     """Lock and yield the staging folder of a version, with the files of an earlier run.
 
-    It is removed afterwards unless it was renamed into a version or holds a checkpoint. Raises
+    It is removed afterwards unless it was renamed into a version or holds a block. Raises
     VersionExists, StoreBusy, StoreUnwritable.
     """
     work = partial_folder(memory, version)
@@ -95,20 +46,32 @@ def staging_folder(memory: Path, version: str) -> Iterator[Path]:
             _discard(work)
             raise
         except BaseException:
-            if not (work / PROGRESS).exists():
+            if not block_path(work, 0).exists():
                 _discard(work)
             raise
     finally:
         os.close(lock)
 
 
-def clear(work: Path) -> None:
-    """Remove everything but the lock."""
+def block_path(work: Path, number: int) -> Path:
+    """The file of a block of a staging folder."""
+    return work / BLOCKS / f"{number:08d}.npz"
+
+
+def stored_blocks(work: Path) -> Iterator[Path]:
+    """The blocks of a staging folder in order, up to the first that is missing."""
+    return takewhile(Path.exists, (block_path(work, number) for number in count()))
+
+
+def clear(work: Path, *, keep_blocks: bool = False) -> None:
+    """Remove everything but the lock, and the blocks where asked."""
     with translate_write_errors(work.parent.name):
         for entry in work.iterdir():
+            if entry.name == LOCK or (keep_blocks and entry.name == BLOCKS):
+                continue
             if entry.is_dir():
                 shutil.rmtree(entry)
-            elif entry.name != LOCK:
+            else:
                 entry.unlink()
 
 
@@ -116,7 +79,8 @@ def remove_build_files(folder: Path) -> None:
     """Remove the builder's files from a finished version; failures are ignored, since the files do
     no harm.
     """
-    for name in BUILD_FILES:
+    shutil.rmtree(folder / BLOCKS, ignore_errors=True)
+    for name in (LOCK, REJECTS):
         with suppress(OSError):
             (folder / name).unlink(missing_ok=True)
 
@@ -149,7 +113,7 @@ def _discard(work: Path) -> None:
 class UnfinishedBuild:
     """What a stopped or running build has left in a store.
 
-    pairs: that a next run keeps, 0 where its progress cannot be read.  size: in bytes.
+    pairs: that it has stored, as far as they can be read.  size: in bytes.
     changed: when it last went on, in seconds since 1970.
     """
 
@@ -170,9 +134,8 @@ def unfinished_builds(root: Path, name: str = "*") -> list[UnfinishedBuild]:
                 stat = path.stat()
                 sizes.append(stat.st_size if path.is_file() else 0)
                 times.append(stat.st_mtime)
-        state = read_state(work)
         version = work.name.removeprefix(".").removesuffix(".partial")
-        found.append(UnfinishedBuild(work.parent.name, version, state.pairs if state else 0, sum(sizes), max(times)))
+        found.append(UnfinishedBuild(work.parent.name, version, _count_stored(work), sum(sizes), max(times)))
     return found
 
 
@@ -189,9 +152,10 @@ def discard_build(root: Path, build: UnfinishedBuild) -> None:
         os.close(lock)
 
 
-def read_state(work: Path) -> BuildState | None:
-    """The state that a build has written; None where it has none that can be read."""
-    try:
-        return BuildState(**json.loads((work / PROGRESS).read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
+def _count_stored(work: Path) -> int:
+    """Pairs in the blocks of a staging folder, as far as they can be read."""
+    pairs = 0
+    with suppress(*DAMAGE):
+        for path in stored_blocks(work):
+            pairs += len(read_block(path, ("origin",))["origin"])
+    return pairs

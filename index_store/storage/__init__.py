@@ -1,4 +1,4 @@
-"""Files of a memory on disk: manifest, columns, checksums, and durable file operations.
+"""Files of a memory on disk: manifest, columns, blocks, checksums, and durable file operations.
 
 No module here searches; `index_store/FORMAT.md` describes the same files for other programs.
 """

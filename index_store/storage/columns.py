@@ -3,8 +3,7 @@
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from io import BufferedRandom, BufferedWriter
-from itertools import islice
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from index_store.errors import PairsRefused
 from index_store.storage.atomic import translate_write_errors
 from index_store.types import SIDES, Pairs, Side
 
-Lines = BufferedWriter | BufferedRandom
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # json.dumps makes one per call
 
 
@@ -22,16 +20,12 @@ class Column:
     """An append-only .npy file of float16 rows.
 
     The header is written twice; numpy pads it so that the final row count fits in place.
-    rows: how many rows of an interrupted build to keep; the file is truncated after them.
     """
 
-    def __init__(self, path: Path, width: int, rows: int = 0) -> None:
-        self._width, self._rows = width, rows
-        self._file = path.open("r+b" if rows else "wb")
+    def __init__(self, path: Path, width: int) -> None:
+        self._width, self._rows = width, 0
+        self._file = path.open("wb")
         self._write_header()
-        if rows:
-            self._file.truncate(self._file.tell() + rows * width * 2)
-            self._file.seek(0, 2)
 
     def append(self, rows: np.ndarray) -> None:
         """Append rows.  rows: (R, width) float."""
@@ -44,10 +38,6 @@ class Column:
         self._write_header()
         self.close()
 
-    def flush(self) -> None:
-        """Flush buffered rows to the operating system."""
-        self._file.flush()
-
     def close(self) -> None:
         """Close the file, finished or not."""
         self._file.close()
@@ -58,35 +48,19 @@ class Column:
         )
 
 
-def map_rows(path: Path, width: int, rows: int) -> np.ndarray:
-    """(rows, width) float16: the first rows of a column, memory-mapped, whatever its header says.
-
-    Raises ValueError where the file holds fewer rows.
-    """
-    with path.open("rb") as file:
-        np.lib.format.read_magic(file)
-        np.lib.format.read_array_header_1_0(file)
-        return np.memmap(path, "<f2", "r", file.tell(), (rows, width))
-
-
 class ShardWriter:
-    """Writer of the files of one shard; they are complete only after `finish`.
+    """Writer of the files of one shard; they are complete only after `finish`."""
 
-    ids: (R,) int64 or str, ids of the rows kept from an interrupted build; None for a new shard.
-    """
-
-    def __init__(
-        self, root: Path, folder: str, dim: int, keys: Mapping[Side, Mapping[str, Any]], ids: np.ndarray | None = None
-    ) -> None:
-        self.folder, self.pairs = folder, 0 if ids is None else len(ids)
+    def __init__(self, root: Path, folder: str, dim: int, keys: Mapping[Side, Mapping[str, Any]]) -> None:
+        self.folder, self.pairs = folder, 0
         self._path = root / folder
         own = [side for side in SIDES if keys[side]["kind"] != "vector"]
         with translate_write_errors(folder):
-            self._path.mkdir(exist_ok=ids is not None)
-            self._values = {side: Column(self._path / f"{side}.npy", dim, self.pairs) for side in SIDES}
-            self._keys = {side: Column(self._path / f"{side}_key.npy", keys[side]["dim"], self.pairs) for side in own}
-            self._records, self._lengths = open_lines(self._path / "records.jsonl", self.pairs)
-        self._ids: list[np.ndarray] = [] if ids is None else [ids]
+            self._path.mkdir()
+            self._values = {side: Column(self._path / f"{side}.npy", dim) for side in SIDES}
+            self._keys = {side: Column(self._path / f"{side}_key.npy", keys[side]["dim"]) for side in own}
+            self._records = (self._path / "records.jsonl").open("wb")
+        self._lengths, self._ids = list[int](), list[np.ndarray]()
 
     def append(self, pairs: Pairs, rows: slice) -> None:
         """Append some rows of a block of pairs."""
@@ -121,36 +95,10 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close the files of an unfinished shard; does nothing after `finish`."""
-        for file in self._open_files():
-            with suppress(OSError):  # a full disk refuses the last flush; rows after the checkpoint do not count
+        files: list[Column | BufferedWriter] = [*self._values.values(), *self._keys.values(), self._records]
+        for file in files:
+            with suppress(OSError):  # a full disk refuses the last flush
                 file.close()
-
-    def flush(self) -> None:
-        """Flush buffered rows of every column to the operating system."""
-        with translate_write_errors(self.folder):
-            for file in self._open_files():
-                file.flush()
-
-    def _open_files(self) -> list["Column | Lines"]:
-        return [*self._values.values(), *self._keys.values(), self._records]
-
-
-def open_lines(path: Path, lines: int) -> tuple[Lines, list[int]]:
-    """Open a file of lines for appending, truncated after the first `lines`.
-
-    Returns the file and the length of each line in bytes.
-    Raises ValueError where the file holds fewer lines.
-    """
-    if not lines:
-        return path.open("wb"), []
-    file = path.open("r+b")
-    lengths = [len(line) for line in islice(file, lines) if line.endswith(b"\n")]
-    if len(lengths) < lines:
-        file.close()
-        raise ValueError(f"{path.name} has {len(lengths)} of {lines} lines")
-    file.seek(sum(lengths))
-    file.truncate()
-    return file, lengths
 
 
 def encode_record(name: str | int, record: Mapping[str, Any]) -> bytes:

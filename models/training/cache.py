@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from index_store.build.index import FLAT
 from index_store.build.shards import VersionWriter, write_source
@@ -31,6 +30,7 @@ from index_store.search.hits import Hits
 from index_store.search.shard import keys_file
 from index_store.snapshot import Snapshot
 from index_store.storage.atomic import fsync_path, lock_folder, translate_write_errors
+from index_store.storage.blocks import read_block, write_block
 from index_store.storage.columns import Column
 from index_store.storage.layout import partial_folder as unfinished
 from index_store.storage.layout import rejects_path
@@ -38,7 +38,6 @@ from index_store.types import SIDES, Id, KeyKind, Side, decode_ids, other
 from models.data.streams import Encoding, Stream, build_streams, chain_streams
 from models.encoder.encoder import Encoded
 from models.errors import DataError
-from models.fusion.checkpoint import read_tensors, write_tensors
 from models.progress import progress
 from models.training.episodes import (
     BLOCK,
@@ -97,6 +96,7 @@ def prepare_pairs(folder: Path, sources: Sequence[Path], encoding: Encoding) -> 
         except PairsRefused as error:
             raise DataError(f"{names}: {error}") from error
         before = done[0].pairs
+    remove_build_files(path)  # those that a kill has left, too
     pairs = _opened(path, encoding.kinds)
     _tell(f"pairs encoded of {names}", len(pairs), before)
     _tell_rejects(rejects_path(path.parent, path.name))
@@ -121,7 +121,6 @@ def _encode(path: Path, job: BuildSource, digest: str, kinds: Mapping[Side, KeyK
         with translate_write_errors(path.name):
             work.rename(path)
             fsync_path(path.parent)
-    remove_build_files(path)
 
 
 def _opened(path: Path, kinds: Mapping[Side, KeyKind]) -> Prepared:
@@ -162,10 +161,7 @@ def _search(path: Path, pairs: Prepared, own: Sequence[Sequence[Id]], asking: Me
     with lock_folder(work):
         if path.exists():  # another run made it while this one waited
             return len(pairs)
-        blocks = {
-            work / f"{at:012d}.safetensors": slice(at, min(at + BLOCK, len(pairs)))
-            for at in range(0, len(pairs), BLOCK)
-        }
+        blocks = {work / f"{at:012d}.npz": slice(at, min(at + BLOCK, len(pairs))) for at in range(0, len(pairs), BLOCK)}
         before = sum(rows.stop - rows.start for file, rows in blocks.items() if file.exists())
         with progress(len(pairs), "search", "pair") as meter:
             meter.start_at(before)
@@ -188,12 +184,12 @@ def _search(path: Path, pairs: Prepared, own: Sequence[Sequence[Id]], asking: Me
 def _write_block(file: Path, found: Mapping[Side, Hits]) -> None:
     with translate_write_errors(file.name):
         hits = {f"{side}.{name}": getattr(found[side], name) for side in SIDES for name in ("rows", "scores")}
-        write_tensors(file, {name: torch.from_numpy(array) for name, array in hits.items()}, {})
+        write_block(file, hits)
 
 
 def _read_block(file: Path, side: Side) -> Hits:
-    _, tensors = read_tensors(file)
-    return Hits(*(tensors[f"{side}.{name}"].numpy() for name in ("rows", "scores")))
+    names = [f"{side}.{name}" for name in ("rows", "scores")]
+    return Hits(*read_block(file, names).values())
 
 
 def _write_lookup(work: Path, side: Side, found: Hits, snapshot: Snapshot) -> None:

@@ -20,7 +20,7 @@ import pytest
 from index_store.build.build import build_version
 from index_store.build.source import BuildProgress, BuildSource, Reject, SourceStep
 from index_store.build.staging import BUILD_FILES
-from index_store.errors import PairsRefused, RecallTooLow, StoreBusy, StoreUnwritable, VersionExists
+from index_store.errors import DamagedVersion, PairsRefused, RecallTooLow, StoreBusy, StoreUnwritable, VersionExists
 from index_store.storage.manifest import Manifest
 from index_store.store import Store
 from index_store.tests.build.test_crash import limited
@@ -44,7 +44,7 @@ class Source:
         self.log: Path | None = None
 
     def job(self, **options: Any) -> BuildSource:
-        options = {"every_pairs": 100, "least_s": 0.0, **options}
+        options = {"every_pairs": 100, **options}
         return BuildSource(options.pop("identity", {"items": self.items}), self._steps, **options)
 
     def _steps(self, done: BuildProgress) -> Iterator[SourceStep]:
@@ -154,11 +154,11 @@ def test_what_was_kept_is_given_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(text, np.concatenate([block.text for block in expected]).astype(np.float16))
 
 
-def stopped(root: Path, version: str | None = "v1", **options: Any) -> Source:
+def stopped(root: Path, version: str | None = "v1", every_pairs: int = 100) -> Source:
     source = Source()
     source.stop_at = 800
     with pytest.raises(KeyboardInterrupt):
-        build(root, source.job(), version, **options)
+        build(root, source.job(every_pairs=every_pairs), version)
     source.stop_at = None
     return source
 
@@ -202,9 +202,11 @@ def test_a_trial_of_other_files_takes_another_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", [0, 1])
-def test_a_build_goes_on_at_the_first_file_that_changed(tmp_path: Path, file: int) -> None:
+@pytest.mark.parametrize("every_pairs", [100, 200, 10_000])
+def test_a_build_goes_on_at_the_first_file_that_changed(tmp_path: Path, file: int, every_pairs: int) -> None:
+    """It lies between two blocks, or amid one."""
     build(tmp_path / "whole", Source().job())
-    source = stopped(tmp_path / "halves")
+    source = stopped(tmp_path / "halves", every_pairs=every_pairs)
     origins = {f"file-{number}" for number in range(4)} - {f"file-{file}"}
     job = replace(source.job(), origins=origins)
     if not file:
@@ -223,36 +225,73 @@ def test_a_fresh_build_begins_anew_and_says_so(tmp_path: Path, caplog: pytest.Lo
     assert f"things: an interrupted build of {pairs_of(800)} pairs is forgotten, as asked" in caplog.text
 
 
-@pytest.mark.parametrize("file", [".progress.json", ".ids.jsonl", "shard-0001/text.npy", "shard-0001/records.jsonl"])
-@pytest.mark.parametrize("harm", ["cut", "gone"])
-def test_a_damaged_leftover_is_not_gone_on_from(tmp_path: Path, file: str, harm: str) -> None:
+@pytest.mark.parametrize("harm", ["cut", "altered", "gone"])
+def test_a_build_goes_on_before_the_first_damaged_block(
+    tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
     build(tmp_path / "whole", Source().job())
     source = stopped(tmp_path / "halves")
-    path = tmp_path / "halves" / "things" / ".v1.partial" / file
+    blocks = sorted((tmp_path / "halves" / "things" / ".v1.partial" / ".blocks").iterdir())
+    path = blocks[3]
     if harm == "cut":
         os.truncate(path, path.stat().st_size // 2)
+    elif harm == "altered":
+        data = bytearray(path.read_bytes())
+        data[data.index(b"origins.npy") + 170] ^= 1
+        path.write_bytes(data)
     else:
         path.unlink()
     build(tmp_path / "halves", source.job())
-    assert source.began[-1].pairs == 0
+    assert source.began[-1].pairs == 3 * 3 * (BLOCK - 1)  # a block has three steps
+    assert caplog.text.count("block 3 of an interrupted build is damaged") == (harm != "gone")
     same(tmp_path / "whole", tmp_path / "halves")
 
 
-def test_what_lies_beyond_the_checkpoint_is_cut_off(tmp_path: Path) -> None:
+def test_damaged_rows_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    source = stopped(tmp_path)
+    path = sorted((tmp_path / "things" / ".v1.partial" / ".blocks").iterdir())[3]
+    data = bytearray(path.read_bytes())
+    data[data.index(b"image.npy") + 300] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedVersion, match=r"things: the block 00000003\.npz of an interrupted build .*--fresh"):
+        build(tmp_path, source.job())
+    build(tmp_path, source.job(fresh=True))
+
+
+def test_what_lies_beside_the_blocks_is_removed(tmp_path: Path) -> None:
     build(tmp_path / "whole", Source().job())
     source = stopped(tmp_path / "halves")
     work = tmp_path / "halves" / "things" / ".v1.partial"
-    for name in (".ids.jsonl", ".rejects.jsonl", "shard-0001/image.npy", "shard-0001/records.jsonl"):
-        with (work / name).open("ab") as file:
-            file.write(b"half a row, or many \n rows")
-    (work / "shard-0001" / "ids.npy").write_bytes(b"of a shard that was closed too early")
+    with (work / "shard-0001" / "image.npy").open("ab") as file:
+        file.write(b"half a row")
     (work / "shard-0000" / "image.faiss").write_bytes(b"half an index")
     (work / "shard-0009").mkdir()
     (work / "shard-0009" / "image.npy").write_bytes(b"begun")
     (work / "manifest.json").write_text("{}")
+    (work / ".blocks" / ".00000099.npz.fresh").write_bytes(b"half a block")
     build(tmp_path / "halves", source.job())
     assert source.began[-1].pairs == pairs_of(800)
     same(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_blocks_that_a_kill_left_in_a_finished_version_are_removed(tmp_path: Path) -> None:
+    build(tmp_path, Source(100).job())
+    left = tmp_path / "things" / "v1" / ".blocks"
+    left.mkdir()
+    (left / "00000000.npz").write_bytes(b"rows")
+    stopped(tmp_path, "v2")
+    assert not left.exists()
+    assert list((tmp_path / "things" / ".v2.partial" / ".blocks").iterdir())
+
+
+def test_what_an_older_release_left_is_refused_by_name(tmp_path: Path) -> None:
+    work = tmp_path / "things" / ".v1.partial"
+    work.mkdir(parents=True)
+    (work / ".progress.json").write_text('{"job": "", "filled": 3}')
+    with pytest.raises(VersionExists, match=r"things@v1 is the unfinished build of an older release.*--fresh"):
+        build(tmp_path, Source(100).job())
+    assert (work / ".progress.json").exists()
+    assert build(tmp_path, Source(100).job(fresh=True)).pairs == pairs_of(100)
 
 
 def test_a_failure_after_the_last_row_costs_no_row(tmp_path: Path) -> None:
@@ -282,7 +321,7 @@ def test_refused_pairs_leave_nothing_to_go_on_from(tmp_path: Path) -> None:
         yield SourceStep(some_pairs(5), 5)
 
     with pytest.raises(PairsRefused, match="comes twice"):
-        build(tmp_path, BuildSource({}, steps, every_pairs=10, least_s=0))
+        build(tmp_path, BuildSource({}, steps, every_pairs=10))
     assert not list(tmp_path.glob("things/**/*"))
 
 

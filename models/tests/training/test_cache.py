@@ -44,7 +44,7 @@ def steps(streams, done):
     yield from map(deadly(lambda step: step, 2 if done.pairs == 0 else 99), chain_streams(streams, done))
 
 train.Encoding, prepared.BLOCK = partial(train.Encoding, batch=8), 8
-prepared.BuildSource = partial(prepared.BuildSource, every_pairs=1, least_s=0.0)
+prepared.BuildSource = partial(prepared.BuildSource, every_pairs=1)
 chain_streams, prepared.chain_streams = prepared.chain_streams, steps
 prepared._write_block = deadly(prepared._write_block, 1)
 for _ in range(2):
@@ -59,7 +59,7 @@ for _ in range(2):
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """24 pairs are three batches to encode and three blocks to search."""
     monkeypatch.setattr(train, "Encoding", partial(Encoding, batch=8))
-    monkeypatch.setattr(prepared, "BuildSource", partial(BuildSource, every_pairs=1, least_s=0.0))
+    monkeypatch.setattr(prepared, "BuildSource", partial(BuildSource, every_pairs=1))
     monkeypatch.setattr(prepared, "BLOCK", 8)
 
 
