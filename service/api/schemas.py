@@ -2,7 +2,7 @@
 models.
 
 Options come as JSON, form fields or query parameters; `Options.read` makes one model of all three.
-No pydantic model goes deeper than `api`; replies are plain dictionaries (see `responses`).
+No request model is used outside `api`; replies are plain dictionaries (see `responses`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     memory: str | None = Field(None, description="a memory's name, or name@version to pin; default: the server's")
+    # the upper limit is the model's: `Engine.query`
     k: int | None = Field(None, ge=1, description="neighbours per item; default: the fusion's")
     neighbors: bool = Field(False, description="return the neighbours of each item")
     max_similarity: float | None = Field(None, gt=-1, le=1.001, description="ignore neighbours nearer than this")

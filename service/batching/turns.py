@@ -1,6 +1,4 @@
-"""Who is next: places given to waiting callers in rotation, and pixels within a budget. Standard
-library.
-"""
+"""A fair queue of places for waiting callers, and a budget of pixels. Standard library."""
 
 from __future__ import annotations
 

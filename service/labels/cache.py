@@ -18,9 +18,9 @@ from service.batching.batcher import QueueFull
 from service.batching.executors import low_priority_threads
 from service.batching.shared_threads import SharedThreads
 from service.errors import NotFound, NotServing
-from service.labels.embedding import Candidates, Embed, ListEmbedding
 from service.labels.index import LabelIndex
 from service.labels.label_set import LabelSet
+from service.labels.list_embedding import Candidates, Embed, ListEmbedding
 from service.labels.scoring import Ranked, ScoreFunction, rank
 from service.observability.metrics import Metrics
 

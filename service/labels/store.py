@@ -1,10 +1,9 @@
 """The store of label sets: named, versioned lists of labels on disk, and the vectors of any list.
 
-    animals.json                  what `animals` names now
-    animals@5f0c2a91b7e3.json     what it named before, kept so that a caller may pin it
+    animals.json                  the current version of `animals`
+    animals@5f0c2a91b7e3.json     an earlier version, kept so that a caller may pin it
 
-A version is named by its content: the same labels again are the same version, which is the way
-back.
+A version is named by a hash of its content: storing the old labels again restores it.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from index_store.storage.atomic import replace_text, translate_write_errors
 from index_store.store import check_name
 from service.errors import InvalidValue, NotFound, TooLarge, VersionNotServed
 from service.labels.cache import LabelVectors
-from service.labels.embedding import Embed
 from service.labels.label_set import LabelSet
+from service.labels.list_embedding import Embed
 from service.labels.scoring import ScoreFunction
 from service.observability.metrics import Metrics
 

@@ -14,9 +14,11 @@ __all__ = ["Admission"]
 
 
 class Admission:
-    """max_queue: items of one side that may be admitted and not yet answered.
+    """Counts the items that are admitted and not yet answered, by side. Used on the event loop
+    only.
 
-    State, changed on the event loop only: how many are, by side.
+    max_queue: the limit per side. `Batcher` and `LabelVectors` raise QueueFull for their own
+    queues.
     """
 
     def __init__(self, max_queue: int, metrics: Metrics) -> None:

@@ -18,7 +18,7 @@ from index_store.types import SIDES
 from models.encoder.preprocess import Crop
 from models.reco import Reco
 from service.batching.batcher import Answer
-from service.batching.gather import gather_parts
+from service.batching.run_parts import gather_parts
 from service.decoding.decoder import Decoder
 from service.decoding.fork_server import ForkServer
 from service.decoding.messages import DecodeJob

@@ -19,9 +19,10 @@ STEP_CHARACTERS = 8192  # of texts in rare scripts, which take 10 µs a characte
 
 
 class Tokenizing:
-    """tokenize: texts to (B, L) int64, blocking, called from several threads.
+    """Tokenizes texts in a small pool of threads, in steps.
 
-    A request whose deadline comes, or whose caller leaves, is tokenized no further than its step.
+    tokenize: texts to (B, L) int64, blocking, called from several threads.
+    A request whose deadline comes, or whose caller leaves, stops after its current step.
     """
 
     def __init__(self, tokenize: Callable[[Sequence[str]], np.ndarray]) -> None:

@@ -1,9 +1,10 @@
 """Images from untrusted bytes: limits first, then pixels. No torch.
 
-`formats` lists what is accepted, `structure` limits the cost of decoding by the bytes alone,
+`formats` lists what is accepted, `decoding_cost` limits its cost by the bytes alone,
 `reading` decodes.
 """
 
+from models.encoder.image_io.decoding_cost import pixels_held_open
 from models.encoder.image_io.formats import FORMATS
 from models.encoder.image_io.reading import (
     MAX_PIXELS,
@@ -12,7 +13,6 @@ from models.encoder.image_io.reading import (
     open_image,
     read_image,
 )
-from models.encoder.image_io.structure import pixels_held_open
 
 __all__ = [
     "FORMATS",

@@ -11,8 +11,8 @@ import numpy as np
 import pillow_heif
 from PIL import Image, UnidentifiedImageError
 
+from models.encoder.image_io.decoding_cost import MAX_READS, CountedReads, check_structure
 from models.encoder.image_io.formats import FIRST_BOXES, FORMATS, MAGIC_BYTES
-from models.encoder.image_io.structure import MAX_READS, CountedReads, check_structure
 from models.errors import BrokenImage, ImageTooLarge, UnsupportedImage
 
 MAX_PIXELS = 64_000_000

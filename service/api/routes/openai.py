@@ -13,7 +13,7 @@ from service.api.dependencies import EngineDep, deadline, run_until_disconnect, 
 from service.api.openai_input import MixedInput, read_input
 from service.api.routes.embed import build_reply, pin_query
 from service.api.schemas import OpenAIOptions, describe_body
-from service.batching.gather import gather_parts
+from service.batching.run_parts import gather_parts
 from service.engine import Engine
 from service.errors import BadRequest
 from service.pipeline.stages import EmbedResult, Query

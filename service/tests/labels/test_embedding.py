@@ -18,8 +18,8 @@ from service.batching.batcher import QueueFull
 from service.engine import Engine
 from service.errors import TooLarge
 from service.labels.cache import CACHED_LISTS, LabelVectors
-from service.labels.embedding import STEP_TEXTS
 from service.labels.label_set import LabelSet
+from service.labels.list_embedding import STEP_TEXTS
 from service.labels.scoring import ScoreFunction
 from service.observability.metrics import Metrics
 from service.tests.inside import scenario

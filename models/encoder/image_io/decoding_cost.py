@@ -1,8 +1,8 @@
-"""What the bytes of an image say about the cost of decoding it, read before a decoder runs.
+"""Limits on the cost of decoding, checked on an image's bytes before a decoder runs.
 
-Width and height bound neither the time nor the memory: a progressive JPEG may repeat its scans, a
-TIFF names the size of its tiles, a WebP the size of its canvas. What programs write is far below
-each limit here.
+Width and height bound neither time nor memory: a progressive JPEG may repeat its scans, a TIFF
+names the size of its tiles, a WebP the size of its canvas. Images from usual programs are far below
+each limit.
 """
 
 import io
@@ -56,7 +56,7 @@ class CountedReads(io.BytesIO):
 
 
 def check_structure(data: bytes, max_pixels: int) -> int:
-    """Refuse an image whose decoding costs more than its size explains; return its scans.
+    """Refuse an image that costs too much for its size; return its number of scans.
 
     Raises CostlyImage, ImageTooLarge for a WebP canvas or a TIFF tile, UnsupportedImage for a
     compression of TIFF, BrokenImage.
@@ -106,7 +106,7 @@ def _check_webp(data: bytes, max_pixels: int) -> None:
 
 
 def pixels_held_open(data: bytes) -> int:
-    """The pixels that opening the image alone holds: libwebp allocates its canvas at once."""
+    """Pixels allocated by opening the image, before decoding: libwebp allocates its canvas at once."""
     width, height = _webp_canvas(data) if _is_webp(data) else (0, 0)
     return width * height
 

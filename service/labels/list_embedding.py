@@ -1,5 +1,6 @@
-"""One label list being embedded: in steps, so that lists take turns, and so that one which nobody
-waits for stops and goes on later where it stopped.
+"""Resumable embedding of one label list, in steps, so that lists take turns.
+
+A list that nobody waits for is paused and continues later.
 """
 
 from __future__ import annotations
