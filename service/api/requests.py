@@ -1,6 +1,7 @@
 """Parsing of request bodies: items and options from a form, raw bytes or JSON.
 
-Limits on bytes, counts and characters are applied here; limits on pixels in `models/encoder/image_io`.
+Limits on bytes, counts and characters are applied here; limits on pixels in
+`models/encoder/image_io`.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def _check_webp(data: bytes, max_pixels: int) -> None:
 
 
 def pixels_held_open(data: bytes) -> int:
-    """Pixels allocated by opening the image, before decoding: libwebp allocates its canvas at once."""
+    """Pixels allocated by opening the image, since libwebp allocates its canvas then."""
     width, height = _webp_canvas(data) if _is_webp(data) else (0, 0)
     return width * height
 
