@@ -8,7 +8,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade
 
-.PHONY: serve test setup lint format lock bench bench-memory bench-train bench-models chaos fuzz soak docs clean help
+.PHONY: serve test setup lint format lock bench bench-memory bench-train bench-models chaos fuzz soak gpu docs clean help
 .DEFAULT_GOAL := help
 
 help: ## show the targets
@@ -57,6 +57,9 @@ fuzz: .venv/.dev ## run every fuzzer for a minute (RECO_FUZZ_S); RECO_FUZZ_SEED 
 
 soak: .venv/.dev ## honest callers beside hostile ones, swaps and edits for half an hour; writes loadtests/results/
 	$(BIN)/python -m loadtests.hostile_load
+
+gpu: .venv/.dev ## check correctness and speed on this machine's GPU in eight minutes; writes var/gpu/
+	PYTHON=$(BIN)/python loadtests/gpu.sh
 
 docs: .venv/.dev ## build the documentation site into var/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet

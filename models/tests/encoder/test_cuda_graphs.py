@@ -15,7 +15,8 @@ from models.encoder.encoder import Encoder, EncoderSpec
 from models.tests.small import picture
 
 TEXTS = ["a cat", "", "word " * 40, "two dogs on a beach", "lemon", "one two three four five six", "naïve café 🍎"]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, NEEDS_GPU])]
 
 
 def spec(configs: Path, name: str, **options: Any) -> EncoderSpec:
@@ -126,7 +127,8 @@ def test_a_text_tower_that_cannot_be_trimmed_runs_unpadded(tmp_path: Path) -> No
     np.testing.assert_array_equal(fixed.encode(tokens, "text").vectors, plain.encode(tokens, "text").vectors)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
+@NEEDS_GPU
 def test_on_a_gpu_every_batch_size_has_a_recorded_graph(configs: Path) -> None:
     auto = Encoder.load(spec(configs, "tinyvit", device="cuda", fixed_shapes="auto", max_batch=2))
     assert isinstance(auto._encode_images, FixedSizeRunner)

@@ -8,6 +8,7 @@ def test_without_cuda_there_are_no_figures() -> None:
     assert gpu_memory("cpu") == {}
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_an_allocated_tensor_is_counted() -> None:
     device = "cuda:0"

@@ -1,0 +1,1 @@
+"""Parts of the check on a GPU (`loadtests/gpu`) that call the packages themselves."""
