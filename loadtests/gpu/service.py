@@ -38,7 +38,12 @@ def gpu_use() -> Iterator[dict[str, float]]:
     if tool is None:
         yield found
         return
-    command = [tool, "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits", f"-lms={SAMPLE_MS}"]
+    command = [
+        tool,
+        "--query-gpu=utilization.gpu,memory.used",
+        "--format=csv,noheader,nounits",
+        f"--loop-ms={SAMPLE_MS}",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         yield found
