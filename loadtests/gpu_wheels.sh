@@ -5,9 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 MOST_MIB=60
-needed="annotated-doc annotated-types et-xmlfile faiss-cpu fastapi ftfy httptools open-clip-torch openpyxl orjson
-  pillow pillow-heif prometheus-client pydantic pydantic-core pydantic-settings python-dotenv python-multipart regex
-  starlette typer typing-inspection uvicorn uvloop wcwidth"
+needed="annotated-doc annotated-types click et-xmlfile faiss-cpu fastapi ftfy httptools open-clip-torch openpyxl
+  opentelemetry-api orjson pillow pillow-heif prometheus-client pydantic pydantic-core pydantic-settings
+  python-dotenv python-multipart regex rich starlette typer typing-extensions typing-inspection uvicorn uvloop wcwidth"
 rm -rf .whl
 mkdir .whl
 pinned=()

@@ -8,7 +8,6 @@ import time
 from functools import partial
 from typing import Any
 
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from index_store.store import Store
@@ -47,9 +46,9 @@ def profile_batches(part: Part, batch: int, calls: int) -> dict[str, Any]:
     found = profiler.key_averages()
     per_batch = 1000 * calls  # microseconds of all calls -> milliseconds of one
     # an operator of the host also carries the time of the kernels it launched: those count once
-    kernels = [each for each in found if each.device_type == DeviceType.CUDA and each.key not in STAGES]
+    kernels = [each for each in found if each.device_type.name == "CUDA" and each.key not in STAGES]
     device = {each.key: each.self_device_time_total / per_batch for each in kernels}
-    host = {each.key: each.self_cpu_time_total / per_batch for each in found if each.device_type == DeviceType.CPU}
+    host = {each.key: each.self_cpu_time_total / per_batch for each in found if each.device_type.name == "CPU"}
     busy_ms = sum(device.values())  # 0 on the CPU, where the host computes
     part.say(f"batch {batch}, {pairs} pairs: {wall_ms:.2f} ms, device busy {busy_ms:.2f} ms of it")
     tables = {name: _costliest(times) for name, times in (("device_ms", device), ("host_ms", host))}
