@@ -2,7 +2,7 @@
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
-TEST_WORKERS ?= 2
+TEST_WORKERS ?= 3
 UV_VERSION := 0.13.9
 BIN := .venv/bin
 UV := $(BIN)/uv
